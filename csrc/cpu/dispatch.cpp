@@ -1,0 +1,81 @@
+// The choice of instruction set, and the sharing of chunks: whoever is free takes the next few.
+#include "cpu/dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+#include "cpu/engine.h"
+#include "cpu/team.h"
+#include "sweep.h"
+
+namespace fusedopt {
+namespace {
+
+constexpr i64 kElementsPerWorker = 32768;  // below this a second thread costs more than it saves
+constexpr u32 kTurnsPerWorker = 32;        // so that a thread which is held up leaves its share to the others
+
+using Engine = SweepChunks (*)(int rule, int variant);
+struct InstructionSet {
+  const char* name;
+  Engine engine;
+};
+
+std::vector<InstructionSet> find_instruction_sets() {
+  std::vector<InstructionSet> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back({"avx512", avx512::engine});
+  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::engine});
+  found.push_back({"baseline", baseline::engine});
+#elif defined(__aarch64__)
+  found.push_back({"neon", neon::engine});
+#else
+  found.push_back({"baseline", baseline::engine});
+#endif
+  return found;
+}
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = find_instruction_sets();
+  return sets;
+}
+
+Engine find_engine(const std::string& isa) {
+  for (const InstructionSet& set : instruction_sets())
+    if (isa == set.name) return set.engine;
+  throw std::invalid_argument("instruction set '" + isa + "' is not in this build or not in this processor");
+}
+
+int count_workers(const LaunchParams& launch, int threads) {
+  const i64 most = i64(launch.chunk_count) * launch.chunk_elements / kElementsPerWorker;
+  return int(std::clamp<i64>(std::min<i64>(most, launch.chunk_count), 1, std::max(threads, 1)));
+}
+
+}  // namespace
+
+const std::vector<std::string>& cpu_instruction_sets() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (const InstructionSet& set : instruction_sets()) all.push_back(set.name);
+    return all;
+  }();
+  return names;
+}
+
+void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa) {
+  if (is_skipped(launch)) return;
+  const SweepChunks sweep = find_engine(isa)(rule, variant);
+  const int workers = count_workers(launch, threads);
+  const u32 turn = std::max<u32>(1, launch.chunk_count / (u32(workers) * kTurnsPerWorker));
+  std::atomic<u64> next{0};
+  run_team(workers, [&](int) {
+    for (u64 first = next.fetch_add(turn); first < launch.chunk_count; first = next.fetch_add(turn))
+      sweep(launch, u32(first), u32(std::min<u64>(first + turn, launch.chunk_count)));
+  });
+  advance_steps(launch, 0, 1);
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,17 @@
+// Launches on the CPU: picks the instruction set at run time and shares the chunks among the team.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+namespace fusedopt {
+
+// Instruction sets that this build holds and this processor has, best first.
+const std::vector<std::string>& cpu_instruction_sets();
+
+// One launch: every chunk swept, then every step advanced. `isa` is one of cpu_instruction_sets().
+void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa);
+
+}  // namespace fusedopt

@@ -1,0 +1,73 @@
+// The chunk loop of one CPU thread, compiled once per instruction set (FUSEDOPT_ISA names it).
+#include "cpu/engine.h"
+
+#include "cpu/access.h"
+#include "rules/all.h"
+
+namespace fusedopt {
+namespace {
+
+struct Isa {};  // internal linkage: see HostAccess
+using Access = HostAccess<Isa>;
+
+// A rule built for (group, step); consecutive tensors mostly share both.
+template <template <class> class Rule>
+class RuleCache {
+ public:
+  void prepare(const LaunchParams& launch, u32 group, u64 step, bool use_double) {
+    if (group == group_ && step == step_ && (have_double_ || !use_double)) return;
+    if (group != group_) hypers_ = read_hypers(launch.groups[group]);
+    group_ = group;
+    step_ = step;
+    have_double_ = use_double;
+    in_float = Rule<float>(hypers_, step);
+    if (use_double) in_double = Rule<double>(hypers_, step);
+  }
+  u32 flags() const { return hypers_.flags; }
+  Rule<float> in_float{Hypers{}, 1};
+  Rule<double> in_double{Hypers{}, 1};
+
+ private:
+  Hypers hypers_{};
+  u32 group_ = ~0u;
+  u64 step_ = 0;
+  bool have_double_ = false;
+};
+
+template <template <class> class Rule, class V>
+void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
+  RuleCache<Rule> rule;
+  for (u32 c = first; c < last; ++c) {
+    const Chunk chunk = launch.chunks[c];
+    if (launch.grads[chunk.tensor] == 0) continue;
+    ChunkView view(launch, chunk);
+    const bool use_double = V::kDouble && view.computes_in_double();
+    rule.prepare(launch, launch.table.group[chunk.tensor], next_step(launch, chunk.tensor), use_double);
+    if (use_double)
+      sweep_chunk<Access, V>(view, rule.in_double, Gradient<double>(launch, rule.flags()), 0, 1);
+    else
+      sweep_chunk<Access, V>(view, rule.in_float, Gradient<float>(launch, rule.flags()), 0, 1);
+  }
+}
+
+template <template <class> class Rule>
+SweepChunks variant_engine(int variant) {
+#define FUSEDOPT_POINTER(name, param, state, features) sweep_chunks<Rule, Variant<param, state, features>>,
+  static const SweepChunks table[] = {FUSEDOPT_VARIANTS(FUSEDOPT_POINTER)};
+#undef FUSEDOPT_POINTER
+  return table[variant];
+}
+
+}  // namespace
+
+namespace FUSEDOPT_ISA {
+SweepChunks engine(int rule, int variant) {
+  using Select = SweepChunks (*)(int);
+#define FUSEDOPT_SELECT(stem, Rule) variant_engine<Rule>,
+  static const Select rules[] = {FUSEDOPT_RULES(FUSEDOPT_SELECT)};
+#undef FUSEDOPT_SELECT
+  return rules[rule](variant);
+}
+}  // namespace FUSEDOPT_ISA
+
+}  // namespace fusedopt

@@ -1,0 +1,196 @@
+// How a GPU thread reaches memory: 16 bytes at a time at every storage, all loads of a vector issued before the first
+// is used; element by element at a tensor's head and tail and in slots that do not share the parameter's alignment.
+#pragma once
+
+#include "cuda/device.h"
+#include "sweep.h"
+
+namespace fusedopt {
+
+struct DeviceAccess {
+  // The bits of N elements as they lie in memory: room for the widest storage of the compute type.
+  template <class C, int N>
+  struct Packet {
+    static constexpr int kWords = (N * int(sizeof(C)) + 3) / 4;
+    u32 words[kWords];
+  };
+
+  template <class W, class C>
+  FUSEDOPT_FN static void fetch(Packet<C, W::value>& packet, int storage, u64 address, i64 index,
+                                bool aligned) {
+    const int size = storage_bytes(storage);
+    address += u64(index) * u64(size);
+    if (size == 2)
+      fetch_bytes<W, 2>(packet.words, address, aligned);
+    else if (size == 4 || sizeof(C) == 4)
+      fetch_bytes<W, 4>(packet.words, address, aligned);
+    else
+      fetch_bytes<W, int(sizeof(C))>(packet.words, address, aligned);
+  }
+
+  template <class W, class C>
+  FUSEDOPT_FN static void decode(const Packet<C, W::value>& packet, int storage, C (&out)[W::value], int) {
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k) {
+      if (storage == kFloat32)
+        out[k] = C(bit_cast<float>(packet.words[k]));
+      else if (storage == kFloat64)
+        out[k] = decode64<C>(packet.words, k);
+      else
+        out[k] = decode16<C>(storage, u16(packet.words[k / 2] >> (16 * (k % 2))));
+    }
+  }
+
+  template <class W, class C>
+  FUSEDOPT_FN static void store(int storage, u64 address, i64 index, bool aligned, const C (&in)[W::value],
+                                int) {
+    const int size = storage_bytes(storage);
+    address += u64(index) * u64(size);
+    Packet<C, W::value> packet;
+    if (storage == kFloat32) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < W::value; ++k) packet.words[k] = bit_cast<u32>(float(in[k]));
+      store_bytes<W, 4>(address, packet.words, aligned);
+    } else if (storage == kFloat64) {
+      encode64(packet.words, in);
+      store_bytes<W, int(sizeof(C))>(address, packet.words, aligned);
+    } else {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < W::value; k += 2) {
+        const u32 low = encode16(storage, in[k]);
+        const u32 high = k + 1 < W::value ? encode16(storage, in[(k + 1) % W::value]) : 0;
+        packet.words[k / 2] = low | high << 16;
+      }
+      store_bytes<W, 2>(address, packet.words, aligned);
+    }
+  }
+
+  // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.
+  template <class V, class C>
+  FUSEDOPT_FN static void prepare(ChunkView& chunk) {
+    chunk.boundary = choose_boundary<V, width<V, C>()>(chunk);
+    chunk.aligned = aligned_slots<V, width<V, C>()>(chunk, chunk.boundary);
+  }
+
+  // Elements up to a 16-byte boundary and behind the last vector one by one, the rest in vectors; lanes take turns.
+  template <class V, class C, class Visit>
+  FUSEDOPT_FN static void walk(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
+    constexpr int N = width<V, C>();
+    const i32 head = chunk.boundary < chunk.size ? chunk.boundary : chunk.size;
+    const i32 last = head + (chunk.size - head) / N * N;
+    if (chunk.aligned == kAllSlots) {
+      FUSEDOPT_LOOP
+      for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N>{}, i, N);
+    } else {
+      FUSEDOPT_LOOP
+      for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N, false>{}, i, N);
+    }
+    const i32 edge = lane < head ? lane : last + lane - head;
+    if (edge < chunk.size) visit(Width<1>{}, edge, 1);
+  }
+
+ private:
+  template <class V, class C>
+  FUSEDOPT_FN static constexpr int width() {
+    return sizeof(C) == 8 ? 2 : V::kWidth;
+  }
+  static constexpr u32 kAllSlots = (1u << kElementSlots) - 1;
+
+  // The slots of which N elements, counted from element `boundary`, start on a boundary of their own size (at most
+  // 16 bytes). A slot that is absent is never accessed and counts as aligned.
+  template <class V, int N>
+  FUSEDOPT_FN static u32 aligned_slots(const ChunkView& chunk, i32 boundary) {
+    u32 aligned = 0;
+    FUSEDOPT_UNROLL
+    for (int s = 0; s < kElementSlots; ++s) {
+      const u64 size = u64(storage_bytes(V::storage(s, chunk.storage)));
+      const u64 width = size * N < 16 ? size * N : 16;
+      if (!chunk.has(s) || (chunk.address[s] + u64(boundary) * size) % width == 0) aligned |= 1u << s;
+    }
+    return aligned;
+  }
+
+  // The boundary of the parameter or that of element 0, whichever leaves more slots aligned: a parameter may be a
+  // misaligned view into a larger buffer while its states are not.
+  template <class V, int N>
+  FUSEDOPT_FN static i32 choose_boundary(const ChunkView& chunk) {
+    const int misalignment = int(chunk.address[kParam] % 16u);
+    if (misalignment == 0) return 0;
+    const i32 boundary = (16 - misalignment) / storage_bytes(V::storage(kParam, chunk.storage));
+    return count_bits(aligned_slots<V, N>(chunk, boundary)) > count_bits(aligned_slots<V, N>(chunk, 0)) ? boundary : 0;
+  }
+  FUSEDOPT_FN static int count_bits(u32 bits) {
+    int count = 0;
+    for (; bits != 0; bits &= bits - 1) ++count;
+    return count;
+  }
+
+  template <class W, int kSize>
+  FUSEDOPT_FN static void fetch_bytes(u32* words, u64 address, bool aligned) {
+    constexpr int kBytes = W::value * kSize;
+    if (W::value > 1 && (W::kAligned || aligned)) {
+      FUSEDOPT_UNROLL
+      for (int b = 0; b + 16 <= kBytes; b += 16) device::load128(words + b / 4, address + u64(b));
+      if (kBytes % 16 == 8) device::load64(words, address);
+      if (kBytes % 16 == 4) words[0] = device::load32(address);
+    } else {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < W::value; ++k) fetch_element<kSize>(words, k, address + u64(k * kSize));
+    }
+  }
+  template <int kSize>
+  FUSEDOPT_FN static void fetch_element(u32* words, int k, u64 address) {
+    if (kSize == 2) {
+      const u32 bits = u32(device::load16(address)) << (16 * (k % 2));
+      words[k / 2] = k % 2 ? words[k / 2] | bits : bits;
+    } else {
+      FUSEDOPT_UNROLL
+      for (int w = 0; w < kSize / 4; ++w) words[k * (kSize / 4) + w] = device::load32(address + u64(4 * w));
+    }
+  }
+
+  template <class W, int kSize>
+  FUSEDOPT_FN static void store_bytes(u64 address, const u32* words, bool aligned) {
+    constexpr int kBytes = W::value * kSize;
+    if (W::value > 1 && (W::kAligned || aligned)) {
+      FUSEDOPT_UNROLL
+      for (int b = 0; b + 16 <= kBytes; b += 16) device::store128(address + u64(b), words + b / 4);
+      if (kBytes % 16 == 8) device::store64(address, words);
+      if (kBytes % 16 == 4) device::store32(address, words[0]);
+    } else {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < W::value; ++k) store_element<kSize>(words, k, address + u64(k * kSize));
+    }
+  }
+  template <int kSize>
+  FUSEDOPT_FN static void store_element(const u32* words, int k, u64 address) {
+    if (kSize == 2) {
+      device::store16(address, u16(words[k / 2] >> (16 * (k % 2))));
+    } else {
+      FUSEDOPT_UNROLL
+      for (int w = 0; w < kSize / 4; ++w) device::store32(address + u64(4 * w), words[k * (kSize / 4) + w]);
+    }
+  }
+
+  // float64 slots exist only where the compute type is double; the float overloads are never reached.
+  template <class C>
+  FUSEDOPT_FN static C decode64(const u32* words, int k) {
+    if constexpr (sizeof(C) == 8)
+      return bit_cast<double>(u64(words[2 * k]) | u64(words[2 * k + 1]) << 32);
+    else
+      return C(0);
+  }
+  template <class C, int N>
+  FUSEDOPT_FN static void encode64(u32* words, const C (&in)[N]) {
+    if constexpr (sizeof(C) == 8) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < N; ++k) {
+        const u64 bits = bit_cast<u64>(double(in[k]));
+        words[2 * k] = u32(bits);
+        words[2 * k + 1] = u32(bits >> 32);
+      }
+    }
+  }
+};
+
+}  // namespace fusedopt

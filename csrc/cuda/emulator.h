@@ -1,0 +1,86 @@
+// The host twin of cuda/device.h: the same functions for a kernel that g++ compiled, threads being fibers.
+//
+// Blocks run one after another in a random order, the threads of a block in a random order between barriers. Misaligned
+// access, a barrier that not every thread reaches and a missing arrival are errors, not luck.
+#pragma once
+
+#include "types.h"
+
+namespace fusedopt {
+struct KernelParams;
+
+namespace device {
+
+int thread_index();
+int block_threads();
+u32 block_index();
+u32 block_count();
+void barrier();
+inline void fence() {}
+inline u32 atomic_increment(u32* counter) { return (*counter)++; }
+
+// Shared memory of the running block, filled with a pattern before it starts.
+void* shared_bytes(u64 size);
+template <class T>
+T& shared() {
+  return *static_cast<T*>(shared_bytes(sizeof(T)));
+}
+
+// Throws where the address is not a multiple of `width`.
+void check_alignment(u64 address, u64 width);
+
+FUSEDOPT_FN void load128(u32* to, u64 address) {
+  check_alignment(address, 16);
+  __builtin_memcpy(to, reinterpret_cast<const void*>(address), 16);
+}
+FUSEDOPT_FN void load64(u32* to, u64 address) {
+  check_alignment(address, 8);
+  __builtin_memcpy(to, reinterpret_cast<const void*>(address), 8);
+}
+FUSEDOPT_FN u32 load32(u64 address) {
+  check_alignment(address, 4);
+  u32 bits;
+  __builtin_memcpy(&bits, reinterpret_cast<const void*>(address), 4);
+  return bits;
+}
+FUSEDOPT_FN u16 load16(u64 address) {
+  check_alignment(address, 2);
+  u16 bits;
+  __builtin_memcpy(&bits, reinterpret_cast<const void*>(address), 2);
+  return bits;
+}
+FUSEDOPT_FN void store128(u64 address, const u32* from) {
+  check_alignment(address, 16);
+  __builtin_memcpy(reinterpret_cast<void*>(address), from, 16);
+}
+FUSEDOPT_FN void store64(u64 address, const u32* from) {
+  check_alignment(address, 8);
+  __builtin_memcpy(reinterpret_cast<void*>(address), from, 8);
+}
+FUSEDOPT_FN void store32(u64 address, u32 bits) {
+  check_alignment(address, 4);
+  __builtin_memcpy(reinterpret_cast<void*>(address), &bits, 4);
+}
+FUSEDOPT_FN void store16(u64 address, u16 bits) {
+  check_alignment(address, 2);
+  __builtin_memcpy(reinterpret_cast<void*>(address), &bits, 2);
+}
+
+}  // namespace device
+
+// A grid to run a kernel on: any number of blocks and threads, in an order that the seed decides.
+struct EmulatedGrid {
+  u32 blocks;
+  int threads;
+  u64 seed;
+};
+
+using EmulatedKernel = void (*)(const KernelParams& params);
+
+// The host build of kernel fusedopt_<rule>_<variant>.
+EmulatedKernel emulated_kernel(int rule, int variant);
+
+// Runs a kernel to its end. Throws std::runtime_error where the kernel breaks a rule of the hardware.
+void run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid);
+
+}  // namespace fusedopt

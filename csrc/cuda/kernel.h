@@ -1,0 +1,107 @@
+// The persistent kernel: every block takes chunks in turn; the last block to finish advances the step counts.
+#pragma once
+
+#include "cuda/access.h"
+
+namespace fusedopt {
+
+constexpr int kBlockThreads = 256;
+constexpr int kInlineGroups = 4;   // groups and gradient addresses that ride in the launch itself: together
+constexpr int kInlineGrads = 384;  // with LaunchParams under the 4 KB that every driver takes
+
+// The one argument of every kernel. Where a count is not 0, that column of `launch` is here instead.
+struct KernelParams {
+  LaunchParams launch;
+  u32 inline_groups;
+  u32 inline_grads;
+  GroupRow groups[kInlineGroups];
+  u64 grads[kInlineGrads];
+};
+static_assert(sizeof(KernelParams) <= 4096, "kernel parameters");
+
+// What one thread prepares for all of its block: kept in shared memory, not in every thread's registers.
+template <template <class> class Rule>
+struct BlockState {
+  Rule<float> in_float;
+  Rule<double> in_double;
+  ChunkView view;
+  u32 flags;
+  u32 is_last;
+};
+
+// The rule that a block has built, which serves as long as neither group nor step nor compute type changes.
+struct BuiltRule {
+  u32 group = ~0u;
+  u64 step = 0;
+  bool in_double = false;
+};
+
+template <template <class> class Rule, class V>
+FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, BuiltRule& built,
+                               BlockState<Rule>& block) {
+  block.view = ChunkView(launch, chunk);
+  const u32 group = launch.table.group[chunk.tensor];
+  const u64 step = next_step(launch, chunk.tensor);
+  const bool in_double = V::kDouble && block.view.computes_in_double();
+  if (in_double)
+    DeviceAccess::prepare<V, double>(block.view);
+  else
+    DeviceAccess::prepare<V, float>(block.view);
+  if (group == built.group && step == built.step && in_double == built.in_double) return;
+  built.group = group;
+  built.step = step;
+  built.in_double = in_double;
+  const Hypers hypers = read_hypers(launch.groups[group]);
+  block.flags = hypers.flags;
+  if (in_double)
+    block.in_double = Rule<double>(hypers, step);
+  else
+    block.in_float = Rule<float>(hypers, step);
+}
+
+template <template <class> class Rule, class V>
+FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block) {
+  const int lane = device::thread_index();
+  const int lanes = device::block_threads();
+  BuiltRule built;
+  FUSEDOPT_LOOP
+  for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
+    const Chunk chunk = launch.chunks[c];
+    if (launch.grads[chunk.tensor] == 0) continue;
+    device::barrier();  // all are done with the last chunk
+    if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
+    device::barrier();
+    if (V::kDouble && block.view.computes_in_double())
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_double, Gradient<double>(launch, block.flags), lane, lanes);
+    else
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_float, Gradient<float>(launch, block.flags), lane, lanes);
+  }
+}
+
+// Every block has read the step counts it needs before the last to arrive writes them.
+template <template <class> class Rule>
+FUSEDOPT_FN void finish(const LaunchParams& launch, BlockState<Rule>& block) {
+  device::barrier();
+  if (device::thread_index() == 0) {
+    device::fence();
+    block.is_last = device::atomic_increment(launch.arrivals) == device::block_count() - 1;
+  }
+  device::barrier();
+  if (!block.is_last) return;
+  device::fence();
+  advance_steps(launch, device::thread_index(), device::block_threads());
+  if (device::thread_index() == 0) *launch.arrivals = 0;
+}
+
+template <template <class> class Rule, class V>
+FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
+  LaunchParams launch = params.launch;
+  if (params.inline_groups != 0) launch.groups = params.groups;
+  if (params.inline_grads != 0) launch.grads = params.grads;
+  if (is_skipped(launch)) return;
+  BlockState<Rule>& block = device::shared<BlockState<Rule>>();
+  sweep_block<Rule, V>(launch, block);
+  finish(launch, block);
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,354 @@
+// Device memory for the table, the modules with the kernels, and the launch.
+#include "cuda/launcher.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/driver.h"
+#include "cuda/images.h"
+
+namespace fusedopt {
+namespace {
+
+using driver::api;
+using driver::check;
+
+constexpr size_t kAlignment = 64;  // of each column in its block
+constexpr int kStagingBuffers = 3;
+
+int attribute(driver::Device device, int which) {
+  int value = 0;
+  check(api().device_attribute(&value, which, device), "cuDeviceGetAttribute");
+  return value;
+}
+
+// One GPU: its context, and the modules loaded into it.
+class Gpu {
+ public:
+  static Gpu& get(int index) {
+    static std::mutex mutex;
+    static std::map<int, Gpu*> all;  // never freed: contexts live as long as the process
+    const std::lock_guard<std::mutex> lock(mutex);
+    Gpu*& gpu = all[index];
+    if (gpu == nullptr) gpu = new Gpu(index);
+    return *gpu;
+  }
+
+  driver::Context context() const { return context_; }
+  int architecture() const { return architecture_; }
+
+  struct Kernel {
+    driver::Function function = nullptr;
+    int blocks = 0;  // that run at once on the whole GPU
+  };
+
+  const Kernel& kernel(int rule, int variant) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Kernel& kernel = kernels_[{rule, variant}];
+    if (kernel.function != nullptr) return kernel;
+    const std::string& stem = rule_names()[size_t(rule)];
+    const std::string name = "fusedopt_" + stem + "_" + variant_names()[size_t(variant)];
+    check(api().get_function(&kernel.function, module(stem), name.c_str()), ("cuModuleGetFunction " + name).c_str());
+    int per_multiprocessor = 0;
+    check(api().occupancy(&per_multiprocessor, kernel.function, kBlockThreads, 0), "cuOccupancyMaxActiveBlocks");
+    kernel.blocks = std::max(per_multiprocessor, 1) * multiprocessors_;
+    return kernel;
+  }
+
+ private:
+  explicit Gpu(int index) {
+    check(api().device_get(&device_, index), "cuDeviceGet");
+    check(api().primary_context(&context_, device_), "cuDevicePrimaryCtxRetain");
+    architecture_ = 10 * attribute(device_, driver::kCapabilityMajor) + attribute(device_, driver::kCapabilityMinor);
+    multiprocessors_ = attribute(device_, driver::kMultiprocessors);
+  }
+
+  driver::Module module(const std::string& stem) {
+    driver::Module& module = modules_[stem];
+    if (module != nullptr) return module;
+    const DeviceImage* const image = best_image(stem);
+    if (image == nullptr)
+      throw std::runtime_error("this build has no kernels for compute capability " + std::to_string(architecture_) +
+                               " (it has: " + kBuildArchs + "); rebuild with FUSEDOPT_CUDA_ARCHS=" +
+                               std::to_string(architecture_));
+    check(api().load_module(&module, image->data), ("cuModuleLoadData " + stem).c_str());
+    return module;
+  }
+
+  // A cubin runs on its own major version from its minor version up; PTX on anything newer.
+  const DeviceImage* best_image(const std::string& stem) const {
+    const DeviceImage* best = nullptr;
+    for (size_t k = 0; k < kDeviceImageCount; ++k) {
+      const DeviceImage& image = kDeviceImages[k];
+      if (stem != image.rule || image.sm > architecture_) continue;
+      if (!image.ptx && image.sm / 10 != architecture_ / 10) continue;
+      if (best == nullptr || (best->ptx && !image.ptx) || (best->ptx == image.ptx && image.sm > best->sm)) best = &image;
+    }
+    return best;
+  }
+
+  driver::Device device_ = 0;
+  driver::Context context_ = nullptr;
+  int architecture_ = 0;
+  int multiprocessors_ = 0;
+  std::mutex mutex_;
+  std::map<std::string, driver::Module> modules_;
+  std::map<std::pair<int, int>, Kernel> kernels_;
+};
+
+// Allocation is forbidden to a thread that captures in the default mode; it is harmless to the capture.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { api().exchange_capture_mode(&mode_); }
+  ~RelaxedCapture() { api().exchange_capture_mode(&mode_); }
+
+ private:
+  int mode_ = driver::kCaptureRelaxed;
+};
+
+// Pinned host memory, and the event after which the GPU no longer reads it.
+struct Staging {
+  void* host = nullptr;
+  size_t bytes = 0;
+  driver::Event read = nullptr;
+};
+
+bool is_capturing(driver::Stream stream) {
+  int status = 0;
+  check(api().is_capturing(stream, &status), "cuStreamIsCapturing");
+  return status != 0;
+}
+
+// A block of device memory and the pinned memory through which it is filled. A graph that captured an upload reads the
+// pinned memory again at every replay, so that memory is then left to the graph.
+class Upload {
+ public:
+  ~Upload() {
+    for (Staging& staging : ring_) discard(staging);
+    for (Staging& staging : captured_) discard(staging);
+    if (device_ != 0) api().release(device_);
+  }
+
+  driver::Pointer device() const { return device_; }
+
+  void send(const void* data, size_t bytes, driver::Stream stream, bool capturing) {
+    if (bytes == 0) return;
+    const RelaxedCapture relaxed;
+    reserve(bytes, capturing);
+    Staging fresh;
+    Staging& staging = capturing ? fresh : ring_[next_++ % kStagingBuffers];
+    grow(staging, bytes);
+    if (!capturing) check(api().wait_event(staging.read), "cuEventSynchronize");
+    std::memcpy(staging.host, data, bytes);
+    check(api().copy_to_device(device_, staging.host, bytes, stream), "cuMemcpyHtoDAsync");
+    if (capturing)
+      captured_.push_back(staging);
+    else
+      check(api().record_event(staging.read, stream), "cuEventRecord");
+  }
+
+ private:
+  void reserve(size_t bytes, bool capturing) {
+    if (bytes <= bytes_) return;
+    if (capturing && device_ != 0)
+      throw std::runtime_error("the optimizer's tensors changed since its last step: run one step before the capture");
+    if (device_ != 0) check(api().release(device_), "cuMemFree");  // waits until nothing uses it
+    bytes_ = std::max(bytes, 2 * bytes_);
+    check(api().allocate(&device_, bytes_), "cuMemAlloc");
+  }
+
+  static void grow(Staging& staging, size_t bytes) {
+    if (staging.read == nullptr) check(api().create_event(&staging.read, driver::kEventDisableTiming), "cuEventCreate");
+    if (bytes <= staging.bytes) return;
+    if (staging.host != nullptr) {
+      check(api().wait_event(staging.read), "cuEventSynchronize");
+      check(api().release_host(staging.host), "cuMemFreeHost");
+    }
+    check(api().allocate_host(&staging.host, bytes, 0), "cuMemHostAlloc");
+    staging.bytes = bytes;
+  }
+
+  static void discard(Staging& staging) {
+    if (staging.read != nullptr) {
+      api().wait_event(staging.read);
+      api().destroy_event(staging.read);
+    }
+    if (staging.host != nullptr) api().release_host(staging.host);
+  }
+
+  driver::Pointer device_ = 0;
+  size_t bytes_ = 0;
+  Staging ring_[kStagingBuffers];
+  std::vector<Staging> captured_;
+  size_t next_ = 0;
+};
+
+// Columns packed one behind the other, each aligned.
+class Packer {
+ public:
+  template <class T>
+  size_t add(const std::vector<T>& column) {
+    const size_t at = (bytes_.size() + kAlignment - 1) / kAlignment * kAlignment;
+    bytes_.resize(at + column.size() * sizeof(T));
+    if (!column.empty()) std::memcpy(bytes_.data() + at, column.data(), column.size() * sizeof(T));
+    return at;
+  }
+  const std::vector<unsigned char>& bytes() const { return bytes_; }
+
+ private:
+  std::vector<unsigned char> bytes_;
+};
+
+template <class T>
+const T* device_pointer(driver::Pointer base, size_t offset) {
+  return reinterpret_cast<const T*>(base + offset);
+}
+
+}  // namespace
+
+void fill_inline_columns(const HostTable& table, KernelParams& params) {
+  if (table.groups() <= u64(kInlineGroups)) {
+    params.inline_groups = u32(table.groups());
+    std::copy(table.group_rows().begin(), table.group_rows().end(), params.groups);
+  }
+  if (table.rows() <= u64(kInlineGrads)) {
+    params.inline_grads = u32(table.rows());
+    for (u64 row = 0; row < table.rows(); ++row) params.grads[row] = table.slot(kGrad, row);
+  }
+}
+
+std::string cuda_unavailable() {
+  if (kDeviceImageCount == 0) return std::string("this build has no device code (") + kDeviceCompiler + ")";
+  return driver::why_unavailable();
+}
+
+struct CudaLaunch::State {
+  explicit State(int device) : gpu(Gpu::get(device)) {}
+
+  Gpu& gpu;
+  Upload table, grads, groups, arrivals;
+  KernelParams params{};
+  u64 revision = 0;
+  std::vector<u64> sent_grads;
+  std::vector<GroupRow> sent_groups;
+  bool has_arrivals = false;
+  driver::Event finished = nullptr;  // the last launch
+  driver::Stream last_stream = nullptr;
+
+  void send_table(HostTable& host, driver::Stream stream, bool capturing) {
+    if (revision == host.revision()) return;
+    if (capturing)
+      throw std::runtime_error("the optimizer's tensors changed since its last step: run one step before the capture");
+    Packer packer;
+    const LaunchParams here = host.params(nullptr, nullptr);  // packs the layouts
+    const size_t address = packer.add(host.addresses());
+    const size_t numel = packer.add(host.numels());
+    const size_t group = packer.add(host.group_of());
+    const size_t storage = packer.add(host.storages());
+    const size_t layout = packer.add(host.layout_of());
+    const size_t layouts = packer.add(host.layouts());
+    const size_t chunks = packer.add(host.chunks());
+    table.send(packer.bytes().data(), packer.bytes().size(), stream, capturing);
+    const driver::Pointer base = table.device();
+    params.launch = here;
+    params.launch.table = {host.rows(),
+                           device_pointer<u64>(base, address),
+                           device_pointer<i64>(base, numel),
+                           device_pointer<u32>(base, group),
+                           device_pointer<u64>(base, storage),
+                           device_pointer<i32>(base, layout),
+                           device_pointer<i64>(base, layouts)};
+    params.launch.chunks = device_pointer<Chunk>(base, chunks);
+    revision = host.revision();
+  }
+
+  // What changes from step to step rides in the launch where it fits; a graph must be able to see later values of the
+  // groups, so under capture they always lie in device memory.
+  void send_step(const HostTable& host, driver::Stream stream, bool capturing) {
+    params.inline_groups = params.inline_grads = 0;
+    fill_inline_columns(host, params);
+    if (capturing) params.inline_groups = 0;
+    if (params.inline_groups == 0) send_groups(host, stream, capturing);
+    if (params.inline_grads == 0) send_grads(host, stream, capturing);
+  }
+
+  void send_groups(const HostTable& host, driver::Stream stream, bool capturing) {
+    const std::vector<GroupRow>& now = host.group_rows();
+    const bool same = now.size() == sent_groups.size() &&
+                      std::memcmp(now.data(), sent_groups.data(), now.size() * sizeof(GroupRow)) == 0;
+    if (!same || capturing) groups.send(now.data(), now.size() * sizeof(GroupRow), stream, capturing);
+    sent_groups = now;
+    params.launch.groups = device_pointer<GroupRow>(groups.device(), 0);
+  }
+
+  void send_grads(const HostTable& host, driver::Stream stream, bool capturing) {
+    const u64* const now = host.addresses().data() + u64(kGrad) * host.rows();
+    const bool same = sent_grads.size() == host.rows() && std::equal(sent_grads.begin(), sent_grads.end(), now);
+    if (!same || capturing) grads.send(now, host.rows() * sizeof(u64), stream, capturing);
+    sent_grads.assign(now, now + host.rows());
+    params.launch.grads = device_pointer<u64>(grads.device(), 0);
+  }
+
+  void send_arrivals(driver::Stream stream, bool capturing) {
+    if (has_arrivals) return;
+    const u32 zero = 0;
+    arrivals.send(&zero, sizeof(zero), stream, capturing);
+    has_arrivals = true;
+  }
+
+  // Another stream must not overtake the last launch, which reads the table that this one may rewrite.
+  void order_after_last_launch(driver::Stream stream, bool capturing) {
+    if (finished == nullptr) {
+      check(api().create_event(&finished, driver::kEventDisableTiming), "cuEventCreate");
+      return;
+    }
+    if (stream != last_stream && !capturing) check(api().stream_wait_event(stream, finished, 0), "cuStreamWaitEvent");
+  }
+};
+
+CudaLaunch::CudaLaunch(int device) : state_(new State(device)) {}
+
+CudaLaunch::~CudaLaunch() {
+  const driver::Context context = state_->gpu.context();
+  driver::Context popped;
+  if (api().push_context(context) != 0) return;  // the process is ending
+  if (state_->finished != nullptr) {
+    api().wait_event(state_->finished);
+    api().destroy_event(state_->finished);
+  }
+  state_.reset();
+  api().pop_context(&popped);
+}
+
+int CudaLaunch::architecture() const { return state_->gpu.architecture(); }
+
+void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 found_inf) {
+  State& state = *state_;
+  const driver::CurrentContext current(state.gpu.context());
+  const driver::Stream stream = reinterpret_cast<driver::Stream>(stream_handle);
+  const bool capturing = is_capturing(stream);
+  const Gpu::Kernel& kernel = state.gpu.kernel(host.rule(), host.variant());
+  constexpr i64 kMostElements = 65536;
+  host.plan(kernel.blocks, kLeaf, kMostElements);
+  if (host.chunks().empty() && host.rows() == 0) return;
+  state.order_after_last_launch(stream, capturing);
+  state.send_table(host, stream, capturing);
+  state.send_step(host, stream, capturing);
+  state.send_arrivals(stream, capturing);
+  state.params.launch.chunk_count = u32(host.chunks().size());
+  state.params.launch.chunk_elements = host.chunk_elements();
+  state.params.launch.grad_scale = reinterpret_cast<const float*>(grad_scale);
+  state.params.launch.found_inf = reinterpret_cast<const float*>(found_inf);
+  state.params.launch.arrivals = reinterpret_cast<u32*>(state.arrivals.device());
+  const unsigned blocks = unsigned(std::clamp<i64>(i64(host.chunks().size()), 1, kernel.blocks));
+  void* arguments[] = {&state.params};
+  check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr), "cuLaunchKernel");
+  if (!capturing) check(api().record_event(state.finished, stream), "cuEventRecord");
+  state.last_stream = stream;
+}
+
+}  // namespace fusedopt

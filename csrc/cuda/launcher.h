@@ -1,0 +1,34 @@
+// Launches on a GPU: keeps a copy of the table in device memory and sends what changed with the launch.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "cuda/kernel.h"
+#include "host_table.h"
+
+namespace fusedopt {
+
+// Copies groups and gradient addresses into the parameters where they fit.
+void fill_inline_columns(const HostTable& table, KernelParams& params);
+
+// Why no kernel can be launched on this machine by this build; empty: it can.
+std::string cuda_unavailable();
+
+// The launches of one table on one device. Everything goes to the stream it is given, in order.
+class CudaLaunch {
+ public:
+  explicit CudaLaunch(int device);  // throws std::runtime_error
+  ~CudaLaunch();
+  CudaLaunch(const CudaLaunch&) = delete;
+  CudaLaunch& operator=(const CudaLaunch&) = delete;
+
+  int architecture() const;  // compute capability, 90 for 9.0
+  void launch(HostTable& table, u64 stream, u64 grad_scale, u64 found_inf);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace fusedopt

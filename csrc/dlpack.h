@@ -1,0 +1,55 @@
+// The part of DLPack 1.x that reads a tensor without owning it: layout of its structs and of the C exchange table.
+//
+// https://dmlc.github.io/dlpack/latest/c_api.html. torch ≥ 2.10 publishes the table as
+// torch.Tensor.__dlpack_c_exchange_api__.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedopt {
+namespace dlpack {
+
+struct Device {
+  int32_t type;  // 1 CPU, 2 CUDA, 3 CUDA host, 10 ROCm, ...
+  int32_t index;
+};
+
+struct DataType {
+  uint8_t code;  // 0 int, 1 uint, 2 float, 4 bfloat, 5 complex
+  uint8_t bits;
+  uint16_t lanes;
+  bool operator==(const DataType& other) const {
+    return code == other.code && bits == other.bits && lanes == other.lanes;
+  }
+};
+
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct Version {
+  uint32_t major, minor;
+};
+
+struct ExchangeHeader {
+  Version version;
+  ExchangeHeader* previous;
+};
+
+struct ExchangeTable {
+  ExchangeHeader header;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_object;
+  void* managed_tensor_to_object;
+  int (*tensor_from_object)(void* object, Tensor* out);  // fills `out`, which stays the object's; −1 and an exception
+  void* current_work_stream;
+};
+
+}  // namespace dlpack
+}  // namespace fusedopt

@@ -1,0 +1,153 @@
+// Building the table: columns, chunk plan, choice of variant.
+#include "host_table.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "rules/all.h"
+
+namespace fusedopt {
+namespace {
+
+struct VariantInfo {
+  const char* name;
+  bool (*covers)(int param_storage, int state_storage, u32 features);
+};
+
+const VariantInfo kVariants[] = {
+#define FUSEDOPT_INFO(name, param, state, features) {#name, Variant<param, state, features>::covers},
+    FUSEDOPT_VARIANTS(FUSEDOPT_INFO)
+#undef FUSEDOPT_INFO
+};
+constexpr int kVariantCount = int(sizeof(kVariants) / sizeof(kVariants[0]));
+static_assert(kVariantCount <= 16, "at most 16 variants a rule");
+
+// The storage that all of some slots share: kAnyStorage where they differ; `none` while there is no slot yet.
+constexpr int kNone = -2;
+int merge(int common, int storage) { return common == kNone || common == storage ? storage : kAnyStorage; }
+
+}  // namespace
+
+void HostTable::resize(u64 rows) {
+  rows_ = rows;
+  address_.assign(size_t(kSlots) * rows, 0);
+  numel_.assign(rows, 0);
+  group_.assign(rows, 0);
+  storage_.assign(rows, 0);
+  layout_.assign(rows, kDenseLayout);
+  row_layouts_.assign(rows, {});
+  layouts_packed_ = false;
+  planned_workers_ = 0;
+  variant_ = -1;
+  ++revision_;
+}
+
+void HostTable::set_row(u64 row, const RowSpec& spec) {
+  if (row >= rows_) throw std::out_of_range("row " + std::to_string(row) + " of " + std::to_string(rows_));
+  for (int s = 0; s < kSlots; ++s) address_[u64(s) * rows_ + row] = spec.address[s];
+  u64 packed = 0;
+  for (int s = 0; s < kElementSlots; ++s) packed |= u64(spec.storage[s]) << (kStorageBits * s);
+  if (numel_[row] != spec.numel) planned_workers_ = 0;
+  numel_[row] = spec.numel;
+  group_[row] = spec.group;
+  storage_[row] = packed;
+  row_layouts_[row] = spec.layout;
+  layouts_packed_ = false;
+  variant_ = -1;
+  ++revision_;
+}
+
+void HostTable::resize_groups(u64 groups) { groups_.resize(groups); }
+
+bool HostTable::plan(i64 workers, i64 least, i64 most) {
+  if (planned_workers_ == workers) return false;
+  elements_ = 0;
+  for (u64 t = 0; t < rows_; ++t) elements_ += numel_[t];
+  const i64 share = elements_ / std::max<i64>(workers, 1);
+  const i64 leaves = std::clamp(share, least, most) / kLeaf;
+  chunk_elements_ = std::max<i64>(leaves, 1) * kLeaf;
+  chunks_.clear();
+  for (u64 t = 0; t < rows_; ++t)
+    for (i64 c = 0; c * chunk_elements_ < numel_[t]; ++c) chunks_.push_back({u32(t), u32(c)});
+  if (chunks_.size() > 0xFFFFFFFFull) throw std::length_error("more than 2^32 chunks");
+  planned_workers_ = workers;
+  ++revision_;
+  return true;
+}
+
+int HostTable::variant() {
+  if (variant_ >= 0) return variant_;
+  int param_storage = kNone;
+  int state_storage = kNone;
+  u32 features = 0;
+  for (u64 t = 0; t < rows_; ++t) {
+    if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;
+    for (int s = 0; s < kElementSlots; ++s) {
+      if (slot(s, t) == 0 && s != kGrad) continue;
+      const int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
+      if (storage == kFloat64) features |= kDoubleFeature;
+      int& common = s < kState0 ? param_storage : state_storage;
+      common = merge(common, storage);
+    }
+  }
+  if (param_storage == kNone) param_storage = kFloat32;
+  if (state_storage == kNone) state_storage = param_storage;
+  variant_ = 0;
+  while (!kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
+  return variant_;
+}
+
+const std::vector<i64>& HostTable::layouts() {
+  pack_layouts();
+  return layouts_;
+}
+
+void HostTable::pack_layouts() {
+  if (layouts_packed_) return;
+  layouts_.clear();
+  for (u64 t = 0; t < rows_; ++t) {
+    layout_[t] = row_layouts_[t].empty() ? kDenseLayout : i32(layouts_.size());
+    layouts_.insert(layouts_.end(), row_layouts_[t].begin(), row_layouts_[t].end());
+  }
+  layouts_packed_ = true;
+}
+
+LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) {
+  pack_layouts();
+  LaunchParams launch{};
+  launch.table = {rows_, address_.data(), numel_.data(), group_.data(), storage_.data(), layout_.data(), layouts_.data()};
+  launch.grads = address_.data() + u64(kGrad) * rows_;
+  launch.groups = groups_.data();
+  launch.chunks = chunks_.data();
+  launch.chunk_count = u32(chunks_.size());
+  launch.chunk_elements = chunk_elements_;
+  launch.grad_scale = grad_scale;
+  launch.found_inf = found_inf;
+  launch.arrivals = &arrivals_;
+  return launch;
+}
+
+const std::vector<std::string>& rule_names() {
+#define FUSEDOPT_NAME(stem, Rule) #stem,
+  static const std::vector<std::string> names = {FUSEDOPT_RULES(FUSEDOPT_NAME)};
+#undef FUSEDOPT_NAME
+  return names;
+}
+
+const std::vector<std::string>& variant_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (const VariantInfo& variant : kVariants) all.push_back(variant.name);
+    return all;
+  }();
+  return names;
+}
+
+int rule_index(const std::string& stem) {
+  const std::vector<std::string>& names = rule_names();
+  const auto at = std::find(names.begin(), names.end(), stem);
+  if (at == names.end()) throw std::invalid_argument("no rule is called '" + stem + "'");
+  return int(at - names.begin());
+}
+
+}  // namespace fusedopt

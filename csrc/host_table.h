@@ -1,0 +1,86 @@
+// The tensor table as the host keeps it: columns that grow, the chunk plan, and the parameters of a launch over them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "table.h"
+#include "variants.h"
+
+namespace fusedopt {
+
+// One tensor as the table builder describes it.
+struct RowSpec {
+  u64 address[kSlots] = {};
+  u8 storage[kElementSlots] = {};
+  i64 numel = 0;
+  u32 group = 0;
+  std::vector<i64> layout;  // empty: dense; else as TensorTable::layouts
+};
+
+class HostTable {
+ public:
+  explicit HostTable(int rule) : rule_(rule) {}
+
+  void resize(u64 rows);
+  u64 rows() const { return rows_; }
+  void set_row(u64 row, const RowSpec& spec);
+  void set_grad(u64 row, u64 address) { address_[u64(kGrad) * rows_ + row] = address; }
+  u64 slot(int s, u64 row) const { return address_[u64(s) * rows_ + row]; }
+  i64 numel(u64 row) const { return numel_[row]; }
+
+  void resize_groups(u64 groups);
+  GroupRow& group(u64 index) { return groups_[index]; }
+  u64 groups() const { return groups_.size(); }
+
+  // Chunks for `workers` blocks or threads; false where the plan at hand already is that.
+  bool plan(i64 workers, i64 least, i64 most);
+
+  int rule() const { return rule_; }
+  int variant();               // the smallest that covers all rows
+  u64 revision() const { return revision_; }  // changes with anything but gradients and groups
+  i64 elements() const { return elements_; }
+  i64 chunk_elements() const { return chunk_elements_; }
+
+  const std::vector<u64>& addresses() const { return address_; }
+  const std::vector<i64>& numels() const { return numel_; }
+  const std::vector<u32>& group_of() const { return group_; }
+  const std::vector<u64>& storages() const { return storage_; }
+  const std::vector<i32>& layout_of() const { return layout_; }
+  const std::vector<i64>& layouts();
+  const std::vector<GroupRow>& group_rows() const { return groups_; }
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+
+  // Parameters that point into this table. Valid until it changes.
+  LaunchParams params(const float* grad_scale, const float* found_inf);
+
+ private:
+  void pack_layouts();
+
+  int rule_;
+  u64 rows_ = 0;
+  std::vector<u64> address_;
+  std::vector<i64> numel_;
+  std::vector<u32> group_;
+  std::vector<u64> storage_;
+  std::vector<i32> layout_;
+  std::vector<std::vector<i64>> row_layouts_;
+  std::vector<i64> layouts_;
+  std::vector<GroupRow> groups_;
+  std::vector<Chunk> chunks_;
+  i64 chunk_elements_ = 0;
+  i64 elements_ = 0;
+  i64 planned_workers_ = 0;
+  int variant_ = -1;
+  bool layouts_packed_ = true;
+  u64 revision_ = 0;
+  u32 arrivals_ = 0;
+};
+
+// Names, in the order of the lists in rules/all.h and variants.h.
+const std::vector<std::string>& rule_names();
+const std::vector<std::string>& variant_names();
+int rule_index(const std::string& stem);  // throws std::invalid_argument
+
+}  // namespace fusedopt

@@ -1,0 +1,26 @@
+// How a slot lives in memory: the storage codes, their sizes, and the conversion of one element to and from the
+// compute type. A storage rounds once, at the store.
+#pragma once
+
+#include "storage/codec.h"
+
+namespace fusedopt {
+
+enum Storage : u8 { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kStorages = 4 };
+
+constexpr int kAnyStorage = -1;  // a variant that reads the storage of each slot at run time
+
+FUSEDOPT_FN int storage_bytes(int storage) { return storage == kFloat32 ? 4 : storage == kFloat64 ? 8 : 2; }
+
+// One element, as the integer that memory holds.
+template <class C>
+FUSEDOPT_FN C decode16(int storage, u16 bits) {
+  return C(storage == kBFloat16 ? float_from_bf16(bits) : float_from_f16(bits));
+}
+
+template <class C>
+FUSEDOPT_FN u16 encode16(int storage, C x) {
+  return storage == kBFloat16 ? bf16_from_float(float(x)) : f16_from_float(float(x));
+}
+
+}  // namespace fusedopt

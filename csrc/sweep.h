@@ -1,0 +1,177 @@
+// What happens to one chunk: load, unscale, rule, store. Written once, for host and device.
+//
+// Access says how memory is reached (cpu/access.h, cuda/access.h) and walks a chunk in vectors of its own width; V is
+// the variant; C the compute type.
+#pragma once
+
+#include "variants.h"
+
+namespace fusedopt {
+
+// A width that a walk passes to the sweep: N elements, of which the last few may be missing (partial), at addresses
+// that are aligned for N-wide access or not.
+template <int N, bool kAligned_ = true, bool kPartial_ = false>
+struct Width {
+  static constexpr int value = N;
+  static constexpr bool kAligned = kAligned_;
+  static constexpr bool kPartial = kPartial_;
+};
+
+// One chunk of one tensor: where each slot's elements are, and how many the chunk has.
+struct ChunkView {
+  u64 address[kElementSlots];  // of the chunk's element 0 where dense, of the tensor's where strided; 0: slot absent
+  u64 storage;
+  const i64* layout;  // null: dense
+  i64 begin;          // of the chunk in its tensor, in elements
+  i32 size;           // in elements
+  u32 aligned;        // bit per slot: vector access is possible from element `boundary` on; the access sets both
+  i32 boundary;
+
+  FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk) {
+    const TensorTable& table = launch.table;
+    begin = i64(chunk.index) * launch.chunk_elements;
+    const i64 rest = table.numel[chunk.tensor] - begin;
+    size = i32(rest < launch.chunk_elements ? rest : launch.chunk_elements);
+    storage = table.storage[chunk.tensor];
+    const i32 at = table.layout[chunk.tensor];
+    layout = at == kDenseLayout ? nullptr : table.layouts + at;
+    aligned = 0;
+    boundary = 0;
+    for (int s = 0; s < kElementSlots; ++s) {
+      const u64 start = s == kGrad ? launch.grads[chunk.tensor] : table.slot(s, chunk.tensor);
+      const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(storage_of(s))) : 0;
+      address[s] = start == 0 ? 0 : start + advance;
+    }
+  }
+  FUSEDOPT_FN int storage_of(int slot) const { return int(storage >> (kStorageBits * slot)) & kStorageMask; }
+  FUSEDOPT_FN bool has(int slot) const { return address[slot] != 0; }
+  FUSEDOPT_FN bool is_aligned(int slot) const { return (aligned >> slot & 1u) != 0; }
+  // True where the chunk is computed in float64: any of its slots is float64.
+  FUSEDOPT_FN bool computes_in_double() const {
+    for (int s = 0; s < kElementSlots; ++s)
+      if (has(s) && storage_of(s) == kFloat64) return true;
+    return false;
+  }
+};
+
+// What becomes of a gradient before the rule sees it.
+template <class C>
+struct Gradient {
+  C scale;
+  bool unscale, negate;
+
+  FUSEDOPT_FN Gradient(const LaunchParams& launch, u32 flags)
+      : scale(launch.grad_scale ? C(*launch.grad_scale) : C(1)),
+        unscale(launch.grad_scale != nullptr),
+        negate((flags & kMaximize) != 0) {}
+
+  template <int N>
+  FUSEDOPT_FN void prepare(C (&g)[N]) const {
+    if (unscale)
+      for (int k = 0; k < N; ++k) g[k] = g[k] / scale;
+    if (negate)
+      for (int k = 0; k < N; ++k) g[k] = -g[k];
+  }
+};
+
+// Where element i of a chunk lies in each slot, in elements from the slot's address.
+struct DenseIndex {
+  i32 i;
+  FUSEDOPT_FN i64 operator()(int) const { return i; }
+};
+
+struct StridedIndex {
+  i64 offset[kElementSlots];
+
+  FUSEDOPT_FN StridedIndex(const i64* layout, i64 i) {
+    const i64 ndim = layout[0];
+    const i64* sizes = layout + 1;
+    const i64* strides = sizes + ndim;
+    for (int s = 0; s < kElementSlots; ++s) offset[s] = 0;
+    for (i64 d = ndim - 1; d >= 0; --d) {
+      const i64 coordinate = i % sizes[d];
+      i /= sizes[d];
+      for (int s = 0; s < kElementSlots; ++s) offset[s] += coordinate * strides[s * ndim + d];
+    }
+  }
+  FUSEDOPT_FN i64 operator()(int slot) const { return offset[slot]; }
+};
+
+template <class Access, class V, class C, class W, class Rule, class Index>
+FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const Index& at,
+                              int count) {
+  constexpr int N = W::value;
+  constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
+  typename Access::template Packet<C, N> packet[kUsed];
+  C x[kElementSlots][N];
+  FUSEDOPT_UNROLL
+  for (int s = 0; s < kUsed; ++s)
+    if (s < kState0 || chunk.has(s))
+      Access::template fetch<W>(packet[s], V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s));
+  FUSEDOPT_UNROLL
+  for (int s = 0; s < kUsed; ++s)
+    if (s < kState0 || chunk.has(s))
+      Access::template decode<W>(packet[s], V::storage(s, chunk.storage), x[s], count);
+    else
+      for (int k = 0; k < N; ++k) x[s][k] = C(0);
+  gradient.prepare(x[kGrad]);
+  FUSEDOPT_UNROLL
+  for (int k = 0; k < N; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
+  FUSEDOPT_UNROLL
+  for (int s = 0; s < kUsed; ++s)
+    if (s == kParam || (s >= kState0 && chunk.has(s)))
+      Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
+                                count);
+}
+
+template <class Access, class V, class C, class Rule>
+FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, int lane, int lanes) {
+  if (V::kStrided && chunk.layout) {
+    FUSEDOPT_LOOP
+    for (i32 i = lane; i < chunk.size; i += lanes)
+      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, StridedIndex(chunk.layout, chunk.begin + i), 1);
+    return;
+  }
+  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
+    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, DenseIndex{i}, count);
+  });
+}
+
+// Hyperparameters of a group, those that are tensors read now.
+FUSEDOPT_FN Hypers read_hypers(const GroupRow& group) {
+  Hypers hypers = group.hypers;
+  for (int h = 0; h < kHypers; ++h) {
+    const u64 address = group.tensor[h];
+    if (address == 0) continue;
+    const int storage = group.storage[h];
+    if (storage == kFloat64)
+      hypers.value[h] = *reinterpret_cast<const double*>(address);
+    else if (storage == kFloat32)
+      hypers.value[h] = *reinterpret_cast<const float*>(address);
+    else
+      hypers.value[h] = decode16<float>(storage, *reinterpret_cast<const u16*>(address));
+  }
+  return hypers;
+}
+
+FUSEDOPT_FN bool is_skipped(const LaunchParams& launch) { return launch.found_inf && *launch.found_inf != 0.0f; }
+
+FUSEDOPT_FN float* step_of(const LaunchParams& launch, u64 tensor) {
+  return reinterpret_cast<float*>(launch.table.slot(kStep, tensor));
+}
+
+// The count of the step being taken, from 1. A tensor whose rule needs no count has no step slot.
+FUSEDOPT_FN u64 next_step(const LaunchParams& launch, u32 tensor) {
+  const float* step = step_of(launch, tensor);
+  return step ? u64(*step) + 1 : 1;
+}
+
+// What the last to finish does: every tensor that had a gradient has taken a step.
+FUSEDOPT_FN void advance_steps(const LaunchParams& launch, int lane, int lanes) {
+  for (u64 t = u64(lane); t < launch.table.rows; t += u64(lanes)) {
+    float* step = step_of(launch, t);
+    if (step && launch.grads[t] != 0) *step += 1.0f;
+  }
+}
+
+}  // namespace fusedopt

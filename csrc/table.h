@@ -1,0 +1,64 @@
+// The tensor table, the chunk plan and the parameters of one launch, as the kernels see them: plain arrays.
+#pragma once
+
+#include "rules/rule.h"
+#include "storage/storage.h"
+
+namespace fusedopt {
+
+// A slot is a column of the table: one address per tensor, 0 where the tensor lacks it.
+enum Slot : int {
+  kParam,
+  kGrad,  // 0 in a launch: no gradient, the tensor is skipped and its step does not advance
+  kState0,
+  kState1,
+  kState2,
+  kStep,  // one float32: how many steps the tensor has taken
+  kSlots
+};
+
+constexpr int kElementSlots = kStep;  // the slots before kStep hold one value per element
+
+constexpr i64 kLeaf = 2048;        // elements; the unit of reduction, counted from a tensor's start
+constexpr int kStorageBits = 4;    // bits per slot in TensorTable::storage
+constexpr int kStorageMask = (1 << kStorageBits) - 1;
+constexpr i32 kDenseLayout = -1;   // every slot dense and in the same order: element i is at address + i·size
+constexpr u64 kEmptyGradient = 1;  // stands for the address of a gradient of 0 elements, which has none
+
+// One group's hyperparameters. tensor[h] != 0: read value h from there at run time, in storage[h].
+struct GroupRow {
+  Hypers hypers;
+  u64 tensor[kHypers];
+  u8 storage[kHypers];
+};
+
+// Part of one tensor, a whole number of leaves: what one block or thread takes at a time.
+struct Chunk {
+  u32 tensor;
+  u32 index;  // the chunk starts at element index · chunk_elements
+};
+
+struct TensorTable {
+  u64 rows;
+  const u64* address;  // kSlots columns of `rows`
+  const i64* numel;
+  const u32* group;
+  const u64* storage;  // kStorageBits per slot
+  const i32* layout;   // kDenseLayout, or where the tensor's strided layout starts in `layouts`
+  const i64* layouts;  // ndim, then sizes[ndim], then strides[ndim] of each element slot, in elements
+  FUSEDOPT_FN u64 slot(int s, u64 row) const { return address[u64(s) * rows + row]; }
+};
+
+struct LaunchParams {
+  TensorTable table;
+  const u64* grads;  // the kGrad column of this step, wherever it travels
+  const GroupRow* groups;
+  const Chunk* chunks;
+  u32 chunk_count;
+  i64 chunk_elements;
+  const float* grad_scale;  // null, or gradients are divided by it
+  const float* found_inf;   // null, or nothing at all changes where it is not 0
+  u32* arrivals;            // blocks that have finished; the last one advances the steps and sets it back to 0
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,172 @@
+// Reads tensors from Python without torch's headers: pointer, dtype, device, shape and strides.
+//
+// Through DLPack's C exchange table where torch has it (≥ 2.10), else through the tensor's Python attributes. Knows the
+// Python C API, not pybind11. Every function wants the GIL; −1 or false means that a Python exception is set.
+#pragma once
+
+#include <Python.h>
+
+#include <cstring>
+#include <vector>
+
+#include "dlpack.h"
+#include "table.h"
+
+namespace fusedopt {
+
+// What a tensor was when its row of the table was made; cheap to compare with what it is now.
+struct TensorFacts {
+  u64 address = 0;
+  dlpack::DataType dtype{};
+  dlpack::Device device{};
+  std::vector<int64_t> extents;  // shape, then strides
+  bool known = false;
+};
+
+class TensorReader {
+ public:
+  // `tensor_type` is torch.Tensor, `capsule` its exchange table or None, `dtypes` maps torch dtypes to (code, bits).
+  void connect(PyObject* tensor_type, PyObject* capsule, PyObject* dtypes);
+
+  bool is_tensor(PyObject* object) const;
+  bool uses_exchange() const { return exchange_ != nullptr; }
+
+  // The facts of `tensor`, stored in `facts`.
+  bool read(PyObject* tensor, TensorFacts& facts);
+
+  // Sets `address` and returns 1 where all facts but the address are as known, 0 where not, −1 with an exception.
+  int matches(PyObject* tensor, const TensorFacts& known, u64& address);
+
+ private:
+  bool describe(PyObject* tensor, dlpack::Tensor& out);
+  bool describe_by_attributes(PyObject* tensor, dlpack::Tensor& out);
+
+  PyObject* tensor_type_ = nullptr;
+  PyObject* dtypes_ = nullptr;
+  int (*exchange_)(void*, dlpack::Tensor*) = nullptr;
+  std::vector<int64_t> scratch_;
+};
+
+namespace reading {
+
+// An owned reference for a scope.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) {}
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  PyObject* get() const { return object_; }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_;
+};
+
+inline bool append_integers(PyObject* sequence, std::vector<int64_t>& to) {
+  const reading::Owned fast(PySequence_Fast(sequence, "a shape is a sequence"));
+  if (!fast) return false;
+  for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(fast.get()); ++k) {
+    const long long value = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(fast.get(), k));
+    if (value == -1 && PyErr_Occurred()) return false;
+    to.push_back(value);
+  }
+  return true;
+}
+
+inline u64 address_of(const dlpack::Tensor& tensor) {
+  return u64(reinterpret_cast<std::uintptr_t>(tensor.data)) + tensor.byte_offset;
+}
+
+}  // namespace reading
+
+inline void TensorReader::connect(PyObject* tensor_type, PyObject* capsule, PyObject* dtypes) {
+  Py_XINCREF(tensor_type);
+  Py_XINCREF(dtypes);
+  tensor_type_ = tensor_type;
+  dtypes_ = dtypes;
+  exchange_ = nullptr;
+  if (!PyCapsule_CheckExact(capsule)) return;
+  auto* header = static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  while (header != nullptr && header->version.major != 1) header = header->previous;
+  if (header == nullptr)
+    PyErr_Clear();
+  else
+    exchange_ = reinterpret_cast<dlpack::ExchangeTable*>(header)->tensor_from_object;
+}
+
+inline bool TensorReader::is_tensor(PyObject* object) const {
+  return tensor_type_ != nullptr &&
+         PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(tensor_type_));
+}
+
+inline bool TensorReader::describe(PyObject* tensor, dlpack::Tensor& out) {
+  if (exchange_ != nullptr) return exchange_(tensor, &out) == 0;
+  return describe_by_attributes(tensor, out);
+}
+
+inline bool TensorReader::describe_by_attributes(PyObject* tensor, dlpack::Tensor& out) {
+  const reading::Owned pointer(PyObject_CallMethod(tensor, "data_ptr", nullptr));
+  const reading::Owned shape(PyObject_GetAttrString(tensor, "shape"));
+  const reading::Owned strides(PyObject_CallMethod(tensor, "stride", nullptr));
+  const reading::Owned dtype(PyObject_GetAttrString(tensor, "dtype"));
+  const reading::Owned device(PyObject_GetAttrString(tensor, "device"));
+  if (!pointer || !shape || !strides || !dtype || !device) return false;
+  PyObject* const code = PyDict_GetItemWithError(dtypes_, dtype.get());  // borrowed
+  if (code == nullptr) {
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "dtype %R is not one that the table knows", dtype.get());
+    return false;
+  }
+  int kind = 0, bits = 0;
+  if (!PyArg_ParseTuple(code, "ii", &kind, &bits)) return false;
+  const reading::Owned type(PyObject_GetAttrString(device.get(), "type"));
+  const reading::Owned index(PyObject_GetAttrString(device.get(), "index"));
+  if (!type || !index) return false;
+  scratch_.clear();
+  if (!reading::append_integers(shape.get(), scratch_)) return false;
+  out.ndim = int32_t(scratch_.size());
+  if (!reading::append_integers(strides.get(), scratch_)) return false;
+  out.data = PyLong_AsVoidPtr(pointer.get());
+  out.dtype = {uint8_t(kind), uint8_t(bits), 1};
+  out.device.type = PyUnicode_CompareWithASCIIString(type.get(), "cpu") == 0 ? 1 : 2;
+  out.device.index = index.get() == Py_None ? 0 : int32_t(PyLong_AsLong(index.get()));
+  out.shape = scratch_.data();
+  out.strides = scratch_.data() + out.ndim;
+  out.byte_offset = 0;
+  return !PyErr_Occurred();
+}
+
+inline bool TensorReader::read(PyObject* tensor, TensorFacts& facts) {
+  dlpack::Tensor view;
+  if (!describe(tensor, view)) return false;
+  facts.address = reading::address_of(view);
+  facts.dtype = view.dtype;
+  facts.device = view.device;
+  facts.extents.assign(view.shape, view.shape + view.ndim);
+  facts.extents.insert(facts.extents.end(), view.strides, view.strides + view.ndim);
+  facts.known = true;
+  return true;
+}
+
+inline int TensorReader::matches(PyObject* tensor, const TensorFacts& known, u64& address) {
+  dlpack::Tensor view;
+  if (!describe(tensor, view)) return -1;
+  address = reading::address_of(view);
+  const size_t bytes = size_t(view.ndim) * sizeof(int64_t);
+  return known.known && view.dtype == known.dtype && view.device.type == known.device.type &&
+         view.device.index == known.device.index && size_t(view.ndim) * 2 == known.extents.size() &&
+         std::memcmp(view.shape, known.extents.data(), bytes) == 0 &&
+         std::memcmp(view.strides, known.extents.data() + view.ndim, bytes) == 0;
+}
+
+// Storage code of a dtype, or −1.
+inline int storage_of(const dlpack::DataType& dtype) {
+  if (dtype.lanes != 1) return -1;
+  if (dtype.code == 2 && dtype.bits == 32) return kFloat32;
+  if (dtype.code == 2 && dtype.bits == 64) return kFloat64;
+  if (dtype.code == 2 && dtype.bits == 16) return kFloat16;
+  if (dtype.code == 4 && dtype.bits == 16) return kBFloat16;
+  return -1;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,25 @@
+// Fixed-width integers and the function marker, for code that host and device compilers both read.
+#pragma once
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define FUSEDOPT_FN __device__ __forceinline__
+#define FUSEDOPT_UNROLL _Pragma("unroll")
+#define FUSEDOPT_LOOP _Pragma("unroll 1")
+#else
+#define FUSEDOPT_FN inline __attribute__((always_inline))
+#define FUSEDOPT_UNROLL
+#define FUSEDOPT_LOOP
+#endif
+
+namespace fusedopt {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "fixed widths");
+
+}  // namespace fusedopt

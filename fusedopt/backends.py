@@ -1,0 +1,233 @@
+"""The backends: who launches, where it can, and which one serves a device."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .core import compiled, why_not_compiled
+from .table import Table, real_view
+
+# Best first.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_launches = 0  # of the backends written in Python
+
+
+class Backend(Protocol):
+    """One way to run a step."""
+
+    name: str
+
+    def why_not(self, device: torch.device) -> str:
+        """Why this backend can not serve a device; empty: it can."""
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """One step of every tensor of a table that has a gradient."""
+
+
+class Cpu:
+    """The C++ engine: one team of threads over all tensors."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        """Chooses the instruction set once: the best, or what FUSEDOPT_CPU_ISA names."""
+        sets: list[str] = compiled.instruction_sets() if compiled else []
+        wanted = os.environ.get("FUSEDOPT_CPU_ISA")
+        if wanted and wanted not in sets:
+            raise ValueError(f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets) or 'none'}")
+        self.isa = wanted or (sets[0] if sets else "")
+
+    def why_not(self, device: torch.device) -> str:
+        """See Backend."""
+        if compiled is None:
+            return f"the extension is not built ({why_not_compiled})"
+        return "" if device.type == "cpu" else f"it serves the CPU, not {device}"
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See Backend."""
+        core: Any = table.core
+        core.launch_cpu(torch.get_num_threads(), self.isa, _pointer(grad_scale), _pointer(found_inf))
+
+
+class Cuda:
+    """The CUDA kernels, through the driver."""
+
+    name = "cuda"
+
+    def why_not(self, device: torch.device) -> str:
+        """See Backend."""
+        if compiled is None:
+            return f"the extension is not built ({why_not_compiled})"
+        if device.type != "cuda":
+            return f"it serves CUDA devices, not {device}"
+        if torch.version.hip:
+            return "this torch is built for ROCm"
+        return str(compiled.cuda_unavailable())
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See Backend."""
+        assert compiled is not None  # why_not said so
+        if table.launcher is None:
+            table.launcher = compiled.CudaLaunch(table.device.index)
+        core: Any = table.core
+        stream = torch.cuda.current_stream(table.device).cuda_stream
+        core.launch_cuda(table.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
+
+
+class Triton:
+    """The Triton kernels: NVIDIA and AMD GPUs, and any device under Triton's interpreter."""
+
+    name = "triton"
+
+    def why_not(self, device: torch.device) -> str:
+        """See Backend."""
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"triton is not installed ({error}); pip install triton"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"on {device} it runs only under its interpreter (TRITON_INTERPRET=1)"
+        return ""
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See Backend."""
+        from .triton_launch import launch
+
+        _count_launch()
+        launch(table, grad_scale, found_inf)
+
+
+class Reference:
+    """Plain torch, tensor by tensor: fusedopt.reference."""
+
+    name = "reference"
+
+    def why_not(self, device: torch.device) -> str:
+        """See Backend."""
+        return ""
+
+    @torch.no_grad()
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See Backend."""
+        _count_launch()
+        if found_inf is not None and float(found_inf) != 0.0:
+            return
+        scale = None if grad_scale is None else float(grad_scale)
+        for row in table.live_rows():
+            group = table.groups[row.group]
+            step = 1 if row.step is None else int(row.step) + 1
+            states = {name: row.states[name] for name in table.rule.states_of(group)}
+            grad = row.param.grad
+            assert grad is not None  # a live row has one
+            tensors = {"param": row.param, **states}
+            dtype = compute_dtype([grad, *tensors.values()])
+            values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
+            updates = table.rule.update(values.pop("param"), real_view(grad).to(dtype), values, step, group, scale)
+            for name, update in updates.items():
+                if name in tensors and update is not None:
+                    real_view(tensors[name]).copy_(update)
+            if row.step is not None:
+                row.step += 1
+
+
+class Emulated:
+    """The CUDA kernels compiled for the host, on CPU tensors: for tests, never chosen by itself."""
+
+    name = "emulated"
+    blocks = 3
+    threads = 64
+    seed = 0
+    inline_columns = True
+
+    def why_not(self, device: torch.device) -> str:
+        """See Backend."""
+        return Cpu.why_not(cpu, device)
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See Backend."""
+        core: Any = table.core
+        core.launch_emulated(
+            self.blocks, self.threads, self.seed, self.inline_columns, _pointer(grad_scale), _pointer(found_inf)
+        )
+
+
+def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """float64 where any tensor is, else float32: what the kernels compute a tensor in."""
+    doubles = (torch.float64, torch.complex128)
+    return torch.float64 if any(tensor.dtype in doubles for tensor in tensors) else torch.float32
+
+
+cpu = Cpu()
+_ALL: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu, Cuda(), Triton(), Reference(), Emulated())
+}
+
+
+def find_backend(name: str | None) -> Backend | None:
+    """The backend of a name, or of FUSEDOPT_BACKEND, or None: choose for each device.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = name or os.environ.get("FUSEDOPT_BACKEND") or None
+    if name is None:
+        return None
+    if name not in _ALL:
+        raise ValueError(f"backend '{name}' is unknown; there are {', '.join(_ALL)}")
+    return _ALL[name]
+
+
+def choose_backend(name: str | None, device: torch.device) -> Backend:
+    """The backend that serves a device: the one asked for, or the best that can.
+
+    Raises:
+        RuntimeError: the one asked for can not serve the device.
+    """
+    asked = find_backend(name)
+    if asked is not None:
+        reason = asked.why_not(device)
+        if reason:
+            raise RuntimeError(f"backend '{asked.name}' can not serve {device}: {reason}")
+        return asked
+    reasons = []
+    for candidate in PREFERENCE.get(device.type, ("reference",)):
+        backend = _ALL[candidate]
+        reason = backend.why_not(device)
+        if not reason:
+            if reasons:
+                warnings.warn(f"fusedopt uses '{candidate}' on {device}: {'; '.join(reasons)}", stacklevel=2)
+            return backend
+        reasons.append(f"'{candidate}' can not serve it: {reason}")
+    raise RuntimeError(f"no backend serves {device}: {'; '.join(reasons)}")
+
+
+def available_backends(device: str | torch.device = "cpu") -> list[str]:
+    """Names of the backends that can serve a device, best first.
+
+    Example:
+        >>> "reference" in available_backends("cpu")
+        True
+    """
+    device = torch.device(device)
+    return [name for name, backend in _ALL.items() if not backend.why_not(device)]
+
+
+def launch_count() -> int:
+    """How many launches this process has made, on all devices and backends."""
+    return _launches + (int(compiled.launch_count()) if compiled else 0)
+
+
+def _count_launch() -> None:
+    global _launches
+    _launches += 1
+
+
+def _pointer(scalar: Tensor | None) -> int:
+    return 0 if scalar is None else scalar.data_ptr()

@@ -1,0 +1,187 @@
+"""Adam and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ..base import FusedOptimizer, ParamsT
+from ..check import check_at_least_0, check_betas, check_flags, check_lr
+from ..rules import MAXIMIZE, Group, Rule
+
+
+def _update(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, group: Group, grad_scale: float | None
+) -> dict[str, Tensor | None]:
+    update = reference.adam(
+        param,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state.get("max_exp_avg_sq"),
+        step=step,
+        lr=float(group["lr"]),
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=bool(group["decoupled_weight_decay"]),
+        maximize=bool(group["maximize"]),
+        grad_scale=grad_scale,
+    )
+    return update._asdict()
+
+
+RULE = Rule(
+    stem="adam",
+    hypers=(("lr", -1), ("betas", 0), ("betas", 1), ("eps", -1), ("weight_decay", -1)),
+    flags=(("maximize", MAXIMIZE), ("amsgrad", 2), ("decoupled_weight_decay", 4)),
+    states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    needs=lambda name, group: name != "max_exp_avg_sq" or bool(group["amsgrad"]),
+    keeps_step=True,
+    update=_update,
+)
+
+
+class Adam(FusedOptimizer):
+    """Adam, AMSGrad and AdamW in one fused launch per device and step; takes the place of ``torch.optim.Adam``.
+
+    Args:
+        params: parameters, named parameters, or parameter groups.
+        lr: learning rate: a float, or a tensor of one element, read anew at every step.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: L2 penalty, or the decoupled decay of AdamW; at least 0.
+        amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
+        foreach: accepted and not needed: every step is one launch.
+        maximize: climb instead of descend.
+        capturable: whether ``step`` may be captured in a CUDA graph. It always may; kept in the groups for torch.
+        differentiable: must be False: a fused update has no derivative.
+        fused: accepted and not needed. With ``foreach`` it is refused, as by torch.
+        decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
+        backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+        RuntimeError: options that exclude each other.
+
+    Example:
+        >>> import torch, fusedopt
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = fusedopt.Adam([weight], lr=0.1)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> [round(x, 4) for x in weight.tolist()]
+        [0.9, 0.9, 0.9]
+    """
+
+    _rule = RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        """See the class."""
+        check_lr(lr, foreach=foreach, capturable=capturable)
+        check_at_least_0("epsilon", eps)
+        check_betas(betas, foreach=foreach, capturable=capturable)
+        check_at_least_0("weight_decay", weight_decay)
+        check_flags(foreach=foreach, fused=fused, differentiable=differentiable)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what ``pickle`` or ``load_state_dict`` brings, filling in what older torch did not save."""
+        super().__setstate__(state)
+        self._fill_groups(
+            amsgrad=False,
+            maximize=False,
+            foreach=None,
+            capturable=False,
+            differentiable=False,
+            fused=None,
+            decoupled_weight_decay=False,
+        )
+
+
+class AdamW(Adam):
+    """AdamW in one fused launch per device and step; takes the place of ``torch.optim.AdamW``.
+
+    Adam with the decoupled weight decay of Loshchilov & Hutter 2019, 0.01 by default. See :class:`Adam` for the rest.
+
+    Example:
+        >>> import torch, fusedopt
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = fusedopt.AdamW([weight], lr=0.1, weight_decay=0.5)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> [round(x, 4) for x in weight.tolist()]
+        [0.85, 0.85, 0.85]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """See :class:`Adam`."""
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            backend=backend,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores as :class:`Adam` does; the decay of AdamW stays decoupled whatever was saved."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

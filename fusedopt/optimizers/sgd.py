@@ -1,0 +1,116 @@
+"""SGD: plain, with momentum, with Nesterov's momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .. import reference
+from ..base import FusedOptimizer, ParamsT
+from ..check import check_at_least_0, check_flags, check_lr
+from ..rules import MAXIMIZE, Group, Rule
+
+
+def _update(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, group: Group, grad_scale: float | None
+) -> dict[str, Tensor | None]:
+    update = reference.sgd(
+        param,
+        grad,
+        state.get("momentum_buffer"),
+        step=step,
+        lr=float(group["lr"]),
+        momentum=float(group["momentum"]),
+        dampening=float(group["dampening"]),
+        weight_decay=float(group["weight_decay"]),
+        nesterov=bool(group["nesterov"]),
+        maximize=bool(group["maximize"]),
+        grad_scale=grad_scale,
+    )
+    return update._asdict()
+
+
+RULE = Rule(
+    stem="sgd",
+    hypers=(("lr", -1), ("momentum", -1), ("dampening", -1), ("weight_decay", -1)),
+    flags=(("maximize", MAXIMIZE), ("nesterov", 2)),
+    states=("momentum_buffer",),
+    needs=lambda name, group: isinstance(group["momentum"], Tensor) or group["momentum"] != 0,
+    keeps_step=False,
+    update=_update,
+)
+
+
+class SGD(FusedOptimizer):
+    """Stochastic gradient descent in one fused launch per device and step; takes the place of ``torch.optim.SGD``.
+
+    Args:
+        params: parameters, named parameters, or parameter groups.
+        lr: learning rate: a float, or a tensor of one element, read anew at every step.
+        momentum: factor of the old velocity, at least 0; 0 keeps no velocity.
+        dampening: share of the gradient that is kept out of the velocity after the first step.
+        weight_decay: L2 penalty, at least 0.
+        nesterov: look ahead along the velocity; needs momentum and no dampening.
+        maximize: climb instead of descend.
+        foreach: accepted and not needed: every step is one launch.
+        differentiable: must be False: a fused update has no derivative.
+        fused: accepted and not needed. With ``foreach`` it is refused, as by torch.
+        backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range.
+        RuntimeError: options that exclude each other.
+
+    Example:
+        >>> import torch, fusedopt
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = fusedopt.SGD([weight], lr=0.25, momentum=0.9)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> weight.tolist()
+        [0.75, 0.75, 0.75]
+    """
+
+    _rule = RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """See the class."""
+        check_lr(lr, foreach=foreach, capturable=True)
+        check_at_least_0("momentum", momentum)
+        check_at_least_0("weight_decay", weight_decay)
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        check_flags(foreach=foreach, fused=fused, differentiable=differentiable)
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores what ``pickle`` or ``load_state_dict`` brings, filling in what older torch did not save."""
+        super().__setstate__(state)
+        self._fill_groups(nesterov=False, maximize=False, foreach=None, differentiable=False, fused=None)

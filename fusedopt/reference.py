@@ -1,0 +1,183 @@
+"""The same updates from scratch in plain torch: the truth in float64, and bit for bit the kernels in float32.
+
+Each rule is the paper's lines on tensors of one floating dtype, from separate multiplications, additions, subtractions,
+divisions and square roots. Nothing here is fast, and nothing is clever.
+
+Example:
+    >>> import torch
+    >>> p, g = torch.tensor([1.0]), torch.tensor([0.5])
+    >>> update = sgd(p, g, None, step=1, lr=0.1)
+    >>> float(update.param)
+    0.949999988079071
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+
+class SGDUpdate(NamedTuple):
+    """What a step of SGD leaves behind: new tensors, in the dtype of the computation."""
+
+    param: Tensor
+    momentum_buffer: Tensor | None
+
+
+class AdamUpdate(NamedTuple):
+    """What a step of Adam leaves behind: new tensors, in the dtype of the computation."""
+
+    param: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+
+
+def power(base: float, t: int) -> float:
+    """``base**t`` by repeated squaring in float64: the same bits wherever it is done, where ``pow`` is not."""
+    result = 1.0
+    while t > 0:
+        if t & 1:
+            result *= base
+        base *= base
+        t >>= 1
+    return result
+
+
+def square_root(x: Tensor) -> Tensor:
+    """The correctly rounded root. ``torch.sqrt`` is that on GPUs; on CPUs it goes through a vector library that misses
+    the last bit of about one float32 in six, so the processor's own root is taken there, by numpy.
+    """
+    if x.device.type != "cpu":
+        return torch.sqrt(x)
+    with numpy.errstate(invalid="ignore"):  # the root of a negative number is NaN here as there
+        return torch.from_numpy(numpy.sqrt(numpy.atleast_1d(x.detach().numpy()))).reshape(x.shape)
+
+
+def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """``start + weight·(end − start)``, from whichever end is nearer, so that weight 1 gives ``end`` exactly."""
+    w, rest = _scalar(weight, start), _scalar(1.0 - weight, start)
+    difference = end - start
+    if float(w) < 0.5:
+        return start + w * difference
+    return end - difference * rest
+
+
+def sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    step: int,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: float | None = None,
+) -> SGDUpdate:
+    """Stochastic gradient descent (Robbins & Monro 1951; Polyak 1964; Sutskever et al. 2013).
+
+    Args:
+        param: the parameter, any floating dtype.
+        grad: its gradient, same shape and dtype.
+        momentum_buffer: the velocity; not read on the first step.
+        step: the count of this step, from 1. The first velocity is the gradient itself.
+        lr: learning rate.
+        momentum: factor of the old velocity; 0: no velocity is kept.
+        dampening: share of the gradient that is kept out of the velocity after the first step.
+        weight_decay: L2 penalty, added to the gradient.
+        nesterov: look ahead along the velocity.
+        maximize: climb instead of descend.
+        grad_scale: what the gradient is divided by first, as ``torch.amp`` asks; None: nothing.
+
+    Returns:
+        The parameter and its velocity after the step.
+    """
+    g = _prepare(grad, grad_scale, maximize)
+    decay = _scalar(weight_decay, param)
+    if float(decay) != 0.0:
+        g = g + decay * param
+    if momentum == 0.0:
+        return SGDUpdate(param - _scalar(lr, param) * g, None)
+    if step == 1 or momentum_buffer is None:
+        velocity = g
+    else:
+        velocity = _scalar(momentum, param) * momentum_buffer + _scalar(1.0 - dampening, param) * g
+    direction = g + _scalar(momentum, param) * velocity if nesterov else velocity
+    return SGDUpdate(param - _scalar(lr, param) * direction, velocity)
+
+
+def adam(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+    grad_scale: float | None = None,
+) -> AdamUpdate:
+    """Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018), AdamW (Loshchilov & Hutter 2019).
+
+    In the order that Kingma & Ba's section 2 recommends: ``α_t = α·√(1−β₂ᵗ)/(1−β₁ᵗ)`` and ``ε̂ = ε·√(1−β₂ᵗ)``.
+
+    Args:
+        param: the parameter, any floating dtype.
+        grad: its gradient, same shape and dtype.
+        exp_avg: first moment ``m``.
+        exp_avg_sq: second moment ``v``.
+        max_exp_avg_sq: largest second moment so far: AMSGrad; None: Adam.
+        step: the count ``t`` of this step, from 1.
+        lr: learning rate ``α``.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: ``ε``, added to the root of the second moment.
+        weight_decay: ``λ``.
+        decoupled: AdamW's decay of the parameter itself; False: L2 penalty added to the gradient.
+        maximize: climb instead of descend.
+        grad_scale: what the gradient is divided by first, as ``torch.amp`` asks; None: nothing.
+
+    Returns:
+        The parameter and its moments after the step.
+    """
+    bias_correction1 = 1.0 - power(beta1, step)
+    bias_correction2_sqrt = math.sqrt(1.0 - power(beta2, step))
+    alpha_t = _scalar(lr / bias_correction1 * bias_correction2_sqrt, param)
+    eps_hat = _scalar(eps * bias_correction2_sqrt, param)
+    l2 = _scalar(0.0 if decoupled else weight_decay, param)
+    decay = _scalar(lr * weight_decay if decoupled else 0.0, param)
+
+    g = _prepare(grad, grad_scale, maximize)
+    if float(l2) != 0.0:
+        g = g + l2 * param
+    m = lerp(exp_avg, g, 1.0 - beta1)
+    v = _scalar(beta2, param) * exp_avg_sq + _scalar(1.0 - beta2, param) * g * g
+    v_max = None if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, v)
+    update = alpha_t * (m / (square_root(v if v_max is None else v_max) + eps_hat))
+    if float(decay) != 0.0:
+        update = update + decay * param
+    return AdamUpdate(param - update, m, v, v_max)
+
+
+def _scalar(x: float, like: Tensor) -> Tensor:
+    """A hyperparameter, rounded once to the dtype of the computation."""
+    return torch.tensor(x, dtype=torch.float64).to(dtype=like.dtype, device=like.device)
+
+
+def _prepare(grad: Tensor, grad_scale: float | None, maximize: bool) -> Tensor:
+    if grad_scale is not None:
+        grad = grad / _scalar(grad_scale, grad)
+    return -grad if maximize else grad

@@ -1,0 +1,41 @@
+"""What the host must know of a rule: its stem, where a group keeps its hyperparameters, which states it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+Group = Mapping[str, Any]
+
+MAXIMIZE = 1  # flag bit 0 of every rule: csrc/rules/rule.h
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The host's side of csrc/rules/<stem>.h.
+
+    Attributes:
+        stem: the name that the rule has everywhere.
+        hypers: for each hyperparameter, in the order of the rule's ``enum Hyper``: the group's key, and the item
+            within that value or -1 for the value itself.
+        flags: the group's keys that are flags, and their bits in the rule's ``enum Flag``.
+        states: names of the state tensors, in the order of the table's state slots.
+        needs: whether a group's tensors need a state, by its name.
+        keeps_step: whether the state has a ``step``; else the count is kept beside it, out of the state.
+        update: the rule in ``fusedopt.reference``, called with tensors, states by name, and hyperparameters.
+    """
+
+    stem: str
+    hypers: tuple[tuple[str, int], ...]
+    flags: tuple[tuple[str, int], ...]
+    states: tuple[str, ...]
+    needs: Callable[[str, Group], bool]
+    keeps_step: bool
+    update: Callable[[Tensor, Tensor, Mapping[str, Tensor], int, Group, float | None], dict[str, Tensor | None]]
+
+    def states_of(self, group: Group) -> tuple[str, ...]:
+        """Names of the states that a group's tensors need."""
+        return tuple(name for name in self.states if self.needs(name, group))
