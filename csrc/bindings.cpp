@@ -10,6 +10,7 @@
 #include "cuda/images.h"
 #include "cuda/kernel.h"
 #include "cuda/launcher.h"
+#include "dict_watch.h"
 #include "host_table.h"
 #include "tensor_reader.h"
 
@@ -35,13 +36,34 @@ struct FlagKey {
 // One parameter as the table last saw it.
 struct Watch {
   py::object param;  // owned, as the table points into it
+  u32 group = 0;     // it stands at `place` in this group's list of parameters
+  Py_ssize_t place = 0;
+  DictWatch state{};
   py::list keep{};   // what else the row points into
   TensorFacts param_facts;
   TensorFacts grad_facts;
   bool unwrap = false;  // DTensor: its _local_tensor is what the row holds
+  bool stand_in = false;  // the row's gradient was made from the parameter's, and has to be made again each step
 };
 
 [[noreturn]] void fail() { throw py::error_already_set(); }
+
+// param.grad: through the getter that this type's attribute is, looked up once a type.
+py::object grad_of(PyObject* param) {
+  static PyObject* const kName = PyUnicode_InternFromString("grad");
+  static PyTypeObject* known_type = nullptr;
+  static PyGetSetDef* known_getter = nullptr;
+  if (Py_TYPE(param) != known_type) {
+    const auto attribute = py::reinterpret_steal<py::object>(PyObject_GetAttr((PyObject*)Py_TYPE(param), kName));
+    if (!attribute) fail();
+    const bool is_getter = Py_TYPE(attribute.ptr()) == &PyGetSetDescr_Type;
+    known_getter = is_getter ? reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset : nullptr;
+    known_type = Py_TYPE(param);
+  }
+  PyObject* const grad = known_getter ? known_getter->get(param, known_getter->closure) : PyObject_GetAttr(param, kName);
+  if (grad == nullptr) fail();
+  return py::reinterpret_steal<py::object>(grad);
+}
 
 py::object local_tensor(const py::object& tensor, bool unwrap) {
   return unwrap ? py::object(tensor.attr("_local_tensor")) : tensor;
@@ -65,12 +87,37 @@ class Table {
     sizes_ = std::move(sizes);
     host_.resize(rows);
     host_.resize_groups(groups);
+    extents_.clear();
     watches_.clear();
     watches_.resize(rows);
     live_.assign(rows, false);
     values_.assign(groups * (hypers_.size() + flags_.size()), py::object());
     shapes_.assign(groups, ~u64(0));
+    params_.assign(groups, nullptr);
     live_params_ = py::none();
+  }
+
+  // Where each row's parameter stands: its group, and its position in that group's list.
+  void set_places(const std::vector<std::pair<u32, Py_ssize_t>>& places) {
+    for (u64 row = 0; row < watches_.size(); ++row) {
+      watches_[row].group = places.at(row).first;
+      watches_[row].place = places.at(row).second;
+    }
+  }
+
+  // The optimizer's state: from now on refresh() reports the rows to which it gives another dict.
+  void watch_states(const py::dict& states) {
+    states_ = states;
+    states_watch_.watch(states, {});
+  }
+
+  // From now on refresh() reports the row when `state` no longer holds these very objects.
+  void watch_state(u64 row, const py::dict& state, const py::dict& entries) {
+    std::vector<DictWatch::Entry> all;
+    for (const auto& [key, value] : entries)
+      all.emplace_back(py::reinterpret_borrow<py::str>(key),
+                       value.is_none() ? py::object() : py::reinterpret_borrow<py::object>(value));
+    watches_.at(row).state.watch(state, std::move(all));
   }
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
@@ -87,42 +134,47 @@ class Table {
     watch.param = std::move(param);
     watch.keep = std::move(keep);
     watch.unwrap = unwrap;
-    if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts)) fail();
-    watch.grad_facts.known = false;
-    if (!grad.is_none() && !reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts)) fail();
+    watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
+    watch.stand_in = false;
+    if (!grad.is_none()) {
+      if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
+      if (!reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts, extents_)) fail();
+      watch.stand_in = !grad_of(watch.param.ptr()).is(grad);
+    }
+    if (extents_.size() > kMostExtents) forget_facts();
     set_live(row, !grad.is_none());
   }
 
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
   py::object refresh() {
     py::list changed;
-    static PyObject* const kGradName = PyUnicode_InternFromString("grad");
+    const bool states_changed = !states_watch_.is_unchanged();
     for (u64 row = 0; row < watches_.size(); ++row) {
-      const Watch& watch = watches_[row];
-      const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(watch.param.ptr(), kGradName));
-      if (!grad) fail();
-      if (!row_is_current(row, watch, grad)) changed.append(row);
+      prefetch(row + kPrefetchRows);
+      if (!row_is_current(row, watches_[row]) || (states_changed && !state_is_current(watches_[row]))) changed.append(row);
     }
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
 
   // Reads every group's hyperparameters. Returns the groups of which a flag, or whether a value is 0, has changed since
-  // the last call: what a tensor needs for its step may have changed with it. −1 where parameters came or went.
+  // the last call: what a tensor needs for its step may have changed with it. −1 where parameters came, went or were
+  // replaced by others.
   py::object read_groups(const py::list& groups) {
     py::list changed;
     static const py::str kParams("params");
     if (groups.size() != host_.groups()) return py::int_(-1);
     for (u64 g = 0; g < host_.groups(); ++g) {
       const py::handle group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(g));
-      const Py_ssize_t size = PyObject_Length(lookup(group, kParams).ptr());
-      if (size < 0) fail();
-      if (size != sizes_[g]) return py::int_(-1);
+      params_[g] = lookup(group, kParams).ptr();
+      if (!PyList_Check(params_[g]) || PyList_GET_SIZE(params_[g]) != sizes_[g]) return py::int_(-1);
       read_values(g, group);
       read_flags(g, group);
       const u64 shape = shape_of(host_.group(g).hypers);
       if (shape != shapes_[g]) changed.append(g);
       shapes_[g] = shape;
     }
+    for (const Watch& watch : watches_)
+      if (PyList_GET_ITEM(params_[watch.group], watch.place) != watch.param.ptr()) return py::int_(-1);
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
 
@@ -182,6 +234,28 @@ class Table {
     return all;
   }
 
+  // What the garbage collector must know: a hook on a parameter may hold the optimizer, and that this table.
+  int traverse(visitproc visit, void* arg) const {
+    Py_VISIT(states_.ptr());
+    Py_VISIT(live_params_.ptr());
+    for (const py::object& value : values_) Py_VISIT(value.ptr());
+    for (const Watch& watch : watches_) {
+      Py_VISIT(watch.param.ptr());
+      Py_VISIT(watch.keep.ptr());
+      if (const int stop = watch.state.traverse(visit, arg)) return stop;
+    }
+    return states_watch_.traverse(visit, arg);
+  }
+
+  // Lets go of every Python object.
+  void clear() {
+    watches_.clear();
+    values_.clear();
+    states_watch_ = {};
+    states_ = py::object();
+    live_params_ = py::none();
+  }
+
   u64 revision() const { return host_.revision(); }
   u64 rows() const { return host_.rows(); }
   std::string variant() { return variant_names()[size_t(host_.variant())]; }
@@ -189,24 +263,63 @@ class Table {
 
  private:
   static constexpr i64 kCpuChunk = 32768;
+  static constexpr u64 kPrefetchRows = 6;
+  static constexpr size_t kMostExtents = size_t(1) << 24;
 
-  bool row_is_current(u64 row, const Watch& watch, const py::object& grad) {
-    u64 address = 0;
-    const py::object param = local_tensor(watch.param, watch.unwrap);
-    int same = reader.matches(param.ptr(), watch.param_facts, address);
-    if (same < 0) fail();
-    if (!same || address != watch.param_facts.address) return false;
+  // Tensors lie scattered over the heap: the next ones are asked for while this one is looked at.
+  void prefetch(u64 row) const {
+    if (row >= watches_.size()) return;
+    const Watch& watch = watches_[row];
+    __builtin_prefetch(watch.param.ptr());
+    __builtin_prefetch(watch.param_facts.hint);
+    __builtin_prefetch(watch.grad_facts.hint);
+  }
+
+  // A row without gradient is passed over by the launch: what else it says is looked at when a gradient comes.
+  bool row_is_current(u64 row, Watch& watch) {
+    const py::object grad = grad_of(watch.param.ptr());
     if (grad.is_none()) {
       host_.set_grad(row, 0);
       set_live(row, false);
       return true;
     }
-    same = reader.matches(local_tensor(grad, watch.unwrap).ptr(), watch.grad_facts, address);
-    if (same < 0) fail();
-    if (!same) return false;
+    u64 address = 0;
+    if (watch.stand_in || !watch.state.is_current()) return false;
+    if (!matches(watch.param.ptr(), watch, watch.param_facts, address) || address != watch.param_facts.address)
+      return false;
+    if (!matches(grad.ptr(), watch, watch.grad_facts, address) || is_lazy(grad, watch.grad_facts)) return false;
     host_.set_grad(row, host_.numel(row) == 0 ? kEmptyGradient : address);
     set_live(row, true);
     return true;
+  }
+
+  // After a change of the optimizer's state: does it still give every parameter the dict that its row watches?
+  bool state_is_current(const Watch& watch) const {
+    PyObject* const found = PyDict_GetItemWithError(states_.ptr(), watch.param.ptr());  // borrowed
+    if (found == nullptr && PyErr_Occurred()) fail();
+    return watch.state.watches(found);
+  }
+
+  bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, u64& address) {
+    if (facts.ndim == TensorFacts::kUnknown) return false;
+    const int same =
+        watch.unwrap
+            ? reader.matches(py::handle(tensor).attr("_local_tensor").cast<py::object>().ptr(), facts, extents_, address)
+            : reader.matches(tensor, facts, extents_, address);
+    if (same < 0) PyErr_Clear();  // it can not be read, such as a sparse one: Python will say what is wrong
+    return same == 1;
+  }
+
+  // Whether a complex tensor's memory holds the conjugate or the negative of its values.
+  static bool is_lazy(const py::object& tensor, const TensorFacts& facts) {
+    if (facts.dtype.code != dlpack::kComplex) return false;
+    return py::cast<bool>(tensor.attr("is_conj")()) || py::cast<bool>(tensor.attr("is_neg")());
+  }
+
+  // Rows that changed often have left their old extents behind: every row describes itself anew.
+  void forget_facts() {
+    extents_.clear();
+    for (Watch& watch : watches_) watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
   }
 
   void set_live(u64 row, bool live) {
@@ -232,7 +345,8 @@ class Table {
       if (hypers_[h].item >= 0) now = now[py::int_(hypers_[h].item)];
       py::object& before = value(g, h);
       const bool is_tensor = reader.is_tensor(now.ptr());
-      if (now.is(before) && !is_tensor) continue;
+      const bool is_constant = PyFloat_CheckExact(now.ptr()) || PyLong_CheckExact(now.ptr());
+      if (now.is(before) && is_constant) continue;
       before = now;
       if (is_tensor)
         read_tensor_value(host_.group(g), int(h), now);
@@ -255,11 +369,16 @@ class Table {
   // A tensor on the table's device is read by the launch itself, any other one here and now.
   void read_tensor_value(GroupRow& group, int h, const py::object& tensor) {
     TensorFacts facts;
-    if (!reader.read(tensor.ptr(), facts)) fail();
+    std::vector<int64_t> extents;
+    if (!reader.read(tensor.ptr(), facts, extents)) fail();
+    i64 elements = 1;
+    for (int32_t d = 0; d < facts.ndim; ++d) elements *= extents[size_t(d)];
+    if (elements != 1) throw py::value_error("a tensor of 1 element is wanted, not one of " + std::to_string(elements));
     const int storage = storage_of(facts.dtype);
     const bool here = facts.device.type == device_.type && facts.device.index == device_.index && storage >= 0;
     if (!here) return set_value(group, h, number(tensor.attr("item")()));
-    group.hypers.value[h] = 1.0;  // not 0: unknown until the launch
+    // Only whether this is 0 matters before the launch; a GPU's value is not known by then.
+    group.hypers.value[h] = device_.type == dlpack::kHost ? number(tensor.attr("item")()) : 1.0;
     group.tensor[h] = facts.address;
     group.storage[h] = u8(storage);
   }
@@ -269,7 +388,7 @@ class Table {
     for (size_t f = 0; f < flags_.size(); ++f) {
       const py::handle now = lookup(group, flags_[f].key);
       py::object& before = value(g, hypers_.size() + f);
-      if (now.is(before)) continue;
+      if (now.is(before) && PyBool_Check(now.ptr())) continue;
       before = py::reinterpret_borrow<py::object>(now);
       const int truth = PyObject_IsTrue(now.ptr());
       if (truth < 0) fail();
@@ -309,12 +428,37 @@ class Table {
   std::vector<HyperKey> hypers_;
   std::vector<FlagKey> flags_;
   std::vector<Watch> watches_;
+  std::vector<int64_t> extents_;  // shapes and strides that the facts point into
   std::vector<bool> live_;
   std::vector<py::object> values_;  // per group: hyperparameters and flags as last read
   std::vector<u64> shapes_;
   std::vector<Py_ssize_t> sizes_;
+  std::vector<PyObject*> params_;  // each group's list, borrowed for as long as the groups are read
   py::object live_params_ = py::none();
+  py::object states_;  // the optimizer's: parameter to dict
+  DictWatch states_watch_;
 };
+
+// Null while its constructor has not returned.
+Table* table_of(PyObject* self) {
+  auto* const instance = reinterpret_cast<py::detail::instance*>(self);
+  return instance->get_value_and_holder().holder_constructed() ? py::cast<Table*>(py::handle(self)) : nullptr;
+}
+
+// https://pybind11.readthedocs.io/en/stable/advanced/classes.html#custom-type-setup
+void let_table_be_collected(PyHeapTypeObject* heap_type) {
+  PyTypeObject* const type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const Table* const table = table_of(self);
+    return table ? table->traverse(visit, arg) : 0;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (Table* const table = table_of(self)) table->clear();
+    return 0;
+  };
+}
 
 }  // namespace
 
@@ -345,13 +489,16 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FLOAT64") = int(kFloat64);
   m.attr("EMPTY_GRADIENT") = kEmptyGradient;
 
-  py::class_<Table>(m, "Table")
+  py::class_<Table>(m, "Table", py::custom_type_setup(let_table_be_collected))
       .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&,
                     const std::vector<std::pair<std::string, u32>>&, std::pair<int, int>>(),
            py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("device"))
       .def("resize", &Table::resize, py::arg("rows"), py::arg("group_sizes"))
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("numel"),
            py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"), py::arg("keep"))
+      .def("set_places", &Table::set_places, py::arg("places"))
+      .def("watch_states", &Table::watch_states, py::arg("states"))
+      .def("watch_state", &Table::watch_state, py::arg("row"), py::arg("state"), py::arg("entries"))
       .def("refresh", &Table::refresh)
       .def("read_groups", &Table::read_groups, py::arg("groups"))
       .def("live_params", &Table::live_params)

@@ -9,9 +9,13 @@
 namespace fusedopt {
 namespace dlpack {
 
+constexpr int32_t kHost = 1;      // a Device's type
+constexpr uint8_t kComplex = 5;   // a DataType's code
+
 struct Device {
   int32_t type;  // 1 CPU, 2 CUDA, 3 CUDA host, 10 ROCm, ...
   int32_t index;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 
 struct DataType {

@@ -81,6 +81,7 @@ int HostTable::variant() {
   int state_storage = kNone;
   u32 features = 0;
   for (u64 t = 0; t < rows_; ++t) {
+    if (slot(kParam, t) == 0) continue;  // never had a gradient
     if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;
     for (int s = 0; s < kElementSlots; ++s) {
       if (slot(s, t) == 0 && s != kGrad) continue;

@@ -104,11 +104,11 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
   typename Access::template Packet<C, N> packet[kUsed];
   C x[kElementSlots][N];
-  FUSEDOPT_UNROLL
+  FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (s < kState0 || chunk.has(s))
       Access::template fetch<W>(packet[s], V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s));
-  FUSEDOPT_UNROLL
+  FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (s < kState0 || chunk.has(s))
       Access::template decode<W>(packet[s], V::storage(s, chunk.storage), x[s], count);
@@ -117,7 +117,7 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   gradient.prepare(x[kGrad]);
   FUSEDOPT_UNROLL
   for (int k = 0; k < N; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
-  FUSEDOPT_UNROLL
+  FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (s == kParam || (s >= kState0 && chunk.has(s)))
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],

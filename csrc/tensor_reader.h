@@ -6,7 +6,6 @@
 
 #include <Python.h>
 
-#include <cstring>
 #include <vector>
 
 #include "dlpack.h"
@@ -16,11 +15,13 @@ namespace fusedopt {
 
 // What a tensor was when its row of the table was made; cheap to compare with what it is now.
 struct TensorFacts {
+  static constexpr int32_t kUnknown = -1;
   u64 address = 0;
   dlpack::DataType dtype{};
   dlpack::Device device{};
-  std::vector<int64_t> extents;  // shape, then strides
-  bool known = false;
+  int32_t ndim = kUnknown;
+  uint32_t extents = 0;  // where shape and strides start in the table's list of extents
+  const void* hint = nullptr;  // somewhere in the tensor's own memory, to prefetch and never to read
 };
 
 class TensorReader {
@@ -31,14 +32,29 @@ class TensorReader {
   bool is_tensor(PyObject* object) const;
   bool uses_exchange() const { return exchange_ != nullptr; }
 
-  // The facts of `tensor`, stored in `facts`.
-  bool read(PyObject* tensor, TensorFacts& facts);
+  // The facts of `tensor`, stored in `facts` and at the end of `extents`.
+  bool read(PyObject* tensor, TensorFacts& facts, std::vector<int64_t>& extents);
 
   // Sets `address` and returns 1 where all facts but the address are as known, 0 where not, −1 with an exception.
-  int matches(PyObject* tensor, const TensorFacts& known, u64& address);
+  int matches(PyObject* tensor, const TensorFacts& known, const std::vector<int64_t>& extents, u64& address) {
+    dlpack::Tensor view;
+    if (!describe(tensor, view)) return -1;
+    address = address_of(view);
+    if (!(view.dtype == known.dtype) || view.ndim != known.ndim || !(view.device == known.device)) return 0;
+    const int64_t* const shape = extents.data() + known.extents;
+    const int64_t* const strides = shape + view.ndim;
+    for (int32_t d = 0; d < view.ndim; ++d)
+      if (view.shape[d] != shape[d] || view.strides[d] != strides[d]) return 0;
+    return 1;
+  }
 
  private:
-  bool describe(PyObject* tensor, dlpack::Tensor& out);
+  static u64 address_of(const dlpack::Tensor& tensor) {
+    return u64(reinterpret_cast<std::uintptr_t>(tensor.data)) + tensor.byte_offset;
+  }
+  bool describe(PyObject* tensor, dlpack::Tensor& out) {
+    return exchange_ != nullptr ? exchange_(tensor, &out) == 0 : describe_by_attributes(tensor, out);
+  }
   bool describe_by_attributes(PyObject* tensor, dlpack::Tensor& out);
 
   PyObject* tensor_type_ = nullptr;
@@ -74,10 +90,6 @@ inline bool append_integers(PyObject* sequence, std::vector<int64_t>& to) {
   return true;
 }
 
-inline u64 address_of(const dlpack::Tensor& tensor) {
-  return u64(reinterpret_cast<std::uintptr_t>(tensor.data)) + tensor.byte_offset;
-}
-
 }  // namespace reading
 
 inline void TensorReader::connect(PyObject* tensor_type, PyObject* capsule, PyObject* dtypes) {
@@ -98,11 +110,6 @@ inline void TensorReader::connect(PyObject* tensor_type, PyObject* capsule, PyOb
 inline bool TensorReader::is_tensor(PyObject* object) const {
   return tensor_type_ != nullptr &&
          PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(tensor_type_));
-}
-
-inline bool TensorReader::describe(PyObject* tensor, dlpack::Tensor& out) {
-  if (exchange_ != nullptr) return exchange_(tensor, &out) == 0;
-  return describe_by_attributes(tensor, out);
 }
 
 inline bool TensorReader::describe_by_attributes(PyObject* tensor, dlpack::Tensor& out) {
@@ -136,27 +143,18 @@ inline bool TensorReader::describe_by_attributes(PyObject* tensor, dlpack::Tenso
   return !PyErr_Occurred();
 }
 
-inline bool TensorReader::read(PyObject* tensor, TensorFacts& facts) {
+inline bool TensorReader::read(PyObject* tensor, TensorFacts& facts, std::vector<int64_t>& extents) {
   dlpack::Tensor view;
   if (!describe(tensor, view)) return false;
-  facts.address = reading::address_of(view);
+  facts.address = address_of(view);
   facts.dtype = view.dtype;
   facts.device = view.device;
-  facts.extents.assign(view.shape, view.shape + view.ndim);
-  facts.extents.insert(facts.extents.end(), view.strides, view.strides + view.ndim);
-  facts.known = true;
+  facts.ndim = view.ndim;
+  facts.hint = view.shape;
+  facts.extents = uint32_t(extents.size());
+  extents.insert(extents.end(), view.shape, view.shape + view.ndim);
+  extents.insert(extents.end(), view.strides, view.strides + view.ndim);
   return true;
-}
-
-inline int TensorReader::matches(PyObject* tensor, const TensorFacts& known, u64& address) {
-  dlpack::Tensor view;
-  if (!describe(tensor, view)) return -1;
-  address = reading::address_of(view);
-  const size_t bytes = size_t(view.ndim) * sizeof(int64_t);
-  return known.known && view.dtype == known.dtype && view.device.type == known.device.type &&
-         view.device.index == known.device.index && size_t(view.ndim) * 2 == known.extents.size() &&
-         std::memcmp(view.shape, known.extents.data(), bytes) == 0 &&
-         std::memcmp(view.strides, known.extents.data() + view.ndim, bytes) == 0;
 }
 
 // Storage code of a dtype, or −1.

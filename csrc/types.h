@@ -4,10 +4,12 @@
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define FUSEDOPT_FN __device__ __forceinline__
 #define FUSEDOPT_UNROLL _Pragma("unroll")
+#define FUSEDOPT_UNROLL_SLOTS _Pragma("unroll")
 #define FUSEDOPT_LOOP _Pragma("unroll 1")
 #else
 #define FUSEDOPT_FN inline __attribute__((always_inline))
 #define FUSEDOPT_UNROLL
+#define FUSEDOPT_UNROLL_SLOTS _Pragma("GCC unroll 8")
 #define FUSEDOPT_LOOP
 #endif
 

@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW for PyTorch: the whole update of every parameter in one fused launch per device and step.
+"""SGD, Adam and AdamW for PyTorch: the whole update of every parameter in one fused launch per device.
 
 Example:
     >>> import torch, fusedopt
@@ -8,9 +8,13 @@ Example:
     >>> optimizer.step()
 """
 
-from ._version import __version__
-from .backends import available_backends, launch_count
-from .optimizers.adam import Adam, AdamW
-from .optimizers.sgd import SGD
-
-__all__ = ["SGD", "Adam", "AdamW", "__version__", "available_backends", "launch_count"]
+# What stands here as itself is public (PEP 484): one line for each optimizer.
+from ._version import __version__ as __version__
+from .backends import available_backends as available_backends
+from .backends import launch_count as launch_count
+from .fuse import fuse as fuse
+from .fuse import unfuse as unfuse
+from .info import info as info
+from .optimizers.adam import Adam as Adam
+from .optimizers.adam import AdamW as AdamW
+from .optimizers.sgd import SGD as SGD

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .core import compiled, why_not_compiled
-from .table import Table, real_view
+from .table import Table, local, real_view
 
 # Best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _launches = 0  # of the backends written in Python
+_warned: set[str] = set()  # what this process has said already
 
 
 class Backend(Protocol):
@@ -40,14 +41,14 @@ class Cpu:
         """Chooses the instruction set once: the best, or what FUSEDOPT_CPU_ISA names."""
         sets: list[str] = compiled.instruction_sets() if compiled else []
         wanted = os.environ.get("FUSEDOPT_CPU_ISA")
-        if wanted and wanted not in sets:
+        if compiled and wanted and wanted not in sets:
             raise ValueError(f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets) or 'none'}")
         self.isa = wanted or (sets[0] if sets else "")
 
     def why_not(self, device: torch.device) -> str:
         """See Backend."""
         if compiled is None:
-            return f"the extension is not built ({why_not_compiled})"
+            return f"no compiled extension: {why_not_compiled}"
         return "" if device.type == "cpu" else f"it serves the CPU, not {device}"
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -64,7 +65,7 @@ class Cuda:
     def why_not(self, device: torch.device) -> str:
         """See Backend."""
         if compiled is None:
-            return f"the extension is not built ({why_not_compiled})"
+            return f"no compiled extension: {why_not_compiled}"
         if device.type != "cuda":
             return f"it serves CUDA devices, not {device}"
         if torch.version.hip:
@@ -124,9 +125,10 @@ class Reference:
             group = table.groups[row.group]
             step = 1 if row.step is None else int(row.step) + 1
             states = {name: row.states[name] for name in table.rule.states_of(group)}
-            grad = row.param.grad
+            grad = row.gradient
             assert grad is not None  # a live row has one
-            tensors = {"param": row.param, **states}
+            grad = local(grad)
+            tensors = {name: local(tensor) for name, tensor in {"param": row.param, **states}.items()}
             dtype = compute_dtype([grad, *tensors.values()])
             values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
             updates = table.rule.update(values.pop("param"), real_view(grad).to(dtype), values, step, group, scale)
@@ -196,15 +198,20 @@ def choose_backend(name: str | None, device: torch.device) -> Backend:
         if reason:
             raise RuntimeError(f"backend '{asked.name}' can not serve {device}: {reason}")
         return asked
-    reasons = []
-    for candidate in PREFERENCE.get(device.type, ("reference",)):
-        backend = _ALL[candidate]
-        reason = backend.why_not(device)
+    best, reasons = best_backend(device)
+    if reasons:
+        _warn_once(f"fusedopt uses '{best.name}' on {device.type}: {'; '.join(reasons)}")
+    return best
+
+
+def best_backend(device: torch.device) -> tuple[Backend, list[str]]:
+    """The first of a device's backends that can serve it, and why those before it can not."""
+    reasons = [] if device.type in PREFERENCE else ["there are no kernels for it"]
+    for name in PREFERENCE.get(device.type, ("reference",)):
+        reason = _ALL[name].why_not(device)
         if not reason:
-            if reasons:
-                warnings.warn(f"fusedopt uses '{candidate}' on {device}: {'; '.join(reasons)}", stacklevel=2)
-            return backend
-        reasons.append(f"'{candidate}' can not serve it: {reason}")
+            return _ALL[name], reasons
+        reasons.append(f"'{name}' can not serve it: {reason}")
     raise RuntimeError(f"no backend serves {device}: {'; '.join(reasons)}")
 
 
@@ -215,13 +222,24 @@ def available_backends(device: str | torch.device = "cpu") -> list[str]:
         >>> "reference" in available_backends("cpu")
         True
     """
-    device = torch.device(device)
-    return [name for name, backend in _ALL.items() if not backend.why_not(device)]
+    return [name for name, reason in why_not(torch.device(device)).items() if not reason]
+
+
+def why_not(device: torch.device) -> dict[str, str]:
+    """For every backend, best first, why it can not serve a device; empty: it can."""
+    return {name: backend.why_not(device) for name, backend in _ALL.items()}
 
 
 def launch_count() -> int:
     """How many launches this process has made, on all devices and backends."""
     return _launches + (int(compiled.launch_count()) if compiled else 0)
+
+
+def _warn_once(message: str) -> None:
+    """One warning for a reason, however many optimizers and tables meet it."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _count_launch() -> None:

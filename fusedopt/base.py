@@ -1,4 +1,4 @@
-"""FusedOptimizer: what all optimizers share - groups, lazy state, closure, hooks, AMP, checkpoints - around one launch."""
+"""FusedOptimizer: what all optimizers share - groups, lazy state, closure, AMP, checkpoints - around a launch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import checkpoint, traced
 from .backends import Backend, choose_backend, find_backend
+from .check import check_flags, local
 from .rules import Rule
-from .table import Row, Table, local
+from .table import Row, Table, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-# How many steps pass between looks at whether the state still holds the tensors that the table points into.
-IDENTITY_CHECK_PERIOD = 64
+# How many steps pass between looks at whether the tensors of the state still lie where the table points.
+ADDRESS_CHECK_PERIOD = 64
 
 _increment_version = torch.autograd.graph.increment_version
 
@@ -25,15 +27,19 @@ class FusedOptimizer(Optimizer):
     """The base of all optimizers here; not for use by itself."""
 
     _rule: ClassVar[Rule]
+    _group_defaults: ClassVar[dict[str, Any]]  # options that groups saved by older versions may lack
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
-        """Takes parameters and defaults as ``torch.optim.Optimizer`` does, and the name of a backend or None."""
+        """Takes parameters and defaults as ``torch.optim.Optimizer``, and the name of a backend or None."""
         find_backend(backend)
         self._requested_backend = backend
+        self._hidden_steps: dict[Tensor, Tensor] = {}
         self._forget_tables()
+        self._number = traced.register(self)
+        self._traced_params: list[Tensor] = []
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,93 +58,192 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._launch()
+        if torch.compiler.is_compiling():
+            self._trace_launch()
+        else:
+            self._launch()
         return loss
 
     def refresh(self) -> None:
-        """Looks at all tensors again: after a change of state tensors that no method of the optimizer made."""
+        """Looks at all tensors again.
+
+        Needed only after ``state_tensor.data = ...``, which is otherwise noticed within 64 steps.
+        """
         self._forget_tables()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``."""
+        if isinstance(param_group, dict):
+            check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
         super().add_param_group(param_group)
+        self._traced_params = traced.params_of(self)
         self._forget_tables()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a dict, as ``torch.optim.Optimizer.state_dict``: its tensors are the optimizer's own.
+
+        A state that no step has written yet, because the gradient scaler skipped the first, is left out: to
+        torch, a momentum buffer that is there has been stepped.
+        """
+        held = {param: self.state[param] for param in self._unstepped()}
+        for param, state in held.items():
+            self.state[param] = {key: value for key, value in state.items() if key not in self._rule.states}
+        try:
+            return super().state_dict()
+        finally:
+            self.state.update(held)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` of this class or of torch's returned. State tensors keep their dtype."""
-        super().load_state_dict(state_dict)
-        self._forget_tables()
+        """Loads what ``state_dict`` of this class or of torch's returned. State tensors keep their dtype.
+
+        Raises:
+            ValueError: it is that of another model or of another optimizer; nothing was changed.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        loaded = checkpoint.read(self._rule, self.param_groups, state_dict, self._name_of, self._fill_groups)
+        self.__setstate__(loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: tables are rebuilt when next needed."""
         state: dict[str, Any] = super().__getstate__()
         state["_requested_backend"] = self._requested_backend
-        state["_started"] = {param: step for param, step in self._hidden_steps.items() if param in self.state}
+        kept = self._hidden_steps.keys() & self.state.keys()
+        state["_hidden_steps"] = {param: self._hidden_steps[param] for param in kept}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what pickle, deepcopy and ``load_state_dict`` bring."""
-        state = dict(state)
-        self._hidden_steps = state.pop("_started", {})
-        self._requested_backend = state.pop("_requested_backend", getattr(self, "_requested_backend", None))
+        """Restores what pickle, deepcopy and ``load_state_dict`` bring, and adds what older torch left out."""
+        self._hidden_steps = {}
+        self._number = traced.register(self)
+        if not hasattr(self, "_requested_backend"):
+            self._requested_backend = None
         super().__setstate__(state)
+        self._traced_params = traced.params_of(self)
         self._forget_tables()
+        self._fill_groups(self.param_groups)
+        for param, values in self.state.items() if self._rule.keeps_step else ():
+            if isinstance(param, Tensor) and not isinstance(values.get("step", param), Tensor):
+                values["step"] = checkpoint.as_step(values["step"], local(param).device)
 
-    def _fill_groups(self, **defaults: Any) -> None:
-        for group in self.param_groups:
-            for key, value in defaults.items():
+    def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            for key, value in self._group_defaults.items():
                 group.setdefault(key, value)
+
+    def _unstepped(self) -> list[Tensor]:
+        """Parameters that have a state which no step has written yet."""
+        params = [param for param in self._hidden_steps if param in self.state]
+        steps = [float(self._hidden_steps[param]) for param in params]
+        return [param for param, step in zip(params, steps, strict=True) if step == 0.0]
+
+    def _name_of(self, group: int, place: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return f"parameter '{names[place]}'" if names else f"parameter {place} of group {group}"
 
     def _forget_tables(self) -> None:
         self._tables: list[tuple[Table, Backend]] | None = None
-        self._steps_until_check = IDENTITY_CHECK_PERIOD
-        if not hasattr(self, "_hidden_steps"):
-            self._hidden_steps: dict[Tensor, Tensor] = {}
+        self._built_from: tuple[Any, Any] = (None, None)
+        self._steps_until_check = ADDRESS_CHECK_PERIOD
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _launch(self) -> None:
         tables = self._current_tables()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for table, backend in tables:
-            backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
-        for table, _ in tables:
-            _increment_version(table.live_params())
+            params = table.live_params()
+            if params:
+                _increment_version(params)
+                backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
+
+    @torch.no_grad()
+    def _trace_launch(self) -> None:
+        """What ``torch.compile`` sees of a step: one operator."""
+        params = self._traced_params
+        places = [place for place, param in enumerate(params) if param.grad is not None]
+        live = [params[place] for place in places]
+        if live:
+            torch.ops.fusedopt.step(live, [param.grad for param in live], places, self._number)
 
     def _current_tables(self) -> list[tuple[Table, Backend]]:
         """The tables, true to what parameters, gradients, states and groups are now."""
-        self._steps_until_check -= 1
-        if self._steps_until_check <= 0 and self._tables is not None:
-            self._steps_until_check = IDENTITY_CHECK_PERIOD
-            if not all(table.is_current() for table, _ in self._tables):
-                self._forget_tables()
-        if self._tables is not None and all([table.refresh() for table, _ in self._tables]):
-            return self._tables
-        self._tables = self._build_tables()
-        for table, _ in self._tables:
-            table.refresh()
+        tables = self._tables
+        try:
+            if tables is not None and self._are_true(tables):
+                return tables
+            self._forget_tables()
+            self._tables = self._build_tables()
+        except BaseException:
+            self._forget_tables()  # what was read so far is not to be trusted
+            raise
+        self._built_from = (self.state, self.param_groups)
         return self._tables
+
+    def _are_true(self, tables: list[tuple[Table, Backend]]) -> bool:
+        """Refreshes the tables; False where they must be built anew."""
+        state, groups = self._built_from
+        if state is not self.state or groups is not self.param_groups:
+            return False
+        self._steps_until_check -= 1
+        if self._steps_until_check <= 0:
+            self._steps_until_check = ADDRESS_CHECK_PERIOD
+            if not all(table.is_current() for table, _ in tables):
+                return False
+        return all(table.refresh() for table, _ in tables)
 
     @torch.no_grad()
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
         for g, group in enumerate(self.param_groups):
-            names = group.get("param_names")
             for k, param in enumerate(group["params"]):
                 on_device = rows.setdefault(local(param).device, [])
-                name = f"parameter '{names[k]}'" if names else f"parameter {k} of group {g}"
-                on_device.append(Row(len(on_device), g, name, param))
-        return [
-            (
-                Table(self._rule, device, self.param_groups, device_rows, self.state, self._hidden_steps),
-                choose_backend(self._requested_backend, device),
-            )
-            for device, device_rows in rows.items()
-        ]
+                on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param))
+        tables = []
+        for device, device_rows in rows.items():
+            for part in separate(device_rows):
+                table = Table(self._rule, device, self.param_groups, part, self.state, self._hidden_steps)
+                table.refresh()
+                tables.append((table, _backend_for(table, self._requested_backend)))
+        return tables
+
+
+class _Waiting:
+    """Stands for a backend that nothing has needed yet: frozen parameters may lie where no backend serves."""
+
+    name = "waiting"
+
+    def __init__(self, requested: str | None, device: torch.device) -> None:
+        self._requested = requested
+        self._device = device
+        self._chosen: Backend | None = None
+
+    def why_not(self, device: torch.device) -> str:
+        return ""
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if self._chosen is None:
+            self._chosen = choose_backend(self._requested, self._device)
+        self._chosen.launch(table, grad_scale, found_inf)
+
+
+def _backend_for(table: Table, requested: str | None) -> Backend:
+    if not table.live_params():
+        return _Waiting(requested, table.device)
+    return choose_backend(requested, table.device)
 
 
 def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
     """A scalar of the gradient scaler, float32 on a table's device."""
     if scalar is None:
         return None
+    if scalar.numel() != 1:
+        raise ValueError(f"grad_scale and found_inf must have 1 element, but one has {scalar.numel()}")
     return scalar.to(device=device, dtype=torch.float32, non_blocking=True)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .build_record import why_no_extension
 from .rules import Rule
+from .storages import STORAGES as STORAGES
 
-compiled: ModuleType | None
+compiled: ModuleType | None = None
+why_not_compiled = ""
 try:
-    from . import _C as compiled
+    compiled = import_module("fusedopt._C")
 except ImportError as error:
-    compiled = None
-    why_not_compiled = str(error)
-else:
-    why_not_compiled = ""
-
-# enum Storage in csrc/storage/storage.h
-STORAGES: dict[torch.dtype, int] = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float64: 3,
-}
+    why_not_compiled = why_no_extension(error)
 
 # DLPack's (code, bits) of what a tensor may be, for torch without the exchange table.
 _DLPACK = {
@@ -41,13 +34,27 @@ _DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 
 
 class Core(Protocol):
-    """The table as a backend sees it: ``fusedopt._C.Table``, or its Python twin where nothing was compiled."""
+    """The table as a backend sees it: ``fusedopt._C.Table``, or its Python twin, ``fusedopt.pycore``."""
 
-    revision: int
-    variant: str
+    @property
+    def revision(self) -> int:
+        """Changes with anything but gradients and groups."""
+
+    @property
+    def variant(self) -> str:
+        """Name of the smallest variant that covers all rows."""
 
     def resize(self, rows: int, group_sizes: list[int]) -> None:
         """Forgets everything and makes room."""
+
+    def set_places(self, places: list[tuple[int, int]]) -> None:
+        """Where each row's parameter stands: its group, and its position in that group's list."""
+
+    def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict."""
+
+    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
+        """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
     def set_row(
         self,
@@ -65,7 +72,7 @@ class Core(Protocol):
         """Describes one tensor and starts watching its parameter and gradient."""
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
-        """Reads hyperparameters again: groups whose needs changed, None, or -1 where parameters came or went."""
+        """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters came or went."""
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""
@@ -82,7 +89,7 @@ def make_core(rule: Rule, device: torch.device) -> Core:
     if compiled is None:
         from .pycore import PyTable
 
-        return PyTable(rule)
+        return PyTable(rule, device)
     index = device.index or 0
     table: Core = compiled.Table(
         rule.stem, list(rule.hypers), list(rule.flags), (_DEVICE_TYPES.get(device.type, 0), index)

@@ -1,12 +1,15 @@
-"""How the slots of one tensor lie in memory beside each other: dense in one order, or by strides."""
+"""How tensors lie in memory: dense or by strides, apart from each other or not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 Strides = tuple[int, ...]
+
+# Strides that interleave without a rule are decided by looking at every offset, up to this many elements.
+MOST_OFFSETS = 1 << 20
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -20,23 +23,96 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor share memory, as those of an expanded tensor do."""
+    """Whether two elements of a tensor share memory, as in an expanded one; True where that is not known."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
     extent = 1
     undecided = False
-    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+    for stride, size in sorted(
+        (st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1
+    ):
         if stride == 0:
-            return tensor.numel() > 0
+            return True
         undecided |= stride < extent
         extent += (size - 1) * stride
-    return undecided and tensor.numel() > 0 and _collides(tensor.shape, tensor.stride())
+    return undecided and (tensor.numel() > MOST_OFFSETS or _collides(tensor.shape, tensor.stride()))
 
 
 def _collides(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Decides by looking at every offset: for the rare strides that interleave without a rule."""
     offsets = [0]
     for size, stride in zip(shape, strides, strict=True):
         offsets = [offset + k * stride for offset in offsets for k in range(size)]
     return len(set(offsets)) != len(offsets)
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """First byte of a tensor's memory, and the one after its last; equal where it has no elements."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def may_share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have a byte in common; True where that is not known.
+
+    It is known where the one ends before the other starts, and for slices of the same tensor, whose strides agree.
+    """
+    (start, end), (other_start, other_end) = span(one), span(other)
+    if end <= other_start or other_end <= start:
+        return False
+    dims = _common_strides(one, other)
+    item = one.element_size()
+    if dims is None or other.element_size() != item:
+        return True
+    reach = (
+        item - 1
+    )  # how far the dimensions within can lead; less than one stride where strides count like digits
+    for stride, size, other_size in reversed(dims):
+        if reach >= stride:
+            return True
+        reach += (max(size, other_size) - 1) * stride
+    return _meet(dims, other_start - start, item)
+
+
+def _common_strides(one: Tensor, other: Tensor) -> list[tuple[int, int, int]] | None:
+    """Stride in bytes and both sizes of each dimension, outermost first; None where strides differ."""
+    if one.dim() != other.dim():
+        return None
+    dims = []
+    for d in range(one.dim()):
+        size, other_size = one.shape[d], other.shape[d]
+        if size == other_size == 1:
+            continue
+        if size != 1 and other_size != 1 and one.stride(d) != other.stride(d):
+            return None
+        stride = one.stride(d) if size != 1 else other.stride(d)
+        dims.append((stride * one.element_size(), size, other_size))
+    return sorted(dims, reverse=True)
+
+
+def _meet(dims: Sequence[tuple[int, int, int]], distance: int, item: int) -> bool:
+    """Whether an element of the one lies ``distance`` bytes after one of the other, up to the size of an item."""
+    if not dims:
+        return abs(distance) < item
+    (stride, size, other_size), *within = dims
+    below = distance // stride
+    return any(
+        -other_size < steps < size and _meet(within, distance - steps * stride, item)
+        for steps in (below, below + 1)
+    )
+
+
+def neighbours(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Pairs of indices, the smaller first, of tensors whose spans of memory meet."""
+    spans = sorted((*span(tensor), index) for index, tensor in enumerate(tensors) if tensor.numel())
+    open_spans: list[tuple[int, int]] = []  # end, index
+    for start, end, index in spans:
+        open_spans = [(other_end, other) for other_end, other in open_spans if other_end > start]
+        for _, other in open_spans:
+            yield min(index, other), max(index, other)
+        open_spans.append((end, index))
 
 
 def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None]) -> list[int]:
@@ -50,9 +126,11 @@ def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None]) -> lis
         ``[ndim, sizes..., strides of slot 0..., strides of slot 1..., ...]``, dimensions merged where every slot
         allows it (csrc/table.h: ``TensorTable::layouts``).
     """
+    if 0 in shape:
+        return []  # there is nothing to reach
     kept = [d for d, size in enumerate(shape) if size != 1]
     sizes = [shape[d] for d in kept]
-    columns = [None if strides is None else [strides[d] for d in kept] for strides in slots]
+    columns = [None if slot is None else [slot[d] for d in kept] for slot in slots]
     present = [column for column in columns if column is not None]
     if all(column == present[0] for column in present) and is_dense(sizes, present[0]):
         return []
@@ -62,6 +140,6 @@ def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None]) -> lis
             for column in present:
                 del column[d]
     layout = [len(sizes), *sizes]
-    for column in columns:
-        layout += column if column is not None else [0] * len(sizes)
+    for strides in columns:
+        layout += strides if strides is not None else [0] * len(sizes)
     return layout

@@ -58,9 +58,9 @@ def square_root(x: Tensor) -> Tensor:
         return torch.from_numpy(numpy.sqrt(numpy.atleast_1d(x.detach().numpy()))).reshape(x.shape)
 
 
-def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+def lerp(start: Tensor, end: Tensor, weight: float, one_minus_weight: float) -> Tensor:
     """``start + weight·(end − start)``, from whichever end is nearer, so that weight 1 gives ``end`` exactly."""
-    w, rest = _scalar(weight, start), _scalar(1.0 - weight, start)
+    w, rest = _scalar(weight, start), _scalar(one_minus_weight, start)
     difference = end - start
     if float(w) < 0.5:
         return start + w * difference
@@ -163,7 +163,7 @@ def adam(
     g = _prepare(grad, grad_scale, maximize)
     if float(l2) != 0.0:
         g = g + l2 * param
-    m = lerp(exp_avg, g, 1.0 - beta1)
+    m = lerp(exp_avg, g, 1.0 - beta1, beta1)
     v = _scalar(beta2, param) * exp_avg_sq + _scalar(1.0 - beta2, param) * g * g
     v_max = None if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, v)
     update = alpha_t * (m / (square_root(v if v_max is None else v_max) + eps_hat))
@@ -174,7 +174,7 @@ def adam(
 
 def _scalar(x: float, like: Tensor) -> Tensor:
     """A hyperparameter, rounded once to the dtype of the computation."""
-    return torch.tensor(x, dtype=torch.float64).to(dtype=like.dtype, device=like.device)
+    return torch.tensor(x, dtype=torch.float64, device="cpu").to(dtype=like.dtype, device=like.device)
 
 
 def _prepare(grad: Tensor, grad_scale: float | None, maximize: bool) -> Tensor:

@@ -25,6 +25,7 @@ class Rule:
         states: names of the state tensors, in the order of the table's state slots.
         needs: whether a group's tensors need a state, by its name.
         keeps_step: whether the state has a ``step``; else the count is kept beside it, out of the state.
+        takes_sparse: whether torch takes sparse gradients for it; they are made dense, one parameter at a time.
         update: the rule in ``fusedopt.reference``, called with tensors, states by name, and hyperparameters.
     """
 
@@ -34,6 +35,7 @@ class Rule:
     states: tuple[str, ...]
     needs: Callable[[str, Group], bool]
     keeps_step: bool
+    takes_sparse: bool
     update: Callable[[Tensor, Tensor, Mapping[str, Tensor], int, Group, float | None], dict[str, Tensor | None]]
 
     def states_of(self, group: Group) -> tuple[str, ...]:

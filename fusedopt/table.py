@@ -1,45 +1,68 @@
 """Builds the tensor table of one device and keeps it true: rows, states, storages, layouts.
 
-A row is made when its parameter first has a gradient, and again when something about its tensors changed; in between,
-the compiled table only reads gradients again. All checks happen here, before anything is written.
+A row is made when its parameter first has a gradient, and again when something about its tensors changed;
+in between, the compiled table only reads gradients again. All checks happen here, before anything is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .check import (
+    check_gradient,
+    check_hyperparameters,
+    check_parameter,
+    check_state,
+    check_step,
+    is_wrapper,
+    local,
+    real_dtype,
+)
 from .core import STORAGES, Core, make_core
-from .layout import is_dense, overlaps_itself, strided_layout
-from .rules import Group, Rule
+from .layout import may_share_memory, neighbours, strided_layout
+from .rules import Rule
+
+__all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
 ELEMENT_SLOTS = 5  # parameter, gradient, three states: csrc/table.h
 STATE_SLOTS = 3
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One parameter of a table.
 
     Attributes:
         index: of the row.
         group: index of its group.
+        place: its position among the group's parameters.
         name: what error messages call it.
         param: the parameter.
         states: its state tensors by name; empty until the first gradient.
         step: float32 count of its steps; None for a rule that needs no count here.
+        stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
+        addresses: of the state tensors, when the row was made.
     """
 
     index: int
     group: int
+    place: int
     name: str
     param: Tensor
     states: dict[str, Tensor] = field(default_factory=dict)
     step: Tensor | None = None
+    stand_in: Tensor | None = None
+    addresses: list[int] = field(default_factory=list)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient as the kernels read it."""
+        return self.param.grad if self.stand_in is None else self.stand_in
 
 
 class Table:
@@ -60,7 +83,7 @@ class Table:
         device: torch.device,
         groups: list[dict[str, Any]],
         rows: list[Row],
-        state: Mapping[Tensor, dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
     ) -> None:
         """See the class."""
@@ -73,30 +96,33 @@ class Table:
         self._hidden_steps = hidden_steps
         self.core: Core = make_core(rule, device)
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
+        self.core.set_places([(row.group, row.place) for row in rows])
+        self.core.watch_states(state)
+        self._adopt([row for row in rows if state.get(row.param)])
         for row in rows:
-            check_parameter(row.name, row.param)
-        check_apart(rows)
-        for row in rows:
-            self._adopt_state(row)
+            self._set_blank_row(row)
 
     def refresh(self) -> bool:
         """Reads gradients and hyperparameters again, and makes new rows where something changed.
 
         Returns:
-            False where parameters came or went: the table must be built anew.
+            False where parameters came, went, were replaced or moved: the table must be built anew.
         """
-        changed_groups = self.core.read_groups(self.groups)
+        changed_groups = self._read_groups()
         if changed_groups == -1:
             return False
-        if changed_groups is not None:
-            self._reconsider_groups(changed_groups)
         changed_rows = self.core.refresh()
-        if changed_rows is not None:
-            self._remake([self.rows[index] for index in changed_rows])
+        if changed_groups is None and changed_rows is None:
+            return True
+        groups, indices = set(changed_groups or ()), set(changed_rows or ())
+        rows = [row for row in self.rows if row.index in indices or row.group in groups]
+        if any(local(row.param).device != self.device for row in rows):
+            return False
+        self._remake(rows)
         return True
 
     def is_current(self) -> bool:
-        """Whether the optimizer's state still holds the very tensors that the rows point into."""
+        """Whether the optimizer's state holds the very tensors, where the rows point."""
         return all(self._holds(row) for row in self.rows)
 
     def live_params(self) -> list[Tensor]:
@@ -107,91 +133,250 @@ class Table:
         """The rows that have a gradient now."""
         return (row for row in self.rows if row.param.grad is not None)
 
+    def _read_groups(self) -> Any:
+        try:
+            return self.core.read_groups(self.groups)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            check_hyperparameters(self.rule, self.groups)  # raises an error that names the one at fault
+            raise error
+
     def _holds(self, row: Row) -> bool:
         state = self._state.get(row.param, {})
-        step = state.get("step") if self.rule.keeps_step else row.step
-        if step is not row.step:
+        if self.rule.keeps_step and state.get("step") is not row.step:
             return False
-        return all(state.get(name) is tensor for name, tensor in row.states.items())
+        if any(state.get(name) is not row.states.get(name) for name in self.rule.states):
+            return False
+        return row.addresses == _state_addresses(row)
 
-    def _adopt_state(self, row: Row) -> None:
+    def _adopt(self, rows: list[Row]) -> None:
         """Takes over what the optimizer's state already has: after a load, a move, or an outside change."""
-        state = self._state.get(row.param)
-        if not state:
-            self.core.set_row(row.index, *_bare_row(row), row.param, None, _is_wrapped(row.param), [])
-            return
-        present = {name: state[name] for name in self.rule.states if isinstance(state.get(name), Tensor)}
-        for name, tensor in present.items():
-            check_state(row, name, tensor)
-            if tensor.device != row.param.device:
-                present[name] = state[name] = tensor.to(row.param.device)
-        row.states = present
-        if self.rule.keeps_step:
-            row.step = state["step"] = as_step(state.get("step", 0.0), row)
-        elif present:
-            row.step = self._hidden_steps.setdefault(row.param, as_step(1.0, row))
-        self.core.set_row(row.index, *_bare_row(row), row.param, None, _is_wrapped(row.param), [])
+        found = [self._present(row) for row in rows]
+        for row, present in zip(rows, found, strict=True):
+            for name, tensor in present.items():
+                check_state(row.name, row.param, name, tensor)
+            if self.rule.keeps_step:
+                check_step(row.name, self._state.get(row.param, {}), self.rule.states)
+        _check_apart(rows, found)
+        for row, present in zip(rows, found, strict=True):
+            row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
+            row.addresses = _state_addresses(row)
+        self._adopt_steps(rows)
 
-    def _reconsider_groups(self, changed: Sequence[int]) -> None:
-        """A flag or a zero changed, and with it perhaps the states that a row needs."""
-        groups = set(changed)
-        self._remake([row for row in self.rows if row.group in groups and row.param.grad is not None])
+    def _present(self, row: Row) -> dict[str, Tensor]:
+        state = self._state.get(row.param, {})
+        return {name: state[name] for name in self.rule.states if isinstance(state.get(name), Tensor)}
+
+    def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
+        """A state tensor, dense and on its parameter's device; what the state then holds too."""
+        settled = resolved(tensor).to(local(row.param).device)
+        if settled is not tensor:
+            self._state[row.param][name] = settled
+        return settled
+
+    def _adopt_steps(self, rows: list[Row]) -> None:
+        """Counts of any origin, as torch's fused optimizers keep them: float32, 0-dim, on the device.
+
+        Each is a tensor of its own. Those that are not yet so become views of one buffer.
+        """
+        strange: list[tuple[Row, float]] = []
+        taken: set[int] = set()
+        for row in rows:
+            row.step = None
+            step = self._found_step(row)
+            if (
+                isinstance(step, Tensor)
+                and is_settled_step(step, self.device)
+                and step.data_ptr() not in taken
+            ):
+                row.step = step
+                taken.add(step.data_ptr())
+            elif step is not None:
+                strange.append((row, float(step)))
+        counts = [count for _, count in strange]
+        for (row, _), step in zip(strange, make_steps(counts, self.device), strict=True):
+            self._keep_step(row, step)
+
+    def _found_step(self, row: Row) -> Any:
+        if self.rule.keeps_step:
+            return self._state.get(row.param, {}).get("step")
+        return self._hidden_steps.get(row.param, 1.0) if self._present(row) else None
+
+    def _keep_step(self, row: Row, step: Tensor) -> None:
+        row.step = step
+        if self.rule.keeps_step:
+            self._state[row.param]["step"] = step
+        else:
+            self._hidden_steps[row.param] = step
 
     def _remake(self, rows: list[Row]) -> None:
+        """Describes rows anew. Nothing is changed where any of them is at fault."""
         for row in rows:
-            check_parameter(row.name, row.param)
             if row.param.grad is not None:
-                check_gradient(row.name, row.param, row.param.grad)
+                check_parameter(row.name, row.param)
+                check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
+        self._adopt([row for row in rows if not self._holds(row)])
         self._create_states([row for row in rows if row.param.grad is not None])
         for row in rows:
+            row.stand_in = _stand_in(row.param)
             self._set_row(row)
 
     def _create_states(self, rows: list[Row]) -> None:
         """Zeros for what is missing. The steps of all of these rows are views of one buffer."""
         with_step = [row for row in rows if row.step is None and self._wants_step(row)]
-        steps = torch.zeros(len(with_step), dtype=torch.float32, device=self.device).unbind() if with_step else ()
-        for row, step in zip(with_step, steps, strict=True):
-            row.step = step
-            if self.rule.keeps_step:
-                self._state[row.param]["step"] = step
-            else:
-                self._hidden_steps[row.param] = step
+        for row, step in zip(with_step, make_steps([0.0] * len(with_step), self.device), strict=True):
+            self._keep_step(row, step)
         for row in rows:
             for name in self.rule.states_of(self.groups[row.group]):
                 if name not in row.states:
-                    tensor = torch.zeros_like(row.param, dtype=_state_dtype(self.rule, row), memory_format=torch.preserve_format)
+                    dtype = _state_dtype(self.rule, row)
+                    tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
 
     def _wants_step(self, row: Row) -> bool:
         return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]))
 
     def _set_row(self, row: Row) -> None:
-        grad = row.param.grad
+        grad = row.gradient
         if grad is None:
-            self.core.set_row(row.index, *_bare_row(row), row.param, None, _is_wrapped(row.param), [])
+            self._set_blank_row(row)
             return
+        self._set_live_row(row, grad)
+        row.addresses = _state_addresses(row)
+        state = self._state.get(row.param)
+        if state is not None:
+            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self.rule.states}
+            if self.rule.keeps_step:
+                entries["step"] = row.step
+            self.core.watch_state(row.index, state, entries)
+
+    def _set_blank_row(self, row: Row) -> None:
+        """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
+        addresses, storages = [0] * (ELEMENT_SLOTS + 1), [0] * ELEMENT_SLOTS
+        self.core.set_row(row.index, addresses, storages, 0, row.group, [], row.param, None, False, [])
+
+    def _set_live_row(self, row: Row, grad: Tensor) -> None:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
-        slots = [None if tensor is None else real_view(local(tensor)) for tensor in (row.param, grad, *states)]
+        slots = [
+            None if tensor is None else real_view(local(tensor)) for tensor in (row.param, grad, *states)
+        ]
         param = slots[0]
         assert param is not None  # the parameter is always there
         layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
         storages = [0 if slot is None else STORAGES[slot.dtype] for slot in slots]
-        keep = [tensor for tensor in (*states, row.step) if tensor is not None]
+        # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
+        keep = [tensor.detach() for tensor in (*states, row.step, row.stand_in) if tensor is not None]
         self.core.set_row(
-            row.index, addresses, storages, param.numel(), row.group, layout, row.param, grad, _is_wrapped(row.param), keep
+            row.index,
+            addresses,
+            storages,
+            param.numel(),
+            row.group,
+            layout,
+            row.param,
+            grad,
+            _is_wrapped(row.param),
+            keep,
         )
 
 
-def _bare_row(row: Row) -> tuple[list[int], list[int], int, int, list[int]]:
-    """A row without gradient: a launch passes it over."""
-    param = real_view(local(row.param))
-    layout = [] if is_dense(param.shape, param.stride()) else strided_layout(param.shape, [param.stride()] * ELEMENT_SLOTS)
-    storage = STORAGES[param.dtype]
-    return [_address(param), 0, 0, 0, 0, 0], [storage] * ELEMENT_SLOTS, param.numel(), row.group, layout
+def separate(rows: Sequence[Row]) -> list[list[Row]]:
+    """Splits rows so that no two parameters of a part share memory, in as few parts as their order allows.
+
+    Torch updates parameters that share memory one after the other; so do launches that follow each other.
+    """
+    earlier = _sharers(rows)
+    levels: dict[int, int] = {}
+    for k in range(len(rows)):
+        levels[k] = 1 + max((levels[other] for other in earlier.get(k, ())), default=-1)
+    parts: list[list[Row]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
+    for k, row in enumerate(rows):
+        part = parts[levels[k]]
+        row.index = len(part)
+        part.append(row)
+    return parts
+
+
+def _sharers(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """For each row, the earlier ones whose parameters may share memory with its own."""
+    by_storage: dict[int, list[int]] = {}
+    for k, row in enumerate(rows):
+        address = _storage_address(local(row.param))
+        if address:
+            by_storage.setdefault(address, []).append(k)
+    sharers: dict[int, list[int]] = {}
+    for indices in by_storage.values():
+        tensors = [local(rows[k].param) for k in indices] if len(indices) > 1 else []
+        for first, second in neighbours(tensors):
+            if may_share_memory(tensors[first], tensors[second]):
+                sharers.setdefault(indices[second], []).append(indices[first])
+    return sharers
+
+
+def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]]) -> None:
+    """Refuses states that share memory with each other or with a parameter: one launch writes them all."""
+    slots: dict[int, list[tuple[str, Tensor]]] = {}
+    for row, present in zip(rows, states, strict=True):
+        named = {row.name: row.param, **{f"{name} of {row.name}": tensor for name, tensor in present.items()}}
+        for name, tensor in named.items() if present else ():
+            slots.setdefault(_storage_address(local(tensor)), []).append((name, local(tensor)))
+    slots.pop(0, None)
+    params = {row.name for row in rows}
+    for members in slots.values():
+        tensors = [tensor for _, tensor in members]
+        for first, second in neighbours(tensors) if len(tensors) > 1 else ():
+            names = (members[first][0], members[second][0])
+            if not params.issuperset(names) and may_share_memory(tensors[first], tensors[second]):
+                raise ValueError(f"{names[0]} and {names[1]} share memory: an element would be written twice")
+
+
+def _storage_address(tensor: Tensor) -> int:
+    """Where a tensor's storage starts; 0: it has none."""
+    if tensor.layout != torch.strided or tensor.is_meta or is_wrapper(tensor):
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a subclass without memory, refused once it has a gradient
+        return 0
+
+
+def make_steps(counts: Sequence[float], device: torch.device) -> Sequence[Tensor]:
+    """Step counts as float32 on a device: 0-dim views of one buffer."""
+    return torch.tensor(counts, dtype=torch.float32, device=device).unbind() if counts else ()
+
+
+def is_settled_step(step: Tensor, device: torch.device) -> bool:
+    """Whether kernels can count in a tensor as it is."""
+    return step.dtype == torch.float32 and step.device == device and step.dim() == 0 and type(step) is Tensor
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: itself, or a copy of one that is sparse or a lazy view."""
+    if tensor.is_sparse:
+        return tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+
+
+def _stand_in(param: Tensor) -> Tensor | None:
+    """What the kernels read in place of a gradient that is sparse, a lazy view, or in the update's way."""
+    grad = param.grad
+    if grad is None:
+        return None
+    values = resolved(grad)
+    here, there = local(param), local(values)
+    same = (
+        here.data_ptr() == there.data_ptr() and here.stride() == there.stride() and here.dtype == there.dtype
+    )
+    if not same and _storage_address(here) == _storage_address(there) and may_share_memory(here, there):
+        return values.clone()
+    return None if values is grad else values
+
+
+def _state_addresses(row: Row) -> list[int]:
+    return [local(tensor).data_ptr() for tensor in row.states.values()]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -204,12 +389,6 @@ def _is_wrapped(tensor: Tensor) -> bool:
     return hasattr(tensor, "_local_tensor")
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The tensor whose memory is on this device: a DTensor's local shard, anything else itself."""
-    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return shard
-
-
 def real_view(tensor: Tensor) -> Tensor:
     """A complex tensor as its real and imaginary parts, as torch's optimizers take it."""
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
@@ -220,93 +399,3 @@ def _state_dtype(rule: Rule, row: Row) -> torch.dtype:
     if rule.keeps_step or row.param.grad is None:
         return row.param.dtype
     return row.param.grad.dtype
-
-
-def as_step(step: Any, row: Row) -> Tensor:
-    """A step count of any origin as torch's fused optimizers keep it: float32, on the parameter's device, 0-dim."""
-    device = local(row.param).device
-    if isinstance(step, Tensor):
-        if step.numel() != 1:
-            raise ValueError(f"step of {row.name} must have 1 element, but it has {step.numel()}")
-        if step.dtype == torch.float32 and step.device == device and step.dim() == 0:
-            return step
-        return step.detach().to(dtype=torch.float32, device=device).reshape(())
-    return torch.tensor(float(step), dtype=torch.float32, device=device)
-
-
-def check_parameter(name: str, param: Tensor) -> None:
-    """Refuses a parameter that no kernel could update, by name."""
-    tensor = local(param)
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} is {tensor.layout}; its layout must be {torch.strided}")
-    if tensor.is_meta:
-        raise RuntimeError(f"{name} is on the meta device, where there is no memory to update; materialise it first")
-    if real_dtype(tensor) not in STORAGES:
-        known = ", ".join(str(dtype) for dtype in STORAGES)
-        raise TypeError(f"{name} has dtype {tensor.dtype}; fusedopt updates {known} and complex numbers of these")
-    if overlaps_itself(tensor):
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that share memory; "
-            "update the tensor that it is a view of"
-        )
-
-
-def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
-    """Refuses a gradient that does not fit its parameter, by name and with both values."""
-    if grad.is_sparse or grad.layout != torch.strided:
-        raise RuntimeError(f"gradient of {name} is {grad.layout}; fusedopt takes dense gradients only (torch.strided)")
-    if grad.shape != param.shape:
-        raise ValueError(f"gradient of {name} has shape {tuple(grad.shape)}, the parameter {tuple(param.shape)}")
-    if grad.device != param.device:
-        raise ValueError(f"gradient of {name} is on {grad.device}, the parameter on {param.device}")
-    if real_dtype(grad) not in STORAGES or grad.is_complex() != param.is_complex():
-        raise TypeError(f"gradient of {name} has dtype {grad.dtype}, the parameter {param.dtype}")
-    if grad.is_conj() or grad.is_neg():
-        raise RuntimeError(f"gradient of {name} is a lazily conjugated or negated view; call resolve_conj or resolve_neg on it")
-
-
-def check_state(row: Row, name: str, tensor: Tensor) -> None:
-    """Refuses a state tensor that does not fit its parameter: that of another model, most likely."""
-    if tensor.shape != row.param.shape:
-        raise ValueError(f"{name} of {row.name} has shape {tuple(tensor.shape)}, the parameter {tuple(row.param.shape)}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} of {row.name} is {tensor.layout}; its layout must be {torch.strided}")
-    if real_dtype(local(tensor)) not in STORAGES or tensor.is_complex() != row.param.is_complex():
-        raise TypeError(f"{name} of {row.name} has dtype {tensor.dtype}, the parameter {row.param.dtype}")
-
-
-def check_apart(rows: Sequence[Row]) -> None:
-    """Refuses two parameters that share an element; disjoint views of one storage are fine."""
-    spans = []
-    for row in rows:
-        tensor = real_view(local(row.param))
-        if tensor.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            spans.append((start, start + (reach + 1) * tensor.element_size(), row, tensor))
-    spans.sort(key=lambda span: span[:2])
-    for (_, end, row, tensor), (start, _, other_row, other) in zip(spans, spans[1:], strict=False):
-        if start < end and _share_bytes(tensor, other):
-            raise ValueError(f"{row.name} and {other_row.name} share memory: an element would be updated twice")
-
-
-def _share_bytes(one: Tensor, other: Tensor) -> bool:
-    if is_dense(one.shape, one.stride()) and is_dense(other.shape, other.stride()):
-        return True
-    return bool(_bytes_of(one) & _bytes_of(other))
-
-
-def _bytes_of(tensor: Tensor) -> set[int]:
-    places = [tensor.data_ptr()]
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = [place + k * stride * tensor.element_size() for place in places for k in range(size)]
-    return {place + k for place in places for k in range(tensor.element_size())}
-
-
-def real_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a tensor's real numbers."""
-    return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-
-
-RowName = Callable[[int, int], str]
-GroupsT = Sequence[Group]

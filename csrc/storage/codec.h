@@ -19,7 +19,7 @@ FUSEDOPT_FN float float_from_bf16(u16 bits) { return bit_cast<float>(u32(bits) <
 FUSEDOPT_FN u16 bf16_from_float(float x) {
   const u32 bits = bit_cast<u32>(x);
   const u32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return u16((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  return u16(x != x ? 0x7FC0u : rounded);
 }
 
 // After F. Giesen's half_to_float: shift the exponent, then let one exact float subtraction renormalise denormals.

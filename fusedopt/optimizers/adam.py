@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,7 +14,12 @@ from ..rules import MAXIMIZE, Group, Rule
 
 
 def _update(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, group: Group, grad_scale: float | None
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    group: Group,
+    grad_scale: float | None,
 ) -> dict[str, Tensor | None]:
     update = reference.adam(
         param,
@@ -42,6 +47,7 @@ RULE = Rule(
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     needs=lambda name, group: name != "max_exp_avg_sq" or bool(group["amsgrad"]),
     keeps_step=True,
+    takes_sparse=False,
     update=_update,
 )
 
@@ -79,14 +85,23 @@ class Adam(FusedOptimizer):
     """
 
     _rule = RULE
+    _group_defaults: ClassVar[dict[str, Any]] = {
+        "amsgrad": False,
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "fused": None,
+        "decoupled_weight_decay": False,
+    }
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -100,7 +115,7 @@ class Adam(FusedOptimizer):
         """See the class."""
         check_lr(lr, foreach=foreach, capturable=capturable)
         check_at_least_0("epsilon", eps)
-        check_betas(betas, foreach=foreach, capturable=capturable)
+        betas = check_betas(betas, foreach=foreach, capturable=capturable)
         check_at_least_0("weight_decay", weight_decay)
         check_flags(foreach=foreach, fused=fused, differentiable=differentiable)
         defaults: dict[str, Any] = {
@@ -117,19 +132,6 @@ class Adam(FusedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, backend)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what ``pickle`` or ``load_state_dict`` brings, filling in what older torch did not save."""
-        super().__setstate__(state)
-        self._fill_groups(
-            amsgrad=False,
-            maximize=False,
-            foreach=None,
-            capturable=False,
-            differentiable=False,
-            fused=None,
-            decoupled_weight_decay=False,
-        )
 
 
 class AdamW(Adam):
@@ -152,8 +154,8 @@ class AdamW(Adam):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -180,8 +182,7 @@ class AdamW(Adam):
             backend=backend,
         )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores as :class:`Adam` does; the decay of AdamW stays decoupled whatever was saved."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group["decoupled_weight_decay"] = True
+    def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
+        super()._fill_groups(groups)
+        for group in groups:
+            group["decoupled_weight_decay"] = True  # whatever was saved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,7 +14,12 @@ from ..rules import MAXIMIZE, Group, Rule
 
 
 def _update(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], step: int, group: Group, grad_scale: float | None
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    group: Group,
+    grad_scale: float | None,
 ) -> dict[str, Tensor | None]:
     update = reference.sgd(
         param,
@@ -32,13 +37,19 @@ def _update(
     return update._asdict()
 
 
+def _is_on_gpu(value: object) -> bool:
+    """Whether looking at a value would wait for a GPU."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 RULE = Rule(
     stem="sgd",
     hypers=(("lr", -1), ("momentum", -1), ("dampening", -1), ("weight_decay", -1)),
     flags=(("maximize", MAXIMIZE), ("nesterov", 2)),
     states=("momentum_buffer",),
-    needs=lambda name, group: isinstance(group["momentum"], Tensor) or group["momentum"] != 0,
+    needs=lambda name, group: _is_on_gpu(group["momentum"]) or float(group["momentum"]) != 0.0,
     keeps_step=False,
+    takes_sparse=True,
     update=_update,
 )
 
@@ -55,6 +66,8 @@ class SGD(FusedOptimizer):
         nesterov: look ahead along the velocity; needs momentum and no dampening.
         maximize: climb instead of descend.
         foreach: accepted and not needed: every step is one launch.
+        capturable: accepted and not needed: every step may be captured in a CUDA graph. The groups do not carry
+            it, as those of ``torch.optim.SGD`` do not.
         differentiable: must be False: a fused update has no derivative.
         fused: accepted and not needed. With ``foreach`` it is refused, as by torch.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
@@ -74,18 +87,26 @@ class SGD(FusedOptimizer):
     """
 
     _rule = RULE
+    _group_defaults: ClassVar[dict[str, Any]] = {
+        "nesterov": False,
+        "maximize": False,
+        "foreach": None,
+        "differentiable": False,
+        "fused": None,
+    }
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
@@ -109,8 +130,3 @@ class SGD(FusedOptimizer):
             "fused": fused,
         }
         super().__init__(params, defaults, backend)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores what ``pickle`` or ``load_state_dict`` brings, filling in what older torch did not save."""
-        super().__setstate__(state)
-        self._fill_groups(nesterov=False, maximize=False, foreach=None, differentiable=False, fused=None)

@@ -1,0 +1,104 @@
+# Everything fusedopt does from a fresh clone; `make help` lists it. Needs Python >= 3.10, g++ and make.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# The torch to install where PYTHON has none. For a smaller download on a machine without a GPU:
+#   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch==2.13.0
+# Folders for what a run leaves: tables, JSON, pictures.
+OUT ?= $(if $(filter gpu,$(MAKECMDGOALS)),gpu-out,out)
+# Processes of the test run.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The environment is made anew exactly when what defines it changes.
+KEY := $(shell cat pyproject.toml build_support/environment.py <(echo '$(TORCH)') | sha256sum | cut -c1-12)
+READY := $(VENV)/.ready-$(KEY)
+
+.PHONY: help env build lint test bench gpu sanitize soak mutate test-stacks test-install format clean distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|native FUSEDOPT_EXTENSION=auto|0|1 MAX_JOBS CXX CUDA_HOME"
+
+$(READY):
+	@$(PYTHON) build_support/environment.py $(VENV) "$(TORCH)"
+	@rm -f $(VENV)/.ready-*
+	@touch $@
+
+env: $(READY) ## the virtual environment .venv, with torch, tools and fusedopt
+
+build: $(READY) ## compile what changed, into the checkout
+	@$(PY) -m build_support
+
+lint: $(READY) ## ruff, clang-format, mypy, import direction
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(READY) ## rewrite sources as `make lint` wants them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format -i
+
+test: build lint ## environment, build, lint, types, tests
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+bench: build ## environment, build, benchmark against torch.optim, char-LM training, pictures in OUT
+	@mkdir -p $(OUT)
+	$(PY) -m bench --out $(OUT)
+	$(PY) examples/train_charlm.py --out $(OUT)/charlm
+
+# What needs a GPU, in one go and offline: nothing is installed, PYTHON must have torch, triton, ninja, pybind11, pytest.
+# Both halves run even if one fails; together they stay under 8 minutes.
+gpu: ## on a machine with a GPU: build for it, GPU tests, GPU benchmark, results in OUT
+	@mkdir -p $(OUT)
+	FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=1 FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-native}" $(PYTHON) -m build_support
+	@status=0; \
+	timeout 240 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
+	timeout 200 $(PYTHON) -m bench --device cuda --out $(OUT) || status=$$?; \
+	exit $$status
+
+# A copy of the tree, so that the sanitized extension does not replace the ordinary one.
+SANITIZED := build/sanitized
+SANITIZE_TESTS ?= tests
+sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
+	@mkdir -p $(SANITIZED)
+	@cd $(SANITIZED) && rm -rf build_support csrc fusedopt triton_kernels tests bench
+	@cp -a build_support csrc fusedopt triton_kernels tests bench pyproject.toml $(SANITIZED)/
+	@rm -f $(SANITIZED)/fusedopt/_C*.so
+	cd $(SANITIZED) && FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=0 ../../$(PY) -m build_support
+	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ../../$(PY) -m pytest -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+
+soak: build ## the long tests
+	$(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+
+mutate: build ## plant faults in the kernels; every one must be caught
+	@test -f tests/mutate.py || { echo "make mutate: tests/mutate.py does not exist in this version" >&2; exit 2; }
+	$(PY) tests/mutate.py
+
+test-stacks: build ## the training stacks people use, with fusedopt in them
+	@test -d tests/stacks || { echo "make test-stacks: tests/stacks does not exist in this version" >&2; exit 2; }
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[stacks]'
+	$(PY) -m pytest tests/stacks $(PYTEST_ARGS)
+
+test-install: $(READY) ## the install matrix: without nvcc, g++, headers; sdist, wheel, editable; every Python at hand
+	$(PY) -m build_support.try_installs
+
+clean: ## remove what builds and runs left, except the environment
+	rm -rf build dist *.egg-info fusedopt/_C*.so fusedopt/_build_info.json fusedopt/triton_kernels
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache gpu-out out
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too
+	rm -rf $(VENV)

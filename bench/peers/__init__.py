@@ -1,0 +1,47 @@
+"""Peers: every optimizer the benchmark knows, found where installed and never required; a file each."""
+
+from __future__ import annotations
+
+from bench.peers import (
+    apex,
+    bitsandbytes,
+    deepspeed,
+    flashoptim,
+    fused,
+    optimi,
+    torch_compiled,
+    torch_graph,
+    torch_optim,
+    torchao,
+    transformer_engine,
+)
+from bench.peers.peer import HYPER, STATES, Hyper, Optimizer, ParamGroups, Peer
+
+__all__ = ["BASELINE", "HYPER", "PEERS", "STATES", "Hyper", "Optimizer", "ParamGroups", "Peer", "is_ours"]
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for module in (
+        torch_optim,
+        torch_graph,
+        torch_compiled,
+        apex,
+        deepspeed,
+        transformer_engine,
+        bitsandbytes,
+        torchao,
+        optimi,
+        flashoptim,
+        fused,
+    )
+    for peer in module.PEERS
+}
+"""All peers by name, torch's first and fusedopt's last."""
+
+BASELINE = "torch-fused"
+"""The peer every ratio is taken against."""
+
+
+def is_ours(name: str) -> bool:
+    """Whether a peer is a backend of fusedopt."""
+    return name.startswith("fusedopt-")

@@ -1,0 +1,19 @@
+"""NVIDIA apex: FusedAdam and FusedSGD."""
+
+from __future__ import annotations
+
+from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
+
+
+def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
+    """Apex's optimizer; its FusedAdam has a flag for decoupled decay."""
+    from apex.optimizers import FusedAdam, FusedSGD
+
+    if hyper.is_adam:
+        optimizer: Optimizer = FusedAdam(groups, **hyper.keywords(), adam_w_mode=hyper.optimizer == "adamw")
+    else:
+        optimizer = FusedSGD(groups, **hyper.keywords())
+    return optimizer
+
+
+PEERS = [Peer("apex", make, devices=("cuda",), package="apex")]

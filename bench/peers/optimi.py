@@ -1,0 +1,17 @@
+"""optimi (torch-optimi), without Kahan summation so that it computes the same update as the others."""
+
+from __future__ import annotations
+
+from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
+
+
+def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
+    """Optimi's optimizer; it picks Triton, foreach or a loop by itself."""
+    import optimi
+
+    classes = {"adamw": optimi.AdamW, "adam": optimi.Adam, "sgd": optimi.SGD}
+    optimizer: Optimizer = classes[hyper.optimizer](groups, **hyper.keywords(), kahan_sum=False)
+    return optimizer
+
+
+PEERS = [Peer("optimi", make, package="optimi")]

@@ -1,0 +1,205 @@
+"""Results as JSON lines: a record per case and peer, with machine, versions, commit and date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import Case
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+RESULTS = Path(__file__).parent / "results"
+CASE_KEYS = ("workload", "optimizer", "dtype", "device", "threads", "gradients")
+VERSIONED = (
+    "torch",
+    "triton",
+    "fusedopt",
+    "apex",
+    "deepspeed",
+    "transformer_engine",
+    "bitsandbytes",
+    "torchao",
+    "torch-optimi",
+    "flashoptim",
+)
+"""Packages whose versions are noted where they are installed."""
+
+
+# ---- where and what ---------------------------------------------------------------------------------------
+
+
+def _first_line(path: str, start: str) -> str | None:
+    try:
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(start):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return None
+
+
+@cache
+def machine(device: str) -> Record:
+    """What the machine is: processor, cores, memory, caches, and the GPU where one is used."""
+    memory = _first_line("/proc/meminfo", "MemTotal")
+    found: Record = {
+        "cpu": _first_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": int(memory.split()[0]) * 1024 if memory else None,
+        "cache_bytes": last_cache_bytes(),
+        "system": platform.platform(),
+        "gpu": None,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found["gpu"] = properties.name
+        found["gpu_memory_bytes"] = properties.total_memory
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found["name"] = machine_name(found)
+    return found
+
+
+def machine_name(found: Record) -> str:
+    """A short name for a folder: the GPU's, or the CPU's with its number of cores."""
+    words = found["gpu"] or f"{found['cpu']} {found['cores']} cores"
+    words = re.sub(r"\((r|tm)\)|processor|cpu @.*?ghz", " ", words.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def last_cache_bytes() -> int:
+    """Size of the CPU's largest cache; 32 MiB where the system does not say."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 2**10, "M": 2**20}.get(text[-1], 1))
+    return max(sizes) or 2**25
+
+
+def _command(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+@cache
+def commit() -> str | None:
+    """The repository's commit, with `-dirty` where files differ from it; None without git or commits."""
+    head = _command("git", "rev-parse", "--short=12", "HEAD")
+    return head and head + (
+        "-dirty" if _command("git", "status", "--porcelain", "--untracked-files=no") else ""
+    )
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package involved that is installed."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "fusedopt" not in found and importlib.util.find_spec("fusedopt"):
+        import fusedopt  # from a checkout that is not installed
+
+        found["fusedopt"] = fusedopt.__version__
+    return found
+
+
+def head(device: str) -> Record:
+    """What every record of a run begins with."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(device),
+    }
+
+
+def for_case(case: Case) -> Record:
+    """A case's own fields."""
+    workload = case.shapes
+    return {
+        **asdict(case),
+        "tensors": workload.tensors,
+        "elements": workload.elements,
+        "groups": len(workload.groups),
+        "bytes_moved": case.bytes_moved,
+    }
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+
+def write(records: Iterable[Record], path: Path) -> Path:
+    """Writes records as JSON lines, making the folder, and returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    return path
+
+
+def read(paths: Sequence[Path]) -> list[Record]:
+    """Records of one or several files, or of every `.jsonl` file in a folder.
+
+    Raises:
+        ValueError: a path does not exist, holds no record, or has records of another schema.
+    """
+    records: list[Record] = []
+    for path in paths:
+        files = sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise ValueError(f"no results at {path}")
+        for file in files:
+            records += [json.loads(line) for line in file.read_text().splitlines() if line]
+    if not records:
+        raise ValueError(f"no records in {', '.join(map(str, paths))}")
+    for record in records:
+        if record.get("schema") != SCHEMA:
+            raise ValueError(f"a record has schema {record.get('schema')}, this program reads {SCHEMA}")
+    return records
+
+
+def key(record: Record) -> tuple[Any, ...]:
+    """What makes two records comparable: case and peer."""
+    return (*(record[name] for name in CASE_KEYS), record["peer"])
+
+
+def case_of(record: Record) -> Case:
+    """The case of a record."""
+    return Case(**{name: record[name] for name in CASE_KEYS})
+
+
+def by_case(records: Iterable[Record]) -> dict[Case, list[Record]]:
+    """Records grouped by case, in order; a later record of the same case and peer replaces an earlier one."""
+    latest = {key(record): record for record in records}
+    grouped: dict[Case, list[Record]] = {}
+    for record in latest.values():
+        grouped.setdefault(case_of(record), []).append(record)
+    return grouped
+
+
+def default_stem(device: str, label: str) -> Path:
+    """`results/<machine>/<date>-<label>`: where a run's files go unless told otherwise."""
+    day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return RESULTS / str(machine(device)["name"]) / f"{day}-{label}"

@@ -1,0 +1,149 @@
+"""The host side of the build: C++ compiler, Python's headers, flags, and the engine's instruction sets."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .settings import Settings, Unavailable
+
+# Contraction and relaxed arithmetic would change bits between backends. -fno-math-errno and
+# -fno-trapping-math drop errno and the trap flags alone, never a rounding.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fvisibility-inlines-hidden "
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror=return-type"
+).split()
+LINK_FLAGS = "-shared -pthread -ldl".split()
+
+# csrc/cpu/engine.cpp is compiled once for each of these. The order is also the link order, lowest first:
+# where two objects hold the same inline library function, the linker keeps the first, which runs everywhere.
+# There is no -mfma: the engine must not fuse, and a flag that only permits it would still invite it.
+ENGINE_ISAS: dict[str, dict[str, list[str]]] = {
+    "x86_64": {
+        "baseline": ["-DFUSEDOPT_ONE_VARIANT"],
+        "avx2": ["-mavx2"],
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+    },
+    "aarch64": {"neon": []},
+}
+
+PROBE = "#include <cstdint>\n#include <vector>\nstd::vector<std::int64_t> probe() { return {1}; }\n"
+
+
+@dataclass(frozen=True)
+class HostCompiler:
+    """A C++ compiler that was tried and works.
+
+    Attributes:
+        command: how to call it.
+        description: first line of its ``--version``.
+        machine: what it compiles for, such as "x86_64".
+    """
+
+    command: tuple[str, ...]
+    description: str
+    machine: str
+
+    @property
+    def isas(self) -> dict[str, list[str]]:
+        """Instruction sets of the engine, each with the flags that enable it."""
+        return ENGINE_ISAS.get(self.machine, {"baseline": []})
+
+
+def find_host_compiler() -> HostCompiler:
+    """Return a C++17 compiler that works.
+
+    Raises:
+        Unavailable: there is none, or the platform is not supported.
+    """
+    if sys.platform != "linux":
+        raise Unavailable(f"the extension is written for Linux, this is {sys.platform}", "use Linux or WSL")
+    command = _compiler_command()
+    _probe(command)
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    target = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    return HostCompiler(tuple(command), version.splitlines()[0].strip(), target.split("-")[0].strip())
+
+
+def require_python_headers() -> list[str]:
+    """Return the include folders of the running Python.
+
+    Raises:
+        Unavailable: ``Python.h`` is not installed.
+    """
+    folders = list(dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude")))
+    if any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in folders):
+        return folders
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise Unavailable(
+        f"Python's C headers are missing: there is no {folders[0]}/Python.h",
+        f"sudo apt-get install python{version}-dev (or python3-dev; Fedora: dnf install python3-devel)",
+    )
+
+
+def engine_sources(root: Path) -> list[Path]:
+    """The file that is compiled once per instruction set; empty where there is none."""
+    engine = root / "csrc/cpu/engine.cpp"
+    return [engine] if engine.exists() else []
+
+
+def plain_sources(root: Path) -> list[Path]:
+    """Every other C++ file of the extension, in a fixed order."""
+    return sorted(set((root / "csrc").rglob("*.cpp")) - set(engine_sources(root)))
+
+
+def compile_flags(settings: Settings) -> list[str]:
+    """Flags of every C++ file."""
+    return CXX_FLAGS + (_sanitizer_flags(settings) or ["-g0"])
+
+
+def link_flags(settings: Settings) -> list[str]:
+    """Flags of the link; the symbols are stripped unless a sanitizer needs them for its reports."""
+    return LINK_FLAGS + (_sanitizer_flags(settings) or ["-s"])
+
+
+def _sanitizer_flags(settings: Settings) -> list[str]:
+    if not settings.sanitize:
+        return []
+    return [f"-fsanitize={settings.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+
+
+def _compiler_command() -> list[str]:
+    asked = shlex.split(os.environ.get("CXX", ""))
+    candidates = [asked] if asked else [["g++"], ["c++"], ["clang++"]]
+    for command in candidates:
+        if shutil.which(command[0]):
+            return command
+    tried = ", ".join(command[0] for command in candidates)
+    raise Unavailable(
+        f"there is no C++ compiler: {tried} not found",
+        "sudo apt-get install g++ (Fedora: dnf install gcc-c++; conda: conda install gxx)",
+    )
+
+
+def _probe(command: list[str]) -> None:
+    """Compile and link a few lines, so that a broken compiler is named before ninja meets it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE)
+        call = [
+            *command,
+            "-std=c++17",
+            "-fPIC",
+            *LINK_FLAGS,
+            str(source),
+            "-o",
+            os.path.join(folder, "probe.so"),
+        ]
+        result = subprocess.run(call, capture_output=True, text=True)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+        why = lines[0].strip() if lines else f"exit status {result.returncode}"
+        raise Unavailable(f"{command[0]} cannot build a C++17 library: {why}", "sudo apt-get install g++")

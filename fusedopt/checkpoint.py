@@ -1,0 +1,124 @@
+"""What ``load_state_dict`` makes of a state_dict: groups and state for these parameters, checked beforehand.
+
+Torch casts state to the parameter's dtype (https://github.com/pytorch/pytorch/issues/43706); here it keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .check import check_flags, check_hyperparameters, check_state, check_step, local
+from .rules import Rule
+
+StateDict = dict[str, Any]
+
+
+def read(
+    rule: Rule,
+    groups: Sequence[dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    name_of: Callable[[int, int], str],
+    fill: Callable[[list[dict[str, Any]]], None],
+) -> StateDict:
+    """Reads what ``state_dict`` of this package or of torch returned.
+
+    Args:
+        rule: of the optimizer that loads.
+        groups: its ``param_groups``, which stay as they are.
+        state_dict: what was saved.
+        name_of: what error messages call parameter ``place`` of group ``index``, as ``name_of(index, place)``.
+        fill: adds the options that older versions did not save to groups, in place.
+
+    Returns:
+        ``state`` and ``param_groups`` as an optimizer holds them. Tensors that are right already are not copied.
+
+    Raises:
+        ValueError: it is that of another model or of another optimizer.
+        RuntimeError: it asks for options that exclude each other.
+    """
+    saved_groups: list[dict[str, Any]] = deepcopy(state_dict["param_groups"])
+    _check_sizes(groups, saved_groups)
+    ids = list(chain.from_iterable(group["params"] for group in saved_groups))
+    places = [(g, k) for g, group in enumerate(groups) for k in range(len(group["params"]))]
+    place_of = dict(zip(ids, places, strict=True))
+    for group, saved in zip(groups, saved_groups, strict=True):
+        saved["params"] = group["params"]
+        if "param_names" in group:
+            saved.setdefault("param_names", group["param_names"])
+    fill(saved_groups)
+    _check_groups(rule, saved_groups)
+    state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+    for key, value in state_dict["state"].items():
+        if key not in place_of:
+            state[key] = value  # not of a parameter: kept as it is, as torch does
+            continue
+        g, k = place_of[key]
+        state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], value)
+    return {"state": state, "param_groups": saved_groups}
+
+
+def as_step(step: Any, device: torch.device) -> Tensor:
+    """A step count of any origin as torch's fused optimizers keep it: float32, 0-dim, on the parameter's device."""
+    if isinstance(step, Tensor):
+        return step.detach().to(dtype=torch.float32, device=device).reshape(())
+    return torch.tensor(float(step), dtype=torch.float32, device=device)
+
+
+def _check_sizes(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
+    if len(groups) != len(saved):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved)}, where the optimizer has {len(groups)}"
+        )
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
+                f"group {index} has {len(other['params'])} parameters, where the optimizer's has "
+                f"{len(group['params'])}"
+            )
+
+
+def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
+    try:
+        check_hyperparameters(rule, groups)
+    except KeyError as error:
+        raise ValueError(f"loaded state dict is that of another optimizer: {error.args[0]}") from error
+    for index, group in enumerate(groups):
+        try:
+            check_flags(foreach=False, fused=False, differentiable=group.get("differentiable", False))
+        except RuntimeError as error:
+            raise RuntimeError(f"group {index} of the loaded state dict: {error}") from error
+
+
+def _fitted(rule: Rule, name: str, param: Tensor, value: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one parameter, on its device."""
+    if rule.keeps_step:
+        check_step(name, value, rule.states)
+    for key in rule.states:
+        if isinstance(value.get(key), Tensor):
+            check_state(name, param, key, value[key])
+    device = local(param).device
+    fitted: dict[str, Any] = {key: _moved(item, device) for key, item in value.items() if key != "step"}
+    if "step" not in value:
+        return fitted
+    step = as_step(value["step"], device) if rule.keeps_step else _moved(value["step"], device)
+    return {key: step if key == "step" else fitted[key] for key in value}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A value of a state with its tensors on a device. They keep their dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device=device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return type(value)(_moved(item, device) for item in value)
+    return value

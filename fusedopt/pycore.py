@@ -1,0 +1,434 @@
+"""The tensor table in pure Python, twin of csrc/host_table and of Table in csrc/bindings.cpp.
+
+It stands in where nothing was compiled, so that the Triton and reference backends run from a plain install.
+The columns are the same bytes in the same order (csrc/table.h); only the host time of a step is longer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules import Rule
+from .storages import STORAGES
+
+# csrc/types.h as typecodes of array: unsigned and signed integers of 32 and 64 bits.
+U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
+
+# csrc/rules/rule.h, csrc/table.h
+HYPERS = 8  # hyperparameters a rule may name
+SLOTS = 6  # columns of addresses: parameter, gradient, three states, step
+ELEMENT_SLOTS = 5  # the slots before the step
+GRAD, STATE0 = 1, 2
+LEAF = 2048  # elements; a chunk is a whole number of leaves
+MOST_CHUNK = 32768  # elements
+STORAGE_BITS = 4  # bits per slot in the storage column
+STORAGE_MASK = (1 << STORAGE_BITS) - 1
+DENSE_LAYOUT = -1
+EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which has none
+
+FLOAT32, BFLOAT16, FLOAT64 = STORAGES[torch.float32], STORAGES[torch.bfloat16], STORAGES[torch.float64]
+ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run time was compiled for
+
+STRIDED_FEATURE, DOUBLE_FEATURE = 1, 2  # enum Feature in csrc/variants.h
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for: csrc/variants.h."""
+
+    name: str
+    param: int
+    state: int
+    features: int
+
+    def covers(self, param: int, state: int, features: int) -> bool:
+        """Whether tensors of these storages and features may go through it."""
+        fixed = self.param != ANY_STORAGE
+        return not features & ~self.features and (not fixed or (param, state) == (self.param, self.state))
+
+
+# Smallest first.
+VARIANTS = (
+    Variant("f32", FLOAT32, FLOAT32, 0),
+    Variant("bf16", BFLOAT16, BFLOAT16, 0),
+    Variant("bf16_f32", BFLOAT16, FLOAT32, 0),
+    Variant("any", ANY_STORAGE, ANY_STORAGE, 0),
+    Variant("strided", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE),
+    Variant("full", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE),
+)
+
+
+class Facts(NamedTuple):
+    """What must stay the same about a tensor for its row of the table to stay true."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Facts:
+        """The facts of a tensor now."""
+        return Facts(tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+
+
+@dataclass
+class Watch:
+    """One parameter as the table last saw it.
+
+    Attributes:
+        param: owned, as the table points into it.
+        stand_in: whether the row's gradient was made from the parameter's, and has to be made again each step.
+        unwrap: whether it is a DTensor, whose local tensor is what the row holds.
+        address: of the parameter.
+        param_facts: of the parameter.
+        grad_facts: of its gradient; None: it had none.
+        keep: what else the row points into.
+        layout: of a tensor that is not dense; empty: it is.
+    """
+
+    param: Tensor
+    stand_in: bool
+    unwrap: bool
+    address: int
+    param_facts: Facts | None
+    grad_facts: Facts | None
+    keep: list[Tensor]
+    layout: list[int]
+
+
+@dataclass
+class GroupRow:
+    """One group's hyperparameters, as the kernels see them.
+
+    Attributes:
+        values: the numbers; 1 where a tensor on the table's device holds it.
+        tensors: addresses of those tensors, else 0.
+        storages: of those tensors.
+        flags: one bit each.
+        shape: flags and which values are 0, when last read; None: never.
+    """
+
+    values: array[float] = field(default_factory=lambda: array(F64, [0.0] * HYPERS))
+    tensors: list[int] = field(default_factory=lambda: [0] * HYPERS)
+    storages: list[int] = field(default_factory=lambda: [0] * HYPERS)
+    flags: int = 0
+    shape: tuple[int, tuple[bool, ...]] | None = None
+
+
+class PyTable:
+    """The table of one rule on one device.
+
+    Args:
+        rule: names the hyperparameters and flags that a group's row holds.
+        device: where the table's tensors are; a hyperparameter that is a tensor there is read by the launch.
+    """
+
+    def __init__(self, rule: Rule, device: torch.device) -> None:
+        """See the class."""
+        self._rule = rule
+        self._device = device
+        self._revision = 0
+        self._groups: list[GroupRow] = []
+        self.resize(0, [])
+
+    @property
+    def revision(self) -> int:
+        """Changes with anything but gradients and groups."""
+        return self._revision
+
+    @property
+    def rows(self) -> int:
+        """How many tensors there are."""
+        return self._rows
+
+    @property
+    def variant(self) -> str:
+        """Name of the smallest variant that covers all rows."""
+        param, state, features = ANY_STORAGE, ANY_STORAGE, 0
+        params, states = self._storages_in_use()
+        if any(watch is not None and watch.layout for watch in self._watches):
+            features |= STRIDED_FEATURE
+        if FLOAT64 in params | states:
+            features |= DOUBLE_FEATURE
+        if len(params or {FLOAT32}) == 1:
+            param = min(params, default=FLOAT32)
+        if len(states or {param}) == 1:
+            state = min(states, default=param)
+        return next(variant.name for variant in VARIANTS if variant.covers(param, state, features))
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks the plan has."""
+        return len(self._chunks) // 2
+
+    def resize(self, rows: int, group_sizes: list[int]) -> None:
+        """Forgets everything and makes room.
+
+        Args:
+            rows: tensors on this device.
+            group_sizes: parameters of each group, over all devices.
+        """
+        self._rows = rows
+        self._sizes = list(group_sizes)
+        # A group's values stay until they are read again, as in the compiled table.
+        self._groups = (self._groups + [GroupRow() for _ in group_sizes])[: len(group_sizes)]
+        for group in self._groups:
+            group.shape = None
+        self._address = array(U64, [0]) * (SLOTS * rows)
+        self._numel = array(I64, [0]) * rows
+        self._group = array(U32, [0]) * rows
+        self._storage = array(U64, [0]) * rows
+        self._watches: list[Watch | None] = [None] * rows
+        self._places: list[tuple[int, int]] = [(0, 0)] * rows
+        self._states: dict[Tensor, dict[str, Any]] = {}
+        self._state: list[tuple[dict[str, Any], dict[str, Tensor | None]] | None] = [None] * rows
+        self._live = [False] * rows
+        self._live_params: list[Tensor] | None = None
+        self._chunks = array(U32)
+        self._chunk_elements = 0
+        self._planned_workers = 0
+        self._revision += 1
+
+    def set_places(self, places: list[tuple[int, int]]) -> None:
+        """Where each row's parameter stands.
+
+        Args:
+            places: group, and position in that group's list, of each row.
+        """
+        self._places = list(places)
+
+    def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict.
+
+        Args:
+            states: the optimizer's ``state``.
+        """
+        self._states = states
+
+    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
+        """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects.
+
+        Args:
+            row: its index.
+            state: what the optimizer's state has for the row's parameter.
+            entries: what that must hold, by key; None: nothing.
+        """
+        self._state[row] = (state, dict(entries))
+
+    def set_row(
+        self,
+        row: int,
+        addresses: list[int],
+        storages: list[int],
+        numel: int,
+        group: int,
+        layout: list[int],
+        param: Tensor,
+        grad: Tensor | None,
+        unwrap: bool,
+        keep: list[Tensor],
+    ) -> None:
+        """Describes one tensor and starts watching its parameter and gradient.
+
+        Args:
+            row: its index.
+            addresses: of parameter, gradient, three states and step; 0: absent.
+            storages: codes of the slots before the step.
+            numel: its elements.
+            group: index of its group.
+            layout: empty where every slot is dense; else as csrc/table.h says of ``layouts``.
+            param: the parameter.
+            grad: its gradient, or None.
+            unwrap: whether both are DTensors.
+            keep: what else the row points into and must therefore outlive it.
+        """
+        if not 0 <= row < self._rows:
+            raise IndexError(f"row {row} of {self._rows}")
+        for slot, address in enumerate(addresses):
+            self._address[slot * self._rows + row] = address
+        if self._numel[row] != numel:
+            self._planned_workers = 0
+        self._numel[row] = numel
+        self._group[row] = group
+        self._storage[row] = sum(storage << (STORAGE_BITS * slot) for slot, storage in enumerate(storages))
+        local = _local(param, unwrap)
+        self._watches[row] = Watch(
+            param=param,
+            stand_in=grad is not None and grad is not param.grad,
+            unwrap=unwrap,
+            address=0 if grad is None else local.data_ptr(),
+            param_facts=None if grad is None else Facts.of(local),
+            grad_facts=None if grad is None else Facts.of(_local(grad, unwrap)),
+            keep=keep,
+            layout=list(layout),
+        )
+        self._live[row] = grad is not None
+        self._live_params = None
+        self._revision += 1
+
+    def refresh(self) -> list[int] | None:
+        """Reads gradients again: rows that are no longer what the table says, or None."""
+        changed = [
+            row for row, watch in enumerate(self._watches) if watch is not None and not self._look(row, watch)
+        ]
+        return changed or None
+
+    def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
+        """Reads hyperparameters again.
+
+        Returns:
+            The groups of which a flag, or whether a value is 0, has changed since the last call: what a
+            tensor needs for its step may have changed with it. None where there is none; -1 where parameters
+            came, went or were replaced by others.
+        """
+        if len(groups) != len(self._groups):
+            return -1
+        changed = []
+        for index, group in enumerate(groups):
+            if len(group["params"]) != self._sizes[index]:
+                return -1
+            row = self._groups[index]
+            self._read_group(row, group)
+            shape = (row.flags, tuple(value != 0.0 for value in row.values))
+            if shape != row.shape:
+                changed.append(index)
+            row.shape = shape
+        for watch, (group_index, place) in zip(self._watches, self._places, strict=True):
+            if watch is not None and groups[group_index]["params"][place] is not watch.param:
+                return -1
+        return changed or None
+
+    def live_params(self) -> list[Tensor]:
+        """The parameters that have a gradient, as of the last refresh."""
+        if self._live_params is None:
+            pairs = zip(self._watches, self._live, strict=True)
+            self._live_params = [watch.param for watch, live in pairs if live and watch is not None]
+        return self._live_params
+
+    def columns(self, workers: int, only_step: bool) -> dict[str, Any]:
+        """The columns as bytes, and the elements of a chunk.
+
+        Args:
+            workers: how many programs or threads the chunk plan is made for.
+            only_step: leave out what changes only with ``revision``.
+
+        Returns:
+            ``grads`` u64[rows], ``group_values`` f64[groups, 8], ``group_flags`` u32[groups],
+            ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8]. Unless only_step also
+            ``address`` u64[6, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage`` u64[rows],
+            ``layout`` i32[rows], ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
+        """
+        self._plan(workers)
+        columns: dict[str, Any] = {
+            "grads": self._address[GRAD * self._rows : (GRAD + 1) * self._rows].tobytes(),
+            "group_values": b"".join(group.values.tobytes() for group in self._groups),
+            "group_flags": array(U32, [group.flags for group in self._groups]).tobytes(),
+            "group_tensors": b"".join(array(U64, group.tensors).tobytes() for group in self._groups),
+            "group_storages": b"".join(array(U32, group.storages).tobytes() for group in self._groups),
+        }
+        if only_step:
+            return columns
+        layout, layouts = self._pack_layouts()
+        return columns | {
+            "address": self._address.tobytes(),
+            "numel": self._numel.tobytes(),
+            "group": self._group.tobytes(),
+            "storage": self._storage.tobytes(),
+            "layouts": layouts.tobytes(),
+            "layout": layout.tobytes(),
+            "chunks": self._chunks.tobytes(),
+            "chunk_elements": self._chunk_elements,
+        }
+
+    def _look(self, row: int, watch: Watch) -> bool:
+        """Reads one gradient's address; False where parameter or gradient is no longer what the row says."""
+        grad = watch.param.grad
+        if grad is None:  # the launch passes the row over, whatever else it says
+            self._set_grad(row, 0, False)
+            return True
+        if watch.grad_facts is None or watch.stand_in or not self._holds_state(row, watch):
+            return False
+        param, grad = _local(watch.param, watch.unwrap), _local(grad, watch.unwrap)
+        if grad.layout != torch.strided or param.layout != torch.strided or grad.is_conj() or grad.is_neg():
+            return False
+        if param.data_ptr() != watch.address or (Facts.of(param), Facts.of(grad)) != (watch.param_facts, watch.grad_facts):
+            return False
+        self._set_grad(row, grad.data_ptr() if self._numel[row] else EMPTY_GRADIENT, True)
+        return True
+
+    def _holds_state(self, row: int, watch: Watch) -> bool:
+        found, watched = self._states.get(watch.param), self._state[row]
+        if watched is None or found is not watched[0]:
+            return found is None and watched is None
+        return all(found.get(name) is tensor for name, tensor in watched[1].items())
+
+    def _set_grad(self, row: int, address: int, live: bool) -> None:
+        self._address[GRAD * self._rows + row] = address
+        if self._live[row] != live:
+            self._live[row] = live
+            self._live_params = None
+
+    def _read_group(self, row: GroupRow, group: dict[str, Any]) -> None:
+        for index, (key, item) in enumerate(self._rule.hypers):
+            value = group[key] if item < 0 else group[key][item]
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"a tensor of 1 element is wanted, not one of {value.numel()}")
+            here = isinstance(value, Tensor) and self._reads_at_launch(value)
+            # Only whether this is 0 matters before the launch; a GPU's value is not known by then.
+            unknown = here and self._device.type != "cpu"
+            row.values[index] = 1.0 if unknown else value.item() if isinstance(value, Tensor) else value
+            row.tensors[index] = value.data_ptr() if here else 0
+            row.storages[index] = STORAGES[value.dtype] if here else 0
+        row.flags = sum(bit for key, bit in self._rule.flags if group[key])
+
+    def _reads_at_launch(self, tensor: Tensor) -> bool:
+        same_index = (tensor.device.index or 0) == (self._device.index or 0)
+        return tensor.device.type == self._device.type and same_index and tensor.dtype in STORAGES
+
+    def _storages_in_use(self) -> tuple[set[int], set[int]]:
+        """Those of parameters and gradients, and those of states; a gradient counts even while it is None."""
+        params: set[int] = set()
+        states: set[int] = set()
+        for slot in range(ELEMENT_SLOTS):
+            found = params if slot < STATE0 else states
+            for row in range(self._rows):
+                if not self._address[row]:
+                    continue  # it never had a gradient
+                if slot == GRAD or self._address[slot * self._rows + row]:
+                    found.add(self._storage[row] >> (STORAGE_BITS * slot) & STORAGE_MASK)
+        return params, states
+
+    def _plan(self, workers: int) -> None:
+        """Chunks of a whole number of leaves, as large as keeps so many workers busy."""
+        if self._planned_workers == workers:
+            return
+        share = sum(self._numel) // max(workers, 1)
+        size = min(max(share, LEAF), MOST_CHUNK) // LEAF * LEAF
+        self._chunks = array(U32)
+        for row, numel in enumerate(self._numel):
+            self._chunks.extend(number for index in range(-(-numel // size)) for number in (row, index))
+        self._chunk_elements = size
+        self._planned_workers = workers
+        self._revision += 1
+
+    def _pack_layouts(self) -> tuple[array[int], array[int]]:
+        """Where each row's layout starts, and all layouts one after the other."""
+        layout, layouts = array(I32), array(I64)
+        for watch in self._watches:
+            own = watch.layout if watch is not None else []
+            layout.append(len(layouts) if own else DENSE_LAYOUT)
+            layouts.extend(own)
+        return layout, layouts
+
+
+def _local(tensor: Tensor, unwrap: bool) -> Tensor:
+    """The tensor whose memory is on this device."""
+    if not unwrap:
+        return tensor
+    local: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return local

@@ -1,0 +1,75 @@
+"""The step as one operator of torch's dispatcher, so that ``torch.compile`` traces it without a graph break.
+
+The operator is told by a number which optimizer it serves. To a graph it is a function that rewrites parameters
+from gradients; state and hyperparameters stay outside, so that torch compiles nothing anew when they change.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+_numbers = itertools.count()
+_optimizers: weakref.WeakValueDictionary[int, FusedOptimizer] = weakref.WeakValueDictionary()
+
+
+def register(optimizer: FusedOptimizer) -> int:
+    """The number by which :func:`step` finds an optimizer for as long as that lives."""
+    number = next(_numbers)
+    _optimizers[number] = optimizer
+    return number
+
+
+def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
+    """All parameters, in order: what a trace looks at, so that it need not look at the groups."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+@torch.library.custom_op("fusedopt::step", mutates_args=("params",))
+def step(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
+    """One step of an optimizer.
+
+    Args:
+        params: parameters that have a gradient. A graph may pass copies, and takes the result from them.
+        grads: their gradients.
+        places: where each of them stands among all parameters of the optimizer.
+        number: what :func:`register` returned.
+
+    Raises:
+        RuntimeError: the optimizer no longer exists.
+    """
+    optimizer = _optimizers.get(number)
+    if optimizer is None:
+        raise RuntimeError("the optimizer that this graph was traced with no longer exists")
+    traced, now = optimizer._traced_params, params_of(optimizer)
+    if len(traced) != len(now) or any(one is not other for one, other in zip(traced, now, strict=True)):
+        optimizer._traced_params = now  # the groups were changed by hand: the next call is traced anew
+        optimizer._launch()
+        return
+    own = [now[place] for place in places]
+    held = [param.grad for param in own]
+    copies = [pair for pair in zip(own, params, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+    try:
+        for param, grad, before in zip(own, grads, held, strict=True):
+            if before is None or before.data_ptr() != grad.data_ptr():
+                param.grad = grad
+        for param, copy in copies:
+            param.data.copy_(copy)
+        optimizer._launch()
+        for param, copy in copies:
+            copy.copy_(param.data)
+    finally:
+        for param, before in zip(own, held, strict=True):
+            param.grad = before
+
+
+@step.register_fake
+def _(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
+    return None

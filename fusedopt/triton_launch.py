@@ -1,0 +1,76 @@
+"""Gives the Triton kernels their own copy of the table's columns, as tensors on its device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import Table
+
+PLANNED_WORKERS = 1024  # programs that the chunk plan is made for: more than any GPU of today runs at once
+
+_DTYPES = {
+    "address": torch.int64,
+    "grads": torch.int64,
+    "numel": torch.int64,
+    "group": torch.int32,
+    "storage": torch.int64,
+    "layout": torch.int32,
+    "layouts": torch.int64,
+    "chunks": torch.int32,
+    "group_values": torch.float64,
+    "group_flags": torch.int32,
+    "group_tensors": torch.int64,
+    "group_storages": torch.uint8,
+}
+_SHAPES = {"address": (6, -1), "chunks": (-1, 2), "group_values": (-1, 8), "group_tensors": (-1, 8), "group_storages": (-1, 8)}
+
+
+class Launcher:
+    """The columns of one table on its device; what changed is sent again, the rest stays."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts with nothing."""
+        self.device = device
+        self.revision = -1
+        self.columns: Any = None
+        self._sent: dict[str, bytes] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Sends what changed and launches."""
+        from .triton_kernels.launch import Columns, launch
+
+        core = table.core
+        all_columns = core.columns(PLANNED_WORKERS, self.revision == core.revision)
+        changed = [name for name, data in all_columns.items() if name in _DTYPES and self._sent.get(name) != data]
+        for name in changed:
+            self._tensors[name] = self._send(name, all_columns[name])
+            self._sent[name] = all_columns[name]
+        if self.revision != core.revision or self.columns is None:
+            self.revision = core.revision
+            self._chunk_elements = int(all_columns["chunk_elements"])
+            self._tensors.setdefault("arrivals", torch.zeros(1, dtype=torch.int32, device=self.device))
+        if changed or self.columns is None:
+            self.columns = Columns(
+                device=self.device, rows=len(table.rows), chunk_elements=self._chunk_elements, **self._tensors
+            )
+        launch(table.rule.stem, core.variant, self.columns, grad_scale=grad_scale, found_inf=found_inf)
+
+    def _send(self, name: str, data: bytes) -> Tensor:
+        column = torch.frombuffer(bytearray(data), dtype=_DTYPES[name]) if data else torch.empty(0, dtype=_DTYPES[name])
+        column = column.reshape(_SHAPES.get(name, (-1,))) if column.numel() else column
+        if name == "group_storages":
+            column = column.to(torch.int32)
+        if self.device.type == "cpu":
+            return column
+        return column.pin_memory().to(self.device, non_blocking=True)
+
+
+def launch(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """One step of every tensor of a table that has a gradient, by the Triton kernels."""
+    if table.launcher is None:
+        table.launcher = Launcher(table.device)
+    table.launcher.launch(table, grad_scale, found_inf)

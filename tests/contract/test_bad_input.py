@@ -1,0 +1,410 @@
+"""Bad input is refused before anything is written, by a message that names the tensor and both values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+import fusedopt
+
+from .kit import CLASSES, FULL_OPTIONS
+
+Setup = Callable[[], tuple[Tensor, Tensor]]
+
+
+def _param(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.ones(*shape, dtype=dtype))
+
+
+def _with_grad_dtype(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    param = _param(3)
+    param.grad_dtype = dtype
+    return param, torch.ones(3, dtype=dtype)
+
+
+def _inference_param() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(3)
+
+
+class Unchecked(nn.Parameter):
+    """A parameter to which any gradient can be given, as some libraries do; torch checks what it is assigned."""
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        return self.__dict__.get("given")
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.__dict__["given"] = value
+
+
+def _unchecked(values: Tensor) -> Tensor:
+    return Unchecked(values)
+
+
+# What is wrong: parameter and gradient, the type of the error, and what its message says.
+GRADIENTS: dict[str, tuple[Setup, type[Exception], str]] = {
+    "shape": (
+        lambda: (_unchecked(torch.ones(3, 2)), torch.ones(2, 3)),
+        ValueError,
+        r"gradient of parameter 1 of group 0 has shape \(2, 3\), the parameter \(3, 2\)",
+    ),
+    "device": (
+        lambda: (_unchecked(torch.ones(3)), torch.ones(3, device="meta")),
+        ValueError,
+        "gradient of parameter 1 of group 0 is on meta, the parameter on cpu",
+    ),
+    "dtype": (
+        lambda: (_unchecked(torch.ones(3)), torch.ones(3, dtype=torch.int64)),
+        TypeError,
+        "gradient of parameter 1 of group 0 has dtype torch.int64, the parameter torch.float32",
+    ),
+    "complex": (
+        lambda: (_unchecked(torch.ones(3)), torch.ones(3, dtype=torch.complex64)),
+        TypeError,
+        "gradient of parameter 1 of group 0 has dtype torch.complex64, the parameter torch.float32",
+    ),
+    "float8 gradient": (
+        lambda: _with_grad_dtype(torch.float8_e5m2),
+        TypeError,
+        "gradient of parameter 1 of group 0 has dtype torch.float8_e5m2, the parameter torch.float32",
+    ),
+    "float8 parameter": (
+        lambda: (nn.Parameter(torch.ones(3).to(torch.float8_e5m2)), torch.ones(3).to(torch.float8_e5m2)),
+        TypeError,
+        "parameter 1 of group 0 has dtype torch.float8_e5m2; it must be torch.float32, .* torch.float64",
+    ),
+    "compressed sparse": (
+        lambda: (_unchecked(torch.eye(3)), torch.eye(3).to_sparse_csr()),
+        RuntimeError,
+        "gradient of parameter 1 of group 0 is torch.sparse_csr; it must be torch.strided",
+    ),
+    "sparse parameter": (
+        lambda: (nn.Parameter(torch.eye(3).to_sparse()), torch.eye(3).to_sparse()),
+        TypeError,
+        "parameter 1 of group 0 is torch.sparse_coo; its layout must be torch.strided",
+    ),
+    "meta": (
+        lambda: (nn.Parameter(torch.ones(3, device="meta")), torch.ones(3, device="meta")),
+        RuntimeError,
+        "parameter 1 of group 0 is on the meta device, where there is no memory to update",
+    ),
+    "wrapper": (
+        lambda: (
+            nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3))),
+            TwoTensor(torch.ones(3), torch.ones(3)),
+        ),
+        TypeError,
+        "parameter 1 of group 0 is a TwoTensor, which wraps other tensors",
+    ),
+    "inference tensor": (
+        lambda: (_inference_param(), torch.ones(3)),
+        RuntimeError,
+        "parameter 1 of group 0 is an inference tensor; clone it",
+    ),
+    "expanded parameter": (
+        lambda: (nn.Parameter(torch.ones(1).expand(3)), torch.ones(3)),
+        ValueError,
+        r"parameter 1 of group 0 of shape \(3,\) and strides \(0,\) has elements that share memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("fault", GRADIENTS)
+def test_tensors(cls: str, fault: str) -> None:
+    make, error, message = GRADIENTS[fault]
+    good = _param(4)
+    bad, grad = make()
+    optimizer = getattr(fusedopt, cls)([good, bad], **FULL_OPTIONS[cls])
+    good.grad = torch.ones(4)
+    optimizer.step()
+    before, state = good.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    version = good._version
+    bad.grad = grad
+    for _ in range(2):  # refused again, not forgotten
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    assert torch.equal(good.detach(), before)
+    assert good._version == version
+    now = optimizer.state_dict()["state"]
+    assert now.keys() == state.keys()
+    for name, value in state[0].items():
+        assert torch.equal(now[0][name], value), name
+    bad.grad = None
+    optimizer.step()  # and all is well without it
+    assert not torch.equal(good.detach(), before)
+
+
+def test_a_name_is_used_where_there_is_one() -> None:
+    weight = _unchecked(torch.ones(3))
+    optimizer = fusedopt.SGD([("encoder.weight", weight)], lr=0.1)
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"gradient of parameter 'encoder.weight' has shape \(2,\)"):
+        optimizer.step()
+
+
+def test_a_sparse_gradient_that_comes_later_is_named() -> None:
+    table = nn.Embedding(4, 2)
+    optimizer = fusedopt.Adam(table.parameters())
+    table.weight.grad = torch.ones(4, 2)
+    optimizer.step()
+    table.weight.grad = torch.eye(4)[:, :2].to_sparse()
+    with pytest.raises(RuntimeError, match=r"consider SparseAdam instead: gradient of parameter 0 of group 0 is"):
+        optimizer.step()
+
+
+# A state that does not fit: what is done to it, the error, its message.
+STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "shape": (
+        lambda state: state.update(exp_avg=torch.zeros(5)),
+        ValueError,
+        r"exp_avg of parameter 0 of group 0 has shape \(5,\), the parameter \(3,\)",
+    ),
+    "dtype": (
+        lambda state: state.update(exp_avg_sq=torch.zeros(3, dtype=torch.int32)),
+        TypeError,
+        "exp_avg_sq of parameter 0 of group 0 has dtype torch.int32, the parameter torch.float32",
+    ),
+    "meta": (
+        lambda state: state.update(exp_avg=torch.zeros(3, device="meta")),
+        TypeError,
+        "exp_avg of parameter 0 of group 0 has no memory of its own",
+    ),
+    "expanded": (
+        lambda state: state.update(exp_avg=torch.zeros(1).expand(3)),
+        ValueError,
+        "exp_avg of parameter 0 of group 0 .* has elements that share memory",
+    ),
+    "steps of two": (
+        lambda state: state.update(step=torch.ones(2)),
+        ValueError,
+        "step of parameter 0 of group 0 must have 1 element, but it has 2",
+    ),
+    "NaN steps": (
+        lambda state: state.update(step=torch.tensor(float("nan"))),
+        ValueError,
+        "step of parameter 0 of group 0 must be a count, but it is nan",
+    ),
+    "negative steps": (
+        lambda state: state.update(step=-1.0),
+        ValueError,
+        r"step of parameter 0 of group 0 must be a count, but it is -1\.0",
+    ),
+    "half a step": (
+        lambda state: state.update(step=2.5),
+        ValueError,
+        r"step of parameter 0 of group 0 must be a count, but it is 2\.5",
+    ),
+    "no moments": (
+        lambda state: state.pop("exp_avg_sq"),
+        ValueError,
+        "the state of parameter 0 of group 0 has taken 1 steps, but has no exp_avg_sq",
+    ),
+    "no step": (
+        lambda state: state.pop("step"),
+        ValueError,
+        "the state of parameter 0 of group 0 has exp_avg and exp_avg_sq, but no step",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", STATES)
+def test_a_state_that_does_not_fit_is_refused_by_load_and_by_step(fault: str) -> None:
+    spoil, error, message = STATES[fault]
+    param = _param(3)
+    optimizer = fusedopt.Adam([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    spoil(saved["state"][0])
+    before = param.detach().clone()
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    optimizer.step()  # the refused load has left it whole
+    assert not torch.equal(param.detach(), before)
+
+    before = param.detach().clone()
+    spoil(optimizer.state[param])
+    with pytest.raises(error, match=message.replace("1 steps", "2 steps")):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
+def test_states_that_share_memory_are_refused() -> None:
+    param = _param(3)
+    optimizer = fusedopt.Adam([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    both = torch.zeros(5)
+    optimizer.state[param].update(exp_avg=both[:3], exp_avg_sq=both[2:])
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 .* and exp_avg_sq of parameter 0 .* share memory"):
+        optimizer.step()
+
+
+# Hyperparameters: constructor options, the error, its message.
+OPTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "lr below 0": ("Adam", {"lr": -0.5}, ValueError, "Invalid learning rate: -0.5"),
+    "lr not a number": ("SGD", {"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
+    "lr of two": ("AdamW", {"lr": torch.ones(2)}, ValueError, "Tensor lr must be 1-element, but it has 2"),
+    "lr of none": ("SGD", {"lr": torch.ones(0)}, ValueError, "Tensor lr must be 1-element, but it has 0"),
+    "momentum": ("SGD", {"momentum": -0.1}, ValueError, "Invalid momentum value: -0.1"),
+    "weight decay": ("SGD", {"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
+    "weight decay of two": (
+        "Adam",
+        {"weight_decay": torch.ones(2)},
+        ValueError,
+        "Tensor weight_decay must be 1-element, but it has 2",
+    ),
+    "eps": ("Adam", {"eps": -1e-8}, ValueError, "Invalid epsilon value: -1e-08"),
+    "beta 0": ("Adam", {"betas": (1.0, 0.9)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
+    "beta 1": ("AdamW", {"betas": (0.9, -0.1)}, ValueError, "Invalid beta parameter at index 1: -0.1"),
+    "beta of two": (
+        "Adam",
+        {"betas": (torch.ones(2) / 2, torch.tensor(0.5))},
+        ValueError,
+        r"Tensor betas\[0\] must be 1-element, but it has 2",
+    ),
+    "one beta a tensor": ("Adam", {"betas": (0.9, torch.tensor(0.9))}, ValueError, "both floats or both Tensors"),
+    "betas of integers": ("Adam", {"betas": (0, 0)}, ValueError, "both floats or both Tensors.* int and int"),
+    "one beta": ("Adam", {"betas": (0.9,)}, ValueError, "betas must be 2 decay rates, but there are 1"),
+    "Nesterov alone": ("SGD", {"nesterov": True}, ValueError, "Nesterov momentum requires a momentum"),
+    "Nesterov dampened": (
+        "SGD",
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+        ValueError,
+        "Nesterov momentum requires a momentum and zero dampening",
+    ),
+    "differentiable": ("Adam", {"differentiable": True}, RuntimeError, "does not support `differentiable`"),
+    "fused and foreach": ("SGD", {"fused": True, "foreach": True}, RuntimeError, "cannot be `True` together"),
+    "backend": ("SGD", {"backend": "gpu"}, ValueError, "backend 'gpu' is unknown; there are cpu, "),
+}
+
+
+@pytest.mark.parametrize("fault", OPTIONS)
+def test_options(fault: str) -> None:
+    cls, options, error, message = OPTIONS[fault]
+    with pytest.raises(error, match=message):
+        getattr(fusedopt, cls)([_param(3)], **options)
+
+
+# What a group is given later, the error, its message.
+GROUP_CHANGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "text": ({"lr": "fast"}, TypeError, "'lr' of group 1 must be a number or a tensor of 1 element, but it is 'fast'"),
+    "none": ({"weight_decay": None}, TypeError, "'weight_decay' of group 1 must be a number .* but it is None"),
+    "two": ({"lr": torch.ones(2)}, ValueError, "'lr' of group 1 must have 1 element, but it has 2"),
+    "one beta": ({"betas": (0.9,)}, TypeError, r"'betas'\[1\] of group 1 must be a number .* but it is \(0.9,\)"),
+    "complex": ({"eps": 1j}, TypeError, "'eps' of group 1 must be a number"),
+}
+
+
+@pytest.mark.parametrize("fault", GROUP_CHANGES)
+def test_a_group_that_is_given_nonsense_is_named_and_nothing_is_stepped(fault: str) -> None:
+    change, error, message = GROUP_CHANGES[fault]
+    params = [_param(2), _param(3)]
+    optimizer = fusedopt.Adam([{"params": params[:1]}, {"params": params[1:]}])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    sane = dict(optimizer.param_groups[1])
+    optimizer.param_groups[1].update(change)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    optimizer.param_groups[1].update(sane)
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True))
+
+
+def test_a_group_that_lost_an_option_is_named() -> None:
+    param = _param(2)
+    optimizer = fusedopt.SGD([param], lr=0.1)
+    del optimizer.param_groups[0]["momentum"]
+    param.grad = torch.ones(2)
+    with pytest.raises(KeyError, match="group 0 has no 'momentum'"):
+        optimizer.step()
+
+
+LOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "a group too many": (
+        lambda saved: saved["param_groups"].append(saved["param_groups"][0]),
+        ValueError,
+        "different number of parameter groups: 2, where the optimizer has 1",
+    ),
+    "a parameter too few": (
+        lambda saved: saved["param_groups"][0]["params"].pop(),
+        ValueError,
+        "doesn't match the size of optimizer's group: group 0 has 1 parameters, where the optimizer's has 2",
+    ),
+    "another optimizer": (
+        lambda saved: saved["param_groups"][0].pop("betas"),
+        ValueError,
+        "loaded state dict is that of another optimizer: group 0 has no 'betas'",
+    ),
+    "differentiable": (
+        lambda saved: saved["param_groups"][0].update(differentiable=True),
+        RuntimeError,
+        "group 0 of the loaded state dict: `fused` does not support `differentiable`",
+    ),
+    "lr is text": (
+        lambda saved: saved["param_groups"][0].update(lr="0.1"),
+        TypeError,
+        "'lr' of group 0 must be a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LOADS)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(fault: str) -> None:
+    spoil, error, message = LOADS[fault]
+    params = [_param(2), _param(3)]
+    optimizer = fusedopt.AdamW(params, lr=0.25)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    groups, state = optimizer.param_groups, optimizer.state
+    saved = copy.deepcopy(optimizer.state_dict())
+    spoil(saved)
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups is groups
+    assert optimizer.state is state
+    assert groups[0]["lr"] == 0.25
+    optimizer.step()
+
+
+def test_a_differentiable_group_is_refused_and_not_added() -> None:
+    optimizer = fusedopt.SGD([_param(2)], lr=0.1)
+    with pytest.raises(RuntimeError, match="does not support `differentiable`"):
+        optimizer.add_param_group({"params": [_param(3)], "differentiable": True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_scale_of_two_elements_is_refused() -> None:
+    param = _param(2)
+    optimizer = fusedopt.SGD([param], lr=0.1)
+    param.grad = torch.ones(2)
+    optimizer.grad_scale = torch.ones(2)
+    with pytest.raises(ValueError, match="grad_scale and found_inf must have 1 element, but one has 2"):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0]
+
+
+def test_fake_tensors_are_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+    optimizer = fusedopt.SGD([param], lr=0.1)
+    with pytest.raises((TypeError, RuntimeError), match="parameter 0 of group 0"):
+        optimizer.step()

@@ -1,0 +1,205 @@
+"""torch.compile: a step is one operator of a full graph, gives the same numbers, and is compiled once."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import fusedopt
+
+from .kit import CLASSES, FULL_OPTIONS, fused_kit
+
+KIT = fused_kit("cpu")
+INDUCTOR = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: inductor can not compile for the CPU"),
+)
+COMPILERS = ["eager", "aot_eager", INDUCTOR]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _pair(cls: str, **options: Any) -> tuple[list[nn.Module], list[Any]]:
+    """Two equal models, each with its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    models = [model, copy.deepcopy(model)]
+    return models, [getattr(fusedopt, cls)(each.parameters(), **{**FULL_OPTIONS[cls], **options}) for each in models]
+
+
+def _backward(model: nn.Module, step: int) -> None:
+    for param in model.parameters():
+        param.grad = None
+    model(KIT.random(5, 4, seed=step)).pow(2).sum().backward()
+
+
+def _equal(models: list[nn.Module]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_step_is_in_a_full_graph_and_gives_the_same_bits(cls: str, compiler: str) -> None:
+    models, (compiled, eager) = _pair(cls)
+    step = torch.compile(lambda: compiled.step(), backend=compiler, fullgraph=True)
+    for k in range(4):
+        for model in models:
+            _backward(model, k)
+        step()
+        eager.step()
+        assert _equal(models)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_nothing_is_compiled_again_when_hyperparameters_change(cls: str) -> None:
+    counter = CompileCounter()
+    models, (compiled, eager) = _pair(cls)
+    step = torch.compile(lambda: compiled.step(), backend=counter, fullgraph=True)
+    for k in range(5):
+        for model, optimizer in zip(models, (compiled, eager), strict=True):
+            _backward(model, k)
+            group = optimizer.param_groups[0]
+            group.update(lr=0.1 / (k + 1), weight_decay=0.01 * k, maximize=k % 2 == 1)
+            group.update({"momentum": 0.5 + 0.1 * k} if cls == "SGD" else {"betas": (0.5 + 0.1 * k, 0.9)})
+        step()
+        eager.step()
+        assert _equal(models)
+    assert counter.frame_count == 1
+
+
+def test_a_scheduler_does_not_make_it_compile_again() -> None:
+    counter = CompileCounter()
+    models, optimizers = _pair("AdamW")
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(each, max_lr=0.1, total_steps=9) for each in optimizers]
+    step = torch.compile(lambda: optimizers[0].step(), backend=counter)
+    for k in range(5):
+        for model in models:
+            _backward(model, k)
+        step()
+        optimizers[1].step()
+        for scheduler in schedulers:
+            scheduler.step()
+        assert _equal(models)
+    frames = counter.frame_count
+    for k in range(3):
+        _backward(models[0], k)
+        step()
+        schedulers[0].step()
+    assert counter.frame_count == frames
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_whole_training_step_compiles(compiler: str) -> None:
+    models, optimizers = _pair("AdamW")
+
+    def train(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).pow(2).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    compiled = torch.compile(train, backend=compiler)
+    for k in range(3):
+        x = KIT.random(5, 4, seed=k)
+        losses = [compiled(models[0], optimizers[0], x), train(models[1], optimizers[1], x)]
+        torch.testing.assert_close(losses[0], losses[1])
+    for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_parameters_that_the_graph_itself_changes_and_gradients_that_it_makes(compiler: str) -> None:
+    models, optimizers = _pair("Adam")
+
+    def run(model: nn.Module, optimizer: Any, x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.mul_(2.0)
+                param.grad = torch.ones_like(param) * x
+        optimizer.step()
+        with torch.no_grad():
+            return [param * 2.0 for param in model.parameters()]
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    for k in range(3):
+        x = torch.tensor(float(k + 1))
+        mine, other = compiled(models[0], optimizers[0], x), run(models[1], optimizers[1], x)
+        assert _equal(models)
+        assert all(torch.equal(*pair) for pair in zip(mine, other, strict=True))
+
+
+def test_gradients_that_come_and_go() -> None:
+    models, optimizers = _pair("SGD")
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager", fullgraph=True)
+    for k in range(6):
+        for model in models:
+            _backward(model, k)
+            if k % 2:
+                next(model.parameters()).grad = None
+        step()
+        optimizers[1].step()
+        assert _equal(models)
+
+
+def test_a_group_that_is_added_or_changed_by_hand_after_compiling() -> None:
+    models, optimizers = _pair("AdamW")
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager", fullgraph=True)
+    extra = [nn.Parameter(torch.ones(3)) for _ in models]
+    for k in range(4):
+        for model, optimizer, param in zip(models, optimizers, extra, strict=True):
+            _backward(model, k)
+            param.grad = torch.ones(3)
+            if k == 1:
+                optimizer.add_param_group({"params": [param]})
+            if k == 2:
+                optimizer.param_groups[0]["params"].reverse()
+        step()
+        optimizers[1].step()
+        assert _equal(models)
+        assert torch.equal(*extra)
+
+
+def test_hooks_and_loads_around_a_compiled_step() -> None:
+    models, optimizers = _pair("Adam")
+    calls: list[int] = []
+    optimizers[0].register_step_post_hook(lambda *args: calls.append(1))
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager")
+    for k in range(4):
+        for model in models:
+            _backward(model, k)
+        step()
+        optimizers[1].step()
+        if k == 1:
+            for optimizer in optimizers:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert _equal(models)
+    assert len(calls) == 4
+
+
+def test_the_operator_is_declared_right() -> None:
+    """torch's own checks of an operator: its schema, its fake implementation, its dispatch under AOTAutograd."""
+    param = nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = fusedopt.SGD([param], lr=0.25)
+    param.grad = torch.ones(3)
+    arguments = ([param], [param.grad], [0], optimizer._number)
+    torch.library.opcheck(torch.ops.fusedopt.step.default, arguments)
+
+
+def test_an_optimizer_that_is_gone_is_said_to_be_gone() -> None:
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        torch.ops.fusedopt.step([torch.ones(1)], [torch.ones(1)], [0], 10**9)
+
+

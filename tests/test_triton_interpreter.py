@@ -1,0 +1,40 @@
+"""Triton's kernels under its interpreter: the tests of this folder that know backends, in a process of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .running import INTERPRETED
+
+FOLDER = Path(__file__).resolve().parent
+MODULES = ("test_bits.py", "test_sizes.py", "test_codecs.py", "test_layouts.py", "test_step.py")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("module", MODULES)
+def test_the_same_tests_pass_under_the_interpreter(module: str, record_property: Any) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    result = subprocess.run(
+        [*command, "-p", "no:xdist", str(FOLDER / module)],
+        env=environment,
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed, result.stdout[-2000:]
+    compared = re.search(r"bit contract, tensors compared: ([\d,]+)", result.stdout)
+    record_property("count:tests under Triton's interpreter", int(passed[1]))
+    if compared:
+        record_property("count:bit contract, tensors compared", int(compared[1].replace(",", "")))

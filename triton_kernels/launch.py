@@ -1,0 +1,240 @@
+"""Selects the kernel of a rule and a variant, and launches it once on a table's columns."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from .rules import RULES
+from .storage import ANY_STORAGE, BFLOAT16, FLOAT32
+from .sweep import sweep
+
+THREADS = 128  # of a program
+REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
+INTERPRETED = not isinstance(sweep, triton.JITFunction)  # TRITON_INTERPRET=1 when the kernels were defined
+INTERPRETED_PROGRAMS = 3
+# Triton up to 3.5 flushes denormals to zero in float32 division and square root on NVIDIA GPUs.
+OLDEST_TRITON = (3, 6)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for: csrc/variants.h.
+
+    Attributes:
+        param_storage: storage of parameter and gradient; ANY_STORAGE: decided at run time.
+        state_storage: storage of the states; the same.
+        strided: admits slots that differ in layout, or are not dense.
+        double: admits tensors with a float64 slot, computed in float64.
+        width: elements a thread takes at a time: 16 bytes of the widest slot but float64, as Triton stores no
+            more at once and lays all slots of a block out alike.
+        programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
+    """
+
+    param_storage: int
+    state_storage: int
+    strided: bool
+    double: bool
+    width: int
+    programs: int
+
+
+_F32, _BF16, _ANY = FLOAT32.value, BFLOAT16.value, ANY_STORAGE.value
+
+VARIANTS = {
+    "f32": Variant(_F32, _F32, strided=False, double=False, width=4, programs=5),
+    "bf16": Variant(_BF16, _BF16, strided=False, double=False, width=8, programs=5),
+    "bf16_f32": Variant(_BF16, _F32, strided=False, double=False, width=4, programs=5),
+    "any": Variant(_ANY, _ANY, strided=False, double=False, width=4, programs=4),
+    "strided": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4),
+    "full": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4),
+}
+
+
+@dataclass
+class Columns:
+    """The tensor table, the chunk plan and the groups, as tensors on one device: the columns of csrc/table.h.
+
+    Attributes:
+        device: where all of them lie.
+        rows: tensors in the table.
+        address: int64 [6, rows], of param, grad, three states and step; 0 where the tensor lacks the slot.
+        grads: int64 [rows], this step's gradients: 0 none, 1 one of no elements.
+        numel: int64 [rows].
+        group: int32 [rows].
+        storage: int64 [rows], 4 bits a slot.
+        layout: int32 [rows], -1 for dense, else an offset into `layouts`.
+        layouts: int64, for each strided tensor ndim, sizes[ndim], strides[ndim] of the first five slots.
+        chunks: int32 [chunks, 2], tensor and index within the tensor.
+        chunk_elements: elements of a chunk, a multiple of 2,048.
+        group_values: float64 [groups, 8].
+        group_flags: int32 [groups].
+        group_tensors: int64 [groups, 8], addresses of hyperparameters that are tensors, else 0.
+        group_storages: int32 [groups, 8], and their storages.
+        arrivals: int32 [1], 0 between launches.
+    """
+
+    device: torch.device
+    rows: int
+    address: torch.Tensor
+    grads: torch.Tensor
+    numel: torch.Tensor
+    group: torch.Tensor
+    storage: torch.Tensor
+    layout: torch.Tensor
+    layouts: torch.Tensor
+    chunks: torch.Tensor
+    chunk_elements: int
+    group_values: torch.Tensor
+    group_flags: torch.Tensor
+    group_tensors: torch.Tensor
+    group_storages: torch.Tensor
+    arrivals: torch.Tensor
+
+
+@cache
+def why_not(device: torch.device) -> str:
+    """Why these kernels can not serve a device; empty: they can."""
+    if INTERPRETED and device.type != "cpu":
+        return "TRITON_INTERPRET=1 was set, and the interpreter serves the CPU alone"
+    if INTERPRETED:
+        return ""
+    if device.type == "cpu":
+        return "on the CPU they need Triton's interpreter: TRITON_INTERPRET=1, set before they are imported"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"Triton {triton.__version__} flushes denormals to zero; {oldest} and later keep them"
+    return ""
+
+
+@cache
+def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
+    """The constants of the kernel of a rule and a variant.
+
+    Raises:
+        ValueError: there is no such rule or variant.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule is '{rule}'; the Triton kernels have {', '.join(RULES)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is '{variant}'; the Triton kernels have {', '.join(VARIANTS)}")
+    it, v = RULES[rule], VARIANTS[variant]
+    return {
+        "SCALARS": it.scalars,
+        "UPDATE": it.update,
+        "STATES": it.states,
+        "PS": v.param_storage,
+        "SS": v.state_storage,
+        "STRIDED": v.strided,
+        "DOUBLE": v.double,
+        "BLOCK": THREADS * v.width,
+        "EDGES": THREADS if v.double else THREADS * v.width // 2,
+        "WIDTH": v.width,
+    }
+
+
+@cache
+def compiler_options(variant: str, backend: str, warp_size: int) -> dict[str, Any]:
+    """How to compile the kernel: without contraction into fma, within the registers of the variant.
+
+    Args:
+        variant: its name.
+        backend: "cuda" or "hip".
+        warp_size: threads of a warp.
+    """
+    options = {"num_warps": THREADS // warp_size, "num_stages": 1, "enable_fp_fusion": False}
+    if backend == "cuda":
+        options["maxnreg"] = REGISTERS // (THREADS * VARIANTS[variant].programs) // 8 * 8
+    return options
+
+
+@cache
+def resident_programs(variant: str, device: torch.device) -> int:
+    """How many programs of a variant a device runs at once, so how many workers to plan chunks for.
+
+    Args:
+        variant: its name.
+        device: a GPU; under the interpreter, the CPU.
+    """
+    if INTERPRETED:
+        return INTERPRETED_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * VARIANTS[variant].programs
+
+
+@cache
+def _device_options(variant: str, device: torch.device) -> dict[str, Any]:
+    if INTERPRETED:
+        return {}
+    warp_size = int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
+    return compiler_options(variant, "hip" if torch.version.hip else "cuda", warp_size)
+
+
+def launch(
+    rule: str,
+    variant: str,
+    columns: Columns,
+    *,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    programs: int | None = None,
+) -> None:
+    """Takes a step of every tensor that has a gradient, by one launch on the device's current stream.
+
+    Args:
+        rule: a key of RULES.
+        variant: a key of VARIANTS that covers the table.
+        columns: the table. What its addresses point to must outlive the launch.
+        grad_scale: float32, one element, on the device: gradients are divided by it. Default: they are not.
+        found_inf: float32, one element, on the device: where it is not 0, nothing changes. Default: 0.
+        programs: Triton programs to run. Default: what the device runs at once; 3 if interpreted.
+
+    Raises:
+        ValueError: the rule or the variant is unknown.
+        RuntimeError: see `why_not`.
+    """
+    constants = compile_time_arguments(rule, variant)
+    reason = why_not(columns.device)
+    if reason:
+        raise RuntimeError(f"Triton kernels can not serve {columns.device}: {reason}")
+    chunk_count = columns.chunks.shape[0]
+    if programs is None:
+        programs = min(resident_programs(variant, columns.device), max(1, chunk_count))
+    with _launching_on(columns.device):
+        sweep[(programs,)](
+            columns.address,
+            columns.grads,
+            columns.numel,
+            columns.group,
+            columns.storage,
+            columns.layout,
+            columns.layouts,
+            columns.rows,
+            columns.chunks,
+            chunk_count,
+            columns.chunk_elements,
+            columns.group_values,
+            columns.group_flags,
+            columns.group_tensors,
+            columns.group_storages,
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            columns.arrivals,
+            **constants,
+            **_device_options(variant, columns.device),
+        )
+
+
+def _launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one; under the interpreter, keeps NumPy from warning of overflow and NaN."""
+    if not INTERPRETED:
+        return torch.cuda.device(device)
+    try:
+        import numpy
+    except ImportError:
+        return nullcontext()
+    return numpy.errstate(all="ignore")

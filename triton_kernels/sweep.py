@@ -1,0 +1,240 @@
+"""What happens to one chunk, and the persistent kernel, twin of csrc/sweep.h and csrc/cuda/kernel.h.
+
+Every program takes chunks in turn; the last to finish advances the step counts. The rule and the variant are
+compile-time arguments; everything that changes from step to step is read at run time: nothing recompiles.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+# Kernel code: its types are Triton's, and Triton writes compile-time arguments in capitals.
+
+import triton
+import triton.language as tl
+
+from .rules import MAXIMIZE, divide
+from .storage import decode, fetch, only_if, pointer, storage_bytes, store
+from .table import (
+    DENSE_LAYOUT,
+    STEP,
+    advance_all,
+    advance_steps,
+    all_aligned,
+    all_slots,
+    computes_in_double,
+    next_step,
+    no_hypers,
+    read_hypers,
+    slot_addresses,
+    slot_storages,
+    steps_taken,
+    strided_offsets,
+)
+
+
+@triton.jit
+def prepare_gradient(g, scale, unscale, negate):
+    """What becomes of a gradient before the rule sees it."""
+    if unscale:
+        g = divide(g, scale.to(g.dtype))
+    return tl.where(negate, g * -1.0, g)  # Triton's own minus is 0 − g, which loses the sign of zero
+
+
+@triton.jit
+def sweep_block(
+    address,  # of each slot
+    at,  # indices of the block's elements in each slot
+    mask,
+    storage,
+    scalars,
+    gradient,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PS: tl.constexpr,
+    SS: tl.constexpr,
+    C: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One block of elements: load all slots, decode, unscale, rule, store."""
+    has0 = only_if(address.state0 != 0, mask)
+    has1 = only_if(address.state1 != 0, mask)
+    has2 = only_if(address.state2 != 0, mask)
+    p_bits = fetch(address.param, at.param, mask, storage.param, PS, C, ALIGNED)
+    g_bits = fetch(address.grad, at.grad, mask, storage.grad, PS, C, ALIGNED)
+    x_bits = fetch(address.state0, at.state0, has0, storage.state0, SS, C, ALIGNED)
+    if STATES > 1:
+        y_bits = fetch(address.state1, at.state1, has1, storage.state1, SS, C, ALIGNED)
+    if STATES > 2:
+        z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
+    p = decode(p_bits, storage.param, PS, C)
+    g = decode(g_bits, storage.grad, PS, C)
+    x = decode(x_bits, storage.state0, SS, C)
+    y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
+    z = decode(z_bits, storage.state2, SS, C) if STATES > 2 else x
+    scale, unscale, negate = gradient
+    g = prepare_gradient(g, scale, unscale, negate)
+    p, x, y, z = UPDATE(p, g, x, y, z, scalars)
+    store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
+    store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
+    if STATES > 1:
+        store(address.state1, at.state1, has1, y, storage.state1, SS, C, ALIGNED)
+    if STATES > 2:
+        store(address.state2, at.state2, has2, z, storage.state2, SS, C, ALIGNED)
+
+
+@triton.jit
+def sweep_chunk(
+    address,  # of each slot: of the chunk's element 0 where dense, of the tensor's where strided
+    storage,
+    layouts,
+    layout,
+    begin,  # of the chunk in its tensor, in elements
+    size,
+    scalars,
+    gradient,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PS: tl.constexpr,
+    SS: tl.constexpr,
+    STRIDED: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Vectors from the parameter's first 16-byte boundary to its last whole vector, then both sides of that.
+
+    Where that boundary does not suit every slot, and in strided tensors, all elements are at the sides.
+    """
+    misalignment = (address.param & 15).to(tl.int32)
+    boundary = tl.where(misalignment == 0, 0, (16 - misalignment) // storage_bytes(storage.param))
+    by_vector = (layout == DENSE_LAYOUT) & all_aligned(advance_all(address, storage, boundary))
+    head = tl.where(by_vector, boundary, 0)
+    count = tl.where(by_vector, tl.maximum(size - boundary, 0) // WIDTH, 0) * WIDTH
+    address = advance_all(address, storage, head)
+    # Blocks advance by the address, not by the index, which leaves a thread one offset a slot to keep.
+    for start in range(0, count, BLOCK):
+        i = tl.arange(0, BLOCK)
+        block = advance_all(address, storage, start)
+        mask = i < count - start
+        sweep_block(block, all_slots(i), mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, C, True)
+    for side in range(0, 2):
+        first = tl.where(side == 0, 0, head + count)
+        last = tl.where(side == 0, head, size)
+        for start in range(first, last, EDGES):
+            i = tl.arange(0, EDGES)
+            at = all_slots(i)
+            offset = start - head
+            if STRIDED:
+                at = all_slots(i.to(tl.int64))
+                if layout != DENSE_LAYOUT:
+                    at = strided_offsets(layouts + layout, begin + start + i)
+                    offset = 0
+            block = advance_all(address, storage, offset)
+            mask = i < last - start
+            sweep_block(block, at, mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, C, False)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "address",
+        "grads",
+        "numel",
+        "group",
+        "storage",
+        "layout",
+        "layouts",
+        "rows",
+        "chunks",
+        "chunk_count",
+        "chunk_elements",
+        "group_values",
+        "group_flags",
+        "group_tensors",
+        "group_storages",
+        "grad_scale",
+        "found_inf",
+        "arrivals",
+    ]
+)
+def sweep(
+    address,  # int64 [slots, rows]
+    grads,  # int64 [rows], of this step; 0: none, the tensor is skipped and its step does not advance
+    numel,  # int64 [rows]
+    group,  # int32 [rows]
+    storage,  # int64 [rows]: STORAGE_BITS a slot
+    layout,  # int32 [rows]: DENSE_LAYOUT, or where the tensor's strided layout starts in `layouts`
+    layouts,  # int64
+    rows: tl.int64,
+    chunks,  # int32 [chunk_count, 2]: tensor, index
+    chunk_count: tl.int64,  # less than 2^30, 10^12 elements
+    chunk_elements: tl.int64,
+    group_values,  # float64 [groups, HYPERS]
+    group_flags,  # int32 [groups]
+    group_tensors,  # int64 [groups, HYPERS]: address of a hyperparameter that is a tensor, or 0
+    group_storages,  # int32 [groups, HYPERS]: and its storage
+    grad_scale: tl.int64,  # address of a float32 that gradients are divided by, or 0
+    found_inf: tl.int64,  # address of a float32, or 0: nothing at all changes where it is not 0
+    arrivals,  # int32 [1]: programs that have finished; the last one advances the steps and sets it back to 0
+    SCALARS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PS: tl.constexpr,
+    SS: tl.constexpr,
+    STRIDED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Updates every tensor that has a gradient.
+
+    The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
+    parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
+    tensors and float64 are admitted. A program takes BLOCK elements at a time, in vectors of WIDTH, where it
+    can, else EDGES; the two differ, or the compiler lays both out alike and shuffles through shared memory.
+    """
+    if tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0:
+        unscale = grad_scale != 0
+        scale = tl.load(pointer(grad_scale.to(tl.int64), tl.float32, False), mask=unscale, other=1.0)
+        rows = rows.to(tl.int64)
+        # The rule that this program has built serves as long as neither group nor step changes.
+        built_group = tl.full([], -1, tl.int32)
+        built_steps = tl.full([], -1.0, tl.float32)
+        flags = tl.full([], 0, tl.int32)
+        scalars = SCALARS(no_hypers(), flags, next_step(built_steps), tl.float32)
+        for c in range(tl.program_id(0), chunk_count.to(tl.int32), tl.num_programs(0)):
+            chunk = chunks + 2 * c
+            row = tl.load(chunk)
+            if tl.load(grads + row) != 0:
+                group_row = tl.load(group + row)
+                steps = steps_taken(tl.load(address + STEP * rows + row))
+                if (group_row != built_group) | (steps != built_steps):
+                    built_group = group_row
+                    built_steps = steps
+                    flags = tl.load(group_flags + group_row)
+                    hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
+                    scalars = SCALARS(hypers, flags, next_step(steps), tl.float32)
+                gradient = (scale, unscale, (flags & MAXIMIZE) != 0)
+                begin = tl.load(chunk + 1).to(tl.int64) * chunk_elements
+                size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
+                at = tl.load(layout + row)
+                s = slot_storages(tl.load(storage + row), PS, SS)
+                a = slot_addresses(address, grads, rows, row)
+                a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
+                if DOUBLE and computes_in_double(a, s):
+                    hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
+                    exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
+                    sweep_chunk(
+                        a, s, layouts, at, begin, size, exact, gradient,
+                        UPDATE, STATES, PS, SS, STRIDED, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                    )  # fmt: skip
+                else:
+                    sweep_chunk(
+                        a, s, layouts, at, begin, size, scalars, gradient,
+                        UPDATE, STATES, PS, SS, STRIDED, tl.float32, BLOCK, EDGES, WIDTH,
+                    )  # fmt: skip
+        # Every thread has read the step counts it needs before the last program to arrive writes them.
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals, 1) == tl.num_programs(0) - 1:
+            advance_steps(address + STEP * rows, grads, rows, EDGES)
+            tl.store(arrivals, 0)
