@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 KEY := $(shell cat pyproject.toml build_support/environment.py <(echo '$(TORCH)') | sha256sum | cut -c1-12)
 READY := $(VENV)/.ready-$(KEY)
 
-.PHONY: help env build lint test bench gpu sanitize soak mutate test-stacks test-install format clean distclean
+.PHONY: help env build lint test bench gpu conformance sanitize soak mutate test-stacks test-install format clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -79,6 +79,9 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ../../$(PY) -m pytest -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+
+conformance: build ## write docs/conformance.md from what runs here
+	$(PY) -m tests.contract.page
 
 soak: build ## the long tests
 	$(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)

@@ -185,9 +185,7 @@ class WorkloadCheck:
 
         def at(step: int) -> list[Tensor | None]:
             toggled = [kind[2] for kind in members]
-            return [
-                None if skips and step % 2 else g for skips, g in zip(toggled, joined_gradients, strict=True)
-            ]
+            return [None if skips and step % 2 else g for skips, g in zip(toggled, joined_gradients, strict=True)]
 
         def only(index: int, step: int) -> list[Tensor | None]:
             return at(step)[index : index + 1]
@@ -198,9 +196,7 @@ class WorkloadCheck:
             loop_steps([p], partial(only, k), hypers[k : k + 1], CHECKED_STEPS, dtypes[k], first=first)
             for k, p in enumerate(joined)
         ]
-        self._allowed = _allowed(
-            max(ulps(loop[0], t, d) for loop, t, d in zip(loops, truth, dtypes, strict=True))
-        )
+        self._allowed = _allowed(max(ulps(loop[0], t, d) for loop, t, d in zip(loops, truth, dtypes, strict=True)))
         self._reference = [torch.empty(0)] * len(params)
         for indices, values in zip(members.values(), truth, strict=True):
             for i, part in zip(indices, values.split([params[i].numel() for i in indices]), strict=True):

@@ -43,11 +43,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", metavar="command")
-    _add_run(
-        commands.add_parser(
-            "run", help="measure (the default)", description="Measures cases and reports them."
-        )
-    )
+    _add_run(commands.add_parser("run", help="measure (the default)", description="Measures cases and reports them."))
     commands.add_parser("list", help="show workloads, suites and peers").add_argument(
         "--device", choices=("cpu", "cuda"), default=default_device(), help="whose peers to look for"
     )
@@ -87,9 +83,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"workloads instead of a suite: COUNTxNUMEL or one of {everything}",
     )
-    command.add_argument(
-        "--optimizer", nargs="+", choices=list(HYPER), help="with --workload (default: adamw sgd)"
-    )
+    command.add_argument("--optimizer", nargs="+", choices=list(HYPER), help="with --workload (default: adamw sgd)")
     command.add_argument(
         "--dtype", nargs="+", choices=list(workloads.DTYPES), help="with --workload (default: float32)"
     )
@@ -110,9 +104,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         help="CPU threads: numbers, or all (default: 1 all)",
     )
     command.add_argument("--quick", action="store_true", help="few rounds: a first look with wide intervals")
-    command.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="time to spend on the rounds of each case"
-    )
+    command.add_argument("--budget", type=float, metavar="SECONDS", help="time to spend on the rounds of each case")
     command.add_argument(
         "--out",
         type=Path,
@@ -124,19 +116,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("report", help="make the HTML report and the picture again from results")
     command.add_argument("results", nargs="+", type=Path, help="JSON lines files, or folders of them")
-    command.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="where report.html and the PNG go"
-    )
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and the PNG go")
 
 
 def _add_roofline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("roofline", help="predict step times, and hold predictions against results")
-    command.add_argument(
-        "results", nargs="*", type=Path, help="JSON lines files, or folders of them, to hold against"
-    )
-    command.add_argument(
-        "--gpu", nargs="+", metavar="NAME", help="GPUs to predict for (default: every known one)"
-    )
+    command.add_argument("results", nargs="*", type=Path, help="JSON lines files, or folders of them, to hold against")
+    command.add_argument("--gpu", nargs="+", metavar="NAME", help="GPUs to predict for (default: every known one)")
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -173,21 +159,15 @@ def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_device(command)
     command.add_argument("--workload", required=True, help="COUNTxNUMEL or a name")
     command.add_argument("--optimizer", choices=list(HYPER), default="adamw", help="(default: %(default)s)")
-    command.add_argument(
-        "--dtype", choices=list(workloads.DTYPES), default="float32", help="(default: %(default)s)"
-    )
-    command.add_argument(
-        "--gradients", choices=timing.GRADIENTS, default="kept", help="(default: %(default)s)"
-    )
+    command.add_argument("--dtype", choices=list(workloads.DTYPES), default="float32", help="(default: %(default)s)")
+    command.add_argument("--gradients", choices=timing.GRADIENTS, default="kept", help="(default: %(default)s)")
     command.add_argument(
         "--peer",
         nargs="+",
         metavar="NAME",
         help="whom to profile (default: fusedopt's backends that are here)",
     )
-    command.add_argument(
-        "--threads", default="all", metavar="N", help="CPU threads: a number, or all (default: all)"
-    )
+    command.add_argument("--threads", default="all", metavar="N", help="CPU threads: a number, or all (default: all)")
     command.add_argument("--steps", type=int, default=20, help="steps to look at (default: %(default)s)")
     command.add_argument(
         "--out",
@@ -196,15 +176,11 @@ def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FOLDER",
         help="where traces go (default: %(default)s)",
     )
-    command.add_argument(
-        "--no-ncu", action="store_true", help="leave Nsight Compute alone even where it is installed"
-    )
+    command.add_argument("--no-ncu", action="store_true", help="leave Nsight Compute alone even where it is installed")
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "train", help="train real models to a given loss with torch.optim and with fusedopt"
-    )
+    command = commands.add_parser("train", help="train real models to a given loss with torch.optim and with fusedopt")
     _add_device(command)
     command.add_argument(
         "--model",

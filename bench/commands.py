@@ -42,9 +42,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     cases = cases_of(_rows(options, suites), options.device, thread_counts(options.device, options.threads))
     peers, absent = choose_peers(options.peer, options.device, suites)
     if not peers:
-        raise ValueError(
-            "no peer to measure: " + "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-        )
+        raise ValueError("no peer to measure: " + "; ".join(f"{name}: {reason}" for name, reason in absent.items()))
     for name, reason in absent.items():
         console.print(f"not here: {name}: {reason}", style="dim", highlight=False)
     found = measure(cases, peers, _rules(options), options.device, console)
@@ -126,9 +124,7 @@ def _invited(peer: Peer, suites: Sequence[str]) -> bool:
     return len(known) < len(suites) or not known or any(suite.invites(peer.name) for suite in known)
 
 
-def measure(
-    cases: Sequence[Case], peers: Sequence[Peer], rules: Rules, device: str, console: Console
-) -> list[Record]:
+def measure(cases: Sequence[Case], peers: Sequence[Peer], rules: Rules, device: str, console: Console) -> list[Record]:
     """Runs all cases under progress bars, printing each one's table when it is done."""
     runner = Runner(rules, device)
     found: list[Record] = []

@@ -94,9 +94,7 @@ def compare(old: Sequence[Record], new: Sequence[Record], tolerance: float, cons
         style = {"slower": "bold red", "broken": "bold red", "faster": "green"}.get(outcome, "")
         speed = present.interval(vars(change.speed)) if change.speed else change.broken
         kind = "ratio to torch fused" if change.relative else "time"
-        shown.add_row(
-            records.case_of(change.record).label(), change.record["peer"], speed, kind, outcome, style=style
-        )
+        shown.add_row(records.case_of(change.record).label(), change.record["peer"], speed, kind, outcome, style=style)
     console.print(shown)
     outcomes = [change.outcome(tolerance) for change in found]
     bad = sum(outcome in ("slower", "broken") for outcome in outcomes)

@@ -100,8 +100,7 @@ class Contender:
             param.requires_grad_(True)
             param.grad = grad
         self._groups = [
-            {"params": tensors, "lr": lr}
-            for tensors, lr in zip(groups, self.case.learning_rates, strict=True)
+            {"params": tensors, "lr": lr} for tensors, lr in zip(groups, self.case.learning_rates, strict=True)
         ]
         self._turn = 0
         self.make_optimizer()

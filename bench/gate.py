@@ -104,9 +104,7 @@ def gate(device: str, backend: str, console: Console, measure: Measure | None = 
     )
     passed_all = True
     for floor in FLOORS[device]:
-        case = Case(
-            floor.workload, floor.optimizer, "float32", device, torch.get_num_threads(), floor.gradients
-        )
+        case = Case(floor.workload, floor.optimizer, "float32", device, torch.get_num_threads(), floor.gradients)
         passed, found = attempt(floor, case, peer, measure)
         passed_all = passed_all and passed
         mark = "[green]holds[/]" if passed else "[bold red]does not hold[/]"

@@ -56,11 +56,7 @@ def state_bytes(optimizer: Any) -> int | None:
     if state is None or not hasattr(state, "values"):
         return None
     tensors = [
-        t
-        for entry in state.values()
-        if isinstance(entry, dict)
-        for t in entry.values()
-        if isinstance(t, Tensor)
+        t for entry in state.values() if isinstance(entry, dict) for t in entry.values() if isinstance(t, Tensor)
     ]
     return sum(t.numel() * t.element_size() for t in tensors)
 

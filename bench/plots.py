@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bench import present, roofline
 from bench.case import Case
-from bench.peers import BASELINE, is_ours
+from bench.peers import BASELINE, REFERENCE, is_ours
 from bench.records import Record
 from bench.workloads import GRID_NAME
 
@@ -35,8 +35,6 @@ TORCH = {
 OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#7a5195", "#6b8e23", "#8c6d31", "#b55d60", "#3b7a78")
 """Okabe and Ito's palette first, which colour-blind readers can tell apart; greys are torch's own."""
 
-PICTURE_LEAVES_OUT = ("fusedopt-reference",)
-"""The textbook backend is for checking: its bar would hide the others."""
 
 STYLE: Any = {
     "axes.edgecolor": "#888888",
@@ -78,9 +76,7 @@ def _timed(records: Sequence[Record], leave_out: Sequence[str] = ()) -> list[Rec
 def picture(grouped: Grouped) -> Figure | None:
     """The main picture: a panel of bars per case, time of a step by peer, at the most threads."""
     most = max((case.threads for case in grouped), default=0)
-    shown = {
-        case: _timed(records, PICTURE_LEAVES_OUT) for case, records in grouped.items() if case.threads == most
-    }
+    shown = {case: _timed(records, (REFERENCE,)) for case, records in grouped.items() if case.threads == most}
     shown = {case: records for case, records in shown.items() if records}
     if not shown:
         return None
@@ -89,19 +85,13 @@ def picture(grouped: Grouped) -> Figure | None:
         columns = min(4, ceil(len(shown) / rows))
         longest = max(map(len, shown.values()))
         figure, axes = _panels(len(shown), columns, 3.6, 0.62 + 0.3 * longest)
-        ordered = sorted(
-            shown, key=lambda case: list(dict.fromkeys(c.optimizer for c in shown)).index(case.optimizer)
-        )
+        ordered = sorted(shown, key=lambda case: list(dict.fromkeys(c.optimizer for c in shown)).index(case.optimizer))
         for axis, case in zip(axes, ordered, strict=True):
             _bars(axis, case, shown[case])
         first = next(iter(shown.values()))[0]
         where = first["machine"]["gpu"] or f"{first['machine']['cpu']}, {most} threads"
-        figure.suptitle(
-            f"Time of one optimizer step, {where}", x=0.01, ha="left", fontsize=12, fontweight="bold"
-        )
-        labels = (
-            f"medians, speed against torch fused · torch {first['versions']['torch']} · {first['date'][:10]}"
-        )
+        figure.suptitle(f"Time of one optimizer step, {where}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        labels = f"medians, speed against torch fused · torch {first['versions']['torch']} · {first['date'][:10]}"
         figure.supxlabel(labels, x=0.01, ha="left", fontsize=8, color="#666666")
     return figure
 
@@ -137,10 +127,7 @@ def _bars(axis: Axes, case: Case, records: Sequence[Record]) -> None:
 
 def ratios(grouped: Grouped) -> Figure | None:
     """Speed against torch fused of every peer in every case, with bootstrap intervals."""
-    shown = {
-        case: [r for r in _timed(records, PICTURE_LEAVES_OUT) if r.get("ratio")]
-        for case, records in grouped.items()
-    }
+    shown = {case: [r for r in _timed(records, (REFERENCE,)) if r.get("ratio")] for case, records in grouped.items()}
     shown = {case: records for case, records in shown.items() if records}
     if not shown:
         return None
@@ -202,7 +189,7 @@ def _curves(axis: Axes, family: Grouped, x: Callable[[Record], float], y: Callab
     """Points of each peer in order of x, joined by a line where all workloads are of the kind COUNTxNUMEL."""
     points: dict[str, list[tuple[float, float]]] = {}
     for records in family.values():
-        for record in _timed(records, PICTURE_LEAVES_OUT):
+        for record in _timed(records, (REFERENCE,)):
             points.setdefault(record["peer"], []).append((x(record), y(record)))
     alike = all(GRID_NAME.fullmatch(case.workload) for case in family)
     for peer, values in points.items():
@@ -224,9 +211,7 @@ def _figure_of_families(grouped: Grouped, draw: Callable[[Axes, Grouped], None])
             draw(axis, family)
             axis.set_title(", ".join(names))
         handles = {
-            label: handle
-            for axis in axes
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     return figure
@@ -283,12 +268,8 @@ def _roof_and_model(axis: Axes, records: Sequence[Record], roof: float) -> None:
 
 def host_time(grouped: Grouped) -> Figure | None:
     """Host time of a step against the number of tensors, by way of making gradients."""
-    kinds = [
-        gradients for gradients in ("kept", "fresh") if any(case.gradients == gradients for case in grouped)
-    ]
-    small = {
-        case: records for case, records in grouped.items() if case.shapes.elements <= 64 * case.shapes.tensors
-    }
+    kinds = [gradients for gradients in ("kept", "fresh") if any(case.gradients == gradients for case in grouped)]
+    small = {case: records for case, records in grouped.items() if case.shapes.elements <= 64 * case.shapes.tensors}
     panels = {kind: {c: r for c, r in small.items() if c.gradients == kind} for kind in kinds}
     panels = {
         f"{kind} gradients, {optimizer}": {c: r for c, r in family.items() if c.optimizer == optimizer}
@@ -312,9 +293,7 @@ def host_time(grouped: Grouped) -> Figure | None:
             axis.set(xlabel="tensors", ylabel="µs on the host")
             axis.set_title(name)
         handles = {
-            label: handle
-            for axis in axes
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     return figure

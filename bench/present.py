@@ -75,9 +75,7 @@ def roof_counts(record: Record) -> bool:
     """Whether a share of the memory's roof means something: cold caches, or more data than caches hold."""
     if record["gradients"] == "first":
         return False
-    return bool(
-        record["device"] == "cuda" or record["bytes_moved"] > CACHES_PASSED * record["machine"]["cache_bytes"]
-    )
+    return bool(record["device"] == "cuda" or record["bytes_moved"] > CACHES_PASSED * record["machine"]["cache_bytes"])
 
 
 def cells(record: Record) -> list[str]:
@@ -128,7 +126,7 @@ def title(case: Case, records: Sequence[Record]) -> str:
 
 
 def best_of_ours(records: Sequence[Record]) -> Record | None:
-    """Fusedopt's fastest backend in a case."""
+    """The fastest backend of fusedopt in a case."""
     ours = [r for r in records if r["status"] == "ok" and is_ours(r["peer"])]
     return min(ours, key=lambda r: float(r["seconds"]["median"])) if ours else None
 
@@ -153,9 +151,7 @@ def closing(grouped: dict[Case, list[Record]]) -> list[str]:
         )
     else:
         lines.append("fusedopt was not measured, or nothing beside it")
-    lines += [
-        f"a peer is faster: {case.label()}" for case, outcome in outcomes.items() if outcome == "slower"
-    ]
+    lines += [f"a peer is faster: {case.label()}" for case, outcome in outcomes.items() if outcome == "slower"]
     if wrong:
         lines.append(f"wrong somewhere, and not ranked there: {', '.join(wrong)}")
     return lines

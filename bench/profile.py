@@ -65,12 +65,8 @@ def _peers(names: Sequence[str] | None, case: Case) -> list[Peer]:
     for name in names or ():
         if name not in PEERS:
             raise ValueError(f"unknown peer {name!r}: expected some of {', '.join(PEERS)}")
-    wanted = (
-        [PEERS[name] for name in names] if names else [peer for peer in PEERS.values() if is_ours(peer.name)]
-    )
-    reasons = {
-        peer.name: peer.missing(case.device) or peer.unfit(case.optimizer, case.gradients) for peer in wanted
-    }
+    wanted = [PEERS[name] for name in names] if names else [peer for peer in PEERS.values() if is_ours(peer.name)]
+    reasons = {peer.name: peer.missing(case.device) or peer.unfit(case.optimizer, case.gradients) for peer in wanted}
     here = [peer for peer in wanted if reasons[peer.name] is None]
     if (names and len(here) < len(wanted)) or not here:
         raise ValueError(
@@ -90,9 +86,7 @@ def _profile_peer(peer: Peer, case: Case, options: argparse.Namespace, console: 
         console.print(host_table(host_rows(contender, options.steps)))
         path = options.out / f"{case.workload}-{case.optimizer}-{peer.name}.trace.json"
         write_trace(contender, case.device, path)
-        console.print(
-            f"wrote {path} (open in chrome://tracing or ui.perfetto.dev)", soft_wrap=True, highlight=False
-        )
+        console.print(f"wrote {path} (open in chrome://tracing or ui.perfetto.dev)", soft_wrap=True, highlight=False)
     if case.device == "cuda" and not options.no_ncu:
         _show_counters(case, peer, console)
 
@@ -128,13 +122,9 @@ def _show_launches(contender: Contender, console: Console) -> None:
 def _show_kernels(contender: Contender, steps: int, console: Console) -> None:
     kernels = trace.kernels_of(contender, steps)
     console.print(f"launches per step: {kernels.launches:g}, copies and sets: {kernels.copies:g}")
-    shown = Table(
-        "kernel", "launches a step", "time a step", "share", title="Kernels (warm)", title_justify="left"
-    )
+    shown = Table("kernel", "launches a step", "time a step", "share", title="Kernels (warm)", title_justify="left")
     for name, (launches, seconds) in list(kernels.by_name.items())[:ROWS]:
-        shown.add_row(
-            name[:100], f"{launches:g}", present.seconds(seconds), f"{seconds / kernels.seconds:.0%}"
-        )
+        shown.add_row(name[:100], f"{launches:g}", present.seconds(seconds), f"{seconds / kernels.seconds:.0%}")
     console.print(shown)
 
 
@@ -212,7 +202,5 @@ def _show_counters(case: Case, peer: Peer, console: Console) -> None:
         return
     shown = Table("kernel", *ncu.METRICS.values(), title="Hardware counters (ncu)", title_justify="left")
     for kernel in kernels:
-        shown.add_row(
-            kernel.name[:80], *(kernel.values.get(metric, present.MISSING) for metric in ncu.METRICS)
-        )
+        shown.add_row(kernel.name[:80], *(kernel.values.get(metric, present.MISSING) for metric in ncu.METRICS))
     console.print(shown)

@@ -93,9 +93,7 @@ def last_cache_bytes() -> int:
 
 def _command(*words: str) -> str | None:
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=True
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
@@ -105,9 +103,7 @@ def _command(*words: str) -> str | None:
 def commit() -> str | None:
     """The repository's commit, with `-dirty` where files differ from it; None without git or commits."""
     head = _command("git", "rev-parse", "--short=12", "HEAD")
-    return head and head + (
-        "-dirty" if _command("git", "status", "--porcelain", "--untracked-files=no") else ""
-    )
+    return head and head + ("-dirty" if _command("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 @cache

@@ -71,9 +71,7 @@ def render(found: Sequence[Record]) -> str:
     """
     machines = {record["machine"]["name"] for record in found}
     if len(machines) != 1:
-        raise ValueError(
-            f"a report is about one machine, these results are from {', '.join(sorted(machines))}"
-        )
+        raise ValueError(f"a report is about one machine, these results are from {', '.join(sorted(machines))}")
     grouped = records.by_case(found)
     drawn = [(heading, draw(grouped)) for heading, draw in plots.FIGURES.items()]
     latest = max(found, key=lambda record: str(record["date"]))

@@ -13,7 +13,7 @@ from bench import memory, records, timing, trace
 from bench.case import Case
 from bench.check import Accuracy, Check, WorkloadCheck
 from bench.contender import Contender, Gradients
-from bench.peers import BASELINE, Peer, is_ours
+from bench.peers import BASELINE, REFERENCE, Peer, is_ours
 from bench.records import Record
 from bench.roofs import Roof, bytes_of_buffers, roofs_for
 from bench.timing import Clock, Measured, Rules
@@ -35,10 +35,9 @@ class Runner:
         self.device = device
         self.accuracy = Accuracy()
         self.clock: Clock = timing.clock_for(device)
+        self.captures = device == "cuda"
 
-    def run(
-        self, case: Case, peers: Sequence[Peer], progress: Progress = lambda what, share: None
-    ) -> list[Record]:
+    def run(self, case: Case, peers: Sequence[Peer], progress: Progress = lambda what, share: None) -> list[Record]:
         """One record per peer, right, wrong, failed or skipped."""
         threads = torch.get_num_threads()
         torch.set_num_threads(case.threads)
@@ -117,11 +116,7 @@ class _CaseRun:
             contender.free()
         self._note(peer, ulps_after_100=_finite(after_100.error), note=on_workload.note)
         wrong = next(
-            (
-                text
-                for text in map(_wrong, ("on this workload", "after 100 steps"), (on_workload, after_100))
-                if text
-            ),
+            (text for text in map(_wrong, ("on this workload", "after 100 steps"), (on_workload, after_100)) if text),
             None,
         )
         self._note(peer, status="wrong" if wrong else "ok", reason=wrong)
@@ -160,8 +155,8 @@ class _CaseRun:
         best = best_peer({name: measured[name] for name in names})
         for contender in contenders:
             self._note(contender.peer, **self._describe(contender, measured, roof, best))
-        if self.case.device == "cuda" and self.case.gradients == "kept":
-            self._replay(contenders)
+        if self.case.gradients == "kept":
+            self._replay([c for c in contenders if c.name != REFERENCE])
 
     def _describe(
         self, contender: Contender, measured: dict[str, Measured], roof: dict[int, float], best: str | None
@@ -181,43 +176,36 @@ class _CaseRun:
         for field, against in (("ratio", BASELINE), ("ratio_to_best_peer", best)):
             if against in measured:
                 found[field] = asdict(timing.bootstrap(timing.paired(measured[against].device, mine.device)))
-                found[f"host_{field}"] = asdict(
-                    timing.bootstrap(timing.paired(measured[against].host, mine.host))
-                )
+                found[f"host_{field}"] = asdict(timing.bootstrap(timing.paired(measured[against].host, mine.host)))
                 if field == "ratio":
-                    found["ratio_samples"] = [
-                        _short(r) for r in timing.paired(measured[against].device, mine.device)
-                    ]
+                    found["ratio_samples"] = [_short(r) for r in timing.paired(measured[against].device, mine.device)]
         if roof and self.case.gradients != "first":
             rates = {round_: moved / seconds for round_, seconds in mine.device.items()}
             found["roof_share"] = asdict(timing.bootstrap(timing.paired(rates, roof)))
         return found
 
     def _replay(self, contenders: Sequence[Contender]) -> None:
-        """Notes the slope over graph replays, or why a step cannot be captured."""
+        """Notes the slope over replays of fusedopt's steps, or why one cannot be captured.
+
+        After a capture that failed there are no more: it may have left the device in a state that spoils what
+        follows. torch fused has a graph as a peer of its own.
+        """
         for contender in contenders:
-            if contender.peer.static_gradients:
+            if not self.runner.captures or not is_ours(contender.name):
                 continue
+            found: Record = {"graph_replay_seconds": None}
             with contender.present():
                 try:
-                    self._note(
-                        contender.peer, graph_replay_seconds=timing.graph_replay_seconds(contender.step)
-                    )
+                    found["graph_replay_seconds"] = timing.graph_replay_seconds(contender.step)
                 except Exception as error:  # not being capturable is a result
-                    self._note(
-                        contender.peer,
-                        graph_replay_seconds=None,
-                        not_captured=str(error).splitlines()[0][:200],
-                    )
+                    found["not_captured"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    self.runner.captures = False
+            self._note(contender.peer, **found)
 
 
 def best_peer(measured: dict[str, Measured]) -> str | None:
     """The fastest contender that is not fusedopt, by median device time."""
-    times = {
-        name: timing.spread(list(m.device.values())).median
-        for name, m in measured.items()
-        if not is_ours(name)
-    }
+    times = {name: timing.spread(list(m.device.values())).median for name, m in measured.items() if not is_ours(name)}
     return min(times, key=times.__getitem__) if times else None
 
 

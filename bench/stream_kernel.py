@@ -29,12 +29,8 @@ def launch(states: int, buffers: list[Tensor]) -> None:
         ValueError: there are not 2 + `states` buffers, or not one or two states.
     """
     if states not in (1, 2) or len(buffers) < 2 + states:
-        raise ValueError(
-            f"needs 1 or 2 states and 2 buffers more; got states={states}, {len(buffers)} buffers"
-        )
+        raise ValueError(f"needs 1 or 2 states and 2 buffers more; got states={states}, {len(buffers)} buffers")
     param, grad, state0 = buffers[:3]
     state1 = buffers[2 + states - 1]
     numel = param.numel()
-    stream_kernel[(triton.cdiv(numel, BLOCK),)](
-        param, grad, state0, state1, numel, states, BLOCK, num_warps=WARPS
-    )
+    stream_kernel[(triton.cdiv(numel, BLOCK),)](param, grad, state0, state1, numel, states, BLOCK, num_warps=WARPS)

@@ -29,9 +29,7 @@ def case_table(case: Case, records: Sequence[Record], width: int) -> RenderableT
     if not any(present.roof_counts(record) for record in timed):
         hidden |= {"GB/s", "of roof"}
     shown = [index for index, heading in enumerate(present.HEADINGS) if heading not in hidden]
-    table = Table(
-        title=present.title(case, records), title_justify="left", title_style="bold", pad_edge=False
-    )
+    table = Table(title=present.title(case, records), title_justify="left", title_style="bold", pad_edge=False)
     for index in shown:
         table.add_column(present.HEADINGS[index], justify="left" if index == 0 else "right", no_wrap=True)
     for record in timed:
@@ -44,13 +42,9 @@ def case_table(case: Case, records: Sequence[Record], width: int) -> RenderableT
 def summary_table(grouped: dict[Case, list[Record]]) -> Table:
     """All cases in one table: times by peer, the fastest in bold, and fusedopt's standing."""
     peers = list(
-        dict.fromkeys(
-            r["peer"] for records in grouped.values() for r in records if r["status"] in ("ok", "wrong")
-        )
+        dict.fromkeys(r["peer"] for records in grouped.values() for r in records if r["status"] in ("ok", "wrong"))
     )
-    table = Table(
-        title="Medians of a step's time; in brackets: speed against torch fused", title_justify="left"
-    )
+    table = Table(title="Medians of a step's time; in brackets: speed against torch fused", title_justify="left")
     for heading in ("workload", "optimizer", "gradients", "threads"):
         table.add_column(heading)
     for peer in peers:
@@ -79,9 +73,7 @@ def _summary_cell(record: Record | None, fastest: Record | None) -> Text:
     if record["status"] != "ok":
         return Text(record["status"], style=STYLES[record["status"]])
     ratio = f" ({present.digits(record['ratio']['median'])}×)" if record.get("ratio") else ""
-    return Text(
-        present.seconds(record["seconds"]["median"]) + ratio, style="bold" if record is fastest else ""
-    )
+    return Text(present.seconds(record["seconds"]["median"]) + ratio, style="bold" if record is fastest else "")
 
 
 def print_run(console: Console, grouped: dict[Case, list[Record]]) -> None:

@@ -45,6 +45,9 @@ from bench.trace import kernels_of
 TIE = 0.98
 """A ratio from here up to 1 counts as a tie."""
 
+LONG_STEP_S = 0.5
+"""A step that takes longer than this needs no more warm-up than the check has given it."""
+
 GRADIENTS = ("kept", "fresh", "toggle", "first")
 """How gradients appear between two steps; `first` times construction and first step."""
 
@@ -110,9 +113,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(median), float(low), float(high), len(values))
 
 
-def bootstrap(
-    values: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Spread:
+def bootstrap(values: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Spread:
     """Median with the percentile bootstrap interval of the median; the same values give the same interval.
 
     Raises:
@@ -358,17 +359,17 @@ def run_rounds(
     return plans
 
 
-def _plan(
-    contenders: Sequence[Timed], clock: Clock, rules: Rules, baseline: str | None
-) -> dict[str, Measured]:
-    """Warms up, and chooses each contender's steps per block and its share of the rounds."""
+def _plan(contenders: Sequence[Timed], clock: Clock, rules: Rules, baseline: str | None) -> dict[str, Measured]:
+    """Warms up those whose steps are short; chooses each one's steps per block and share of the rounds."""
     first: dict[str, Sample] = {}
     for timed in contenders:
         with timed.present():
-            for _ in range(rules.warmup):
-                timed.prepare()
-                timed.step()
             first[timed.name] = clock.measure(timed, 1)
+            if first[timed.name].host_seconds < LONG_STEP_S:
+                for _ in range(rules.warmup):
+                    timed.prepare()
+                    timed.step()
+                first[timed.name] = clock.measure(timed, 1)
     if isinstance(clock, CudaClock):
         clock.kernel_durations = min(sample.seconds for sample in first.values()) < rules.small_device_s
     longest = {name: max(sample.seconds, sample.host_seconds) for name, sample in first.items()}

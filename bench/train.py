@@ -62,21 +62,15 @@ def example_package() -> Any:
     return charlm
 
 
-def prepare_charlm(
-    device: str, steps: int, factories: Mapping[str, Factory]
-) -> tuple[dict[str, Any], Iterator[Any]]:
+def prepare_charlm(device: str, steps: int, factories: Mapping[str, Factory]) -> tuple[dict[str, Any], Iterator[Any]]:
     """The character model under each optimizer."""
     charlm = example_package()
     config = charlm.Config(steps=steps, device=device, seed=SEED)
     text = charlm.build_text(config)
-    return {name: charlm.Run(factory, config, text) for name, factory in factories.items()}, text.batches(
-        config
-    )
+    return {name: charlm.Run(factory, config, text) for name, factory in factories.items()}, text.batches(config)
 
 
-def prepare_digits(
-    device: str, steps: int, factories: Mapping[str, Factory]
-) -> tuple[dict[str, Any], Iterator[Any]]:
+def prepare_digits(device: str, steps: int, factories: Mapping[str, Factory]) -> tuple[dict[str, Any], Iterator[Any]]:
     """The vision model under each optimizer."""
     images = digits.load(device, SEED)
     training = sys.modules[example_package().Run.__module__]
@@ -90,7 +84,8 @@ def prepare_digits(
             self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
             self.eval_sets = [[images.seen], [images.val]]
             self.clock = training.Clock(device)
-            self.losses: list[torch.Tensor] = []
+            self.losses = torch.zeros(steps, device=device)
+            self.steps = 0
             self.evaluations: list[Any] = []
 
         def loss(self, batch: digits.Batch) -> torch.Tensor:
@@ -178,9 +173,7 @@ def train(options: argparse.Namespace, console: Console) -> int:
         console.print(result_table(plan, goal, rows))
         drawn[name] = (goal, results, rows)
         threads = torch.get_num_threads()
-        lines.append(
-            {**records.head(options.device), "model": name, "goal": goal, "threads": threads, "runs": rows}
-        )
+        lines.append({**records.head(options.device), "model": name, "goal": goal, "threads": threads, "runs": rows})
     label = "train-" + "-".join(options.model)
     stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label)
     written = [

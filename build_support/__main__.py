@@ -12,9 +12,7 @@ from .settings import ROOT, BuildError
 def main() -> int:
     """Build in place, or say what the build needs from PyPI."""
     parser = argparse.ArgumentParser(prog="python -m build_support", description=__doc__)
-    parser.add_argument(
-        "--requires", action="store_true", help="print the device compiler's package, if one is needed"
-    )
+    parser.add_argument("--requires", action="store_true", help="print the device compiler's package, if one is needed")
     arguments = parser.parse_args()
     try:
         if arguments.requires:

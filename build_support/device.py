@@ -104,15 +104,9 @@ def find_device_compiler() -> DeviceCompiler:
             problems.append(f"{library}: {error}")
     if found:
         # The most architectures; of equals the oldest, whose images run with the oldest drivers.
-        return min(
-            found, key=lambda each: (-len(set(each.archs) & set(DEFAULT_ARCHS)), _numbers(each.version))
-        )
-    reason = (
-        "; ".join(problems) or "no nvcc in CUDA_HOME, CUDA_PATH or PATH, and no NVRTC among Python's packages"
-    )
-    raise Unavailable(
-        reason, f"pip install {shlex.quote(nvrtc.REQUIREMENT)} (or set CUDA_HOME) and build again"
-    )
+        return min(found, key=lambda each: (-len(set(each.archs) & set(DEFAULT_ARCHS)), _numbers(each.version)))
+    reason = "; ".join(problems) or "no nvcc in CUDA_HOME, CUDA_PATH or PATH, and no NVRTC among Python's packages"
+    raise Unavailable(reason, f"pip install {shlex.quote(nvrtc.REQUIREMENT)} (or set CUDA_HOME) and build again")
 
 
 def nvcc_works() -> bool:
@@ -135,9 +129,7 @@ def choose_targets(settings: Settings, compiler: DeviceCompiler) -> list[Target]
     if not settings.archs:
         known = [sm for sm in DEFAULT_ARCHS if sm in compiler.archs]
         if not known:
-            raise BuildError(
-                f"{compiler} knows none of the architectures {DEFAULT_ARCHS}: it knows {compiler.archs}"
-            )
+            raise BuildError(f"{compiler} knows none of the architectures {DEFAULT_ARCHS}: it knows {compiler.archs}")
         return [Target(sm, False) for sm in known] + [Target(known[-1], True)]
     targets: dict[Target, None] = {}
     for word in re.split(r"[;,\s]+", settings.archs):
@@ -169,9 +161,7 @@ def _newest_that_runs(sm: int, compiler: DeviceCompiler) -> int:
     """The newest known architecture whose cubins run on ``sm``: the same major number, no later minor one."""
     fitting = [known for known in compiler.archs if known <= sm and known // 10 == sm // 10]
     if not fitting:
-        raise BuildError(
-            f"FUSEDOPT_CUDA_ARCHS=native: this machine has sm_{sm}, which {compiler} does not know"
-        )
+        raise BuildError(f"FUSEDOPT_CUDA_ARCHS=native: this machine has sm_{sm}, which {compiler} does not know")
     return max(fitting)
 
 
@@ -184,9 +174,7 @@ def native_archs() -> list[int]:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise BuildError(
-            f"FUSEDOPT_CUDA_ARCHS=native: there is no CUDA driver ({error}); {NATIVE_HINT}"
-        ) from None
+        raise BuildError(f"FUSEDOPT_CUDA_ARCHS=native: there is no CUDA driver ({error}); {NATIVE_HINT}") from None
     count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         raise BuildError(f"FUSEDOPT_CUDA_ARCHS=native: the CUDA driver sees no GPU; {NATIVE_HINT}")
@@ -210,9 +198,7 @@ def _try_nvcc(path: str) -> DeviceCompiler:
     remedy = "install the whole CUDA toolkit, 11.5 or newer"
     try:
         version = re.search(r"V(\d+\.\d+\.\d+)", _output([path, "--version"]))
-        archs = tuple(
-            sorted({int(sm) for sm in re.findall(r"sm_(\d+)\b", _output([path, "--list-gpu-code"]))})
-        )
+        archs = tuple(sorted({int(sm) for sm in re.findall(r"sm_(\d+)\b", _output([path, "--list-gpu-code"]))}))
         if not version or not archs:
             raise Unavailable(f"{path} does not name its version and architectures", remedy)
         with tempfile.TemporaryDirectory() as folder:
@@ -232,9 +218,7 @@ def _try_nvcc(path: str) -> DeviceCompiler:
                 ]
             )
     except subprocess.CalledProcessError as error:
-        lines = (error.stderr or error.stdout or "").strip().splitlines() or [
-            f"exit status {error.returncode}"
-        ]
+        lines = (error.stderr or error.stdout or "").strip().splitlines() or [f"exit status {error.returncode}"]
         raise Unavailable(f"{path} does not work: {lines[0]}", remedy) from None
     except OSError as error:
         raise Unavailable(f"{path} does not start: {error}", remedy) from None

@@ -39,9 +39,7 @@ def main() -> int:
         if not _imports(python, "torch"):
             _run([*pip, *torch])
         _run([*pip, *BUILD_PACKAGES])
-        needed = subprocess.run(
-            [str(python), "-m", "build_support", "--requires"], stdout=subprocess.PIPE, check=True
-        )
+        needed = subprocess.run([str(python), "-m", "build_support", "--requires"], stdout=subprocess.PIPE, check=True)
         if needed.stdout.strip():
             _run([*pip, *needed.stdout.decode().split()])
         _run([str(python), "-m", "build_support"])
@@ -58,17 +56,13 @@ def _create(folder: Path, share_packages: bool) -> bool:
         venv.create(folder, system_site_packages=share_packages, with_pip=True)
     except subprocess.CalledProcessError:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        print(
-            f"error: {sys.executable} cannot make a virtual environment: it lacks ensurepip", file=sys.stderr
-        )
+        print(f"error: {sys.executable} cannot make a virtual environment: it lacks ensurepip", file=sys.stderr)
         print(f"  mend: sudo apt-get install python{version}-venv, then rm -rf {folder}", file=sys.stderr)
         return False
     if share_packages and sys.prefix != sys.base_prefix:
         # This Python is itself a virtual environment; a new one would see the packages of its base alone.
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        (folder / "lib" / version / "site-packages" / "_outer.pth").write_text(
-            "\n".join(site.getsitepackages()) + "\n"
-        )
+        (folder / "lib" / version / "site-packages" / "_outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     return True
 
 

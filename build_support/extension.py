@@ -68,9 +68,7 @@ def build(package: Path, root: Path = ROOT) -> bool:
         headers = host.require_python_headers()
     except Unavailable as problem:
         if settings.extension == "1":
-            raise BuildError(
-                f"FUSEDOPT_EXTENSION=1, but {problem.reason}\n  mend: {problem.remedy}"
-            ) from None
+            raise BuildError(f"FUSEDOPT_EXTENSION=1, but {problem.reason}\n  mend: {problem.remedy}") from None
         _finish_without_extension(package, problem, root)
         return False
     device_build = _plan_device(settings)
@@ -139,13 +137,9 @@ def _compile(
     """Write the generated files, run ninja, and return the linked library and the device images in it."""
     folder = build_folder(settings, root)
     folder.mkdir(parents=True, exist_ok=True)
-    made = images.plan_images(
-        images.kernel_sources(root), device_build.targets, folder.relative_to(root) / "device"
-    )
+    made = images.plan_images(images.kernel_sources(root), device_build.targets, folder.relative_to(root) / "device")
     library = folder / library_name()
-    ninja = NinjaFile(
-        root, folder, compiler, [*host.compile_flags(settings), "-Icsrc"], host.link_flags(settings)
-    )
+    ninja = NinjaFile(root, folder, compiler, [*host.compile_flags(settings), "-Icsrc"], host.link_flags(settings))
     if device_build.compiler:
         for image in made:
             ninja.add_image(image, device_build.compiler)
@@ -155,9 +149,7 @@ def _compile(
     with _only_build(folder):
         _write_if_changed(
             embedding,
-            images.embedding(
-                made, device_build.description, compiler.description, " ".join(device_build.archs)
-            ),
+            images.embedding(made, device_build.description, compiler.description, " ".join(device_build.archs)),
         )
         ninja_file = folder / f"{sys.implementation.cache_tag}.ninja"
         _write_if_changed(ninja_file, ninja.text(library))

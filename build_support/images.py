@@ -76,9 +76,7 @@ def plan_images(sources: Sequence[Path], targets: Sequence[Target], folder: Path
 def embedding(images: Sequence[Image], device_compiler: str, host_compiler: str, archs: str) -> str:
     """C++ source that defines what ``csrc/cuda/images.h`` declares."""
     declarations = "".join(EMBED.format(symbol=image.symbol, path=image.path.as_posix()) for image in images)
-    bodies = [_row(image) for image in images] or [
-        "    {nullptr, 0, false, nullptr, 0},  // C++ has no empty array"
-    ]
+    bodies = [_row(image) for image in images] or ["    {nullptr, 0, false, nullptr, 0},  // C++ has no empty array"]
     rows = "\n".join(bodies)
     return f"""{HEADER}{declarations}namespace fusedopt {{
 

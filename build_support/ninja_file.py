@@ -89,11 +89,7 @@ class NinjaFile:
         output = image.path
         source = image.source.relative_to(self._root)
         self._edge("device", output, [source], [Path("build_support/nvrtc.py")] * (compiler.kind == "nvrtc"))
-        command = (
-            compiler.command(image.target, f"{output}.d")
-            .replace("$in", str(source))
-            .replace("$out", str(output))
-        )
+        command = compiler.command(image.target, f"{output}.d").replace("$in", str(source)).replace("$out", str(output))
         self._variable("command", command)
         self._variable("label", f"{source} [{image.target.arch}]")
 

@@ -140,9 +140,7 @@ def scan_includes(source: Path, include_dirs: list[Path]) -> list[Path]:
 
 def main() -> int:
     """Compile one file for one architecture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--arch", required=True, help="sm_90 for a cubin, compute_90 for PTX")
     parser.add_argument("--output", required=True, type=Path)

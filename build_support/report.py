@@ -89,9 +89,7 @@ def summary(info: BuildInfo, root: Path, library: Path, images: Sequence[Image],
     for rule in dict.fromkeys(image.rule for image in images):
         mine = [image for image in images if image.rule == rule]
         names = kernel_names((root / mine[0].path).read_bytes())
-        sizes = "  ".join(
-            f"{image.target.arch} {_size((root / image.path).stat().st_size)}" for image in mine
-        )
+        sizes = "  ".join(f"{image.target.arch} {_size((root / image.path).stat().st_size)}" for image in mine)
         lines.append(f"  {rule:<7} {len(names)} kernel{'s' * (len(names) != 1)}: {sizes}")
     if images:
         cubins = sum((root / image.path).stat().st_size for image in images)

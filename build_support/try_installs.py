@@ -84,9 +84,7 @@ CASES = (
     ),
     Case("wrong architecture", env={"FUSEDOPT_CUDA_ARCHS": "42"}, fails="does not know sm_42"),
     Case("no g++", hide=COMPILERS, expect={**BARE, "reason": "apt-get install g++"}),
-    Case(
-        "no g++, asked for", hide=COMPILERS, env={"FUSEDOPT_EXTENSION": "1"}, fails="there is no C++ compiler"
-    ),
+    Case("no g++, asked for", hide=COMPILERS, env={"FUSEDOPT_EXTENSION": "1"}, fails="there is no C++ compiler"),
     Case("no Python.h", headers=False, expect={**BARE, "reason": "-dev"}),
     Case("sdist, then wheel", how="sdist", expect=BUILT),
     Case("offline, no nvcc", how="offline", hide=("nvcc",), expect={**BUILT, "reason": "pip install"}),
@@ -224,12 +222,8 @@ def _tail(result: subprocess.CompletedProcess[str]) -> str:
     return "\n".join(["", *result.stdout.splitlines()[-15:]])
 
 
-def _run(
-    command: list[str], env: dict[str, str], cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    clean = {
-        key: value for key, value in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
-    }
+def _run(command: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH", "PYTHONPATH")}
     return subprocess.run(
         command, env={**clean, **env}, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -39,10 +39,10 @@ struct Watch {
   u32 group = 0;     // it stands at `place` in this group's list of parameters
   Py_ssize_t place = 0;
   DictWatch state{};
-  py::list keep{};   // what else the row points into
+  py::list keep{};  // what else the row points into
   TensorFacts param_facts;
   TensorFacts grad_facts;
-  bool unwrap = false;  // DTensor: its _local_tensor is what the row holds
+  bool unwrap = false;    // DTensor: its _local_tensor is what the row holds
   bool stand_in = false;  // the row's gradient was made from the parameter's, and has to be made again each step
 };
 
@@ -60,7 +60,8 @@ py::object grad_of(PyObject* param) {
     known_getter = is_getter ? reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset : nullptr;
     known_type = Py_TYPE(param);
   }
-  PyObject* const grad = known_getter ? known_getter->get(param, known_getter->closure) : PyObject_GetAttr(param, kName);
+  PyObject* const grad =
+      known_getter ? known_getter->get(param, known_getter->closure) : PyObject_GetAttr(param, kName);
   if (grad == nullptr) fail();
   return py::reinterpret_steal<py::object>(grad);
 }
@@ -151,7 +152,8 @@ class Table {
     const bool states_changed = !states_watch_.is_unchanged();
     for (u64 row = 0; row < watches_.size(); ++row) {
       prefetch(row + kPrefetchRows);
-      if (!row_is_current(row, watches_[row]) || (states_changed && !state_is_current(watches_[row]))) changed.append(row);
+      if (!row_is_current(row, watches_[row]) || (states_changed && !state_is_current(watches_[row])))
+        changed.append(row);
     }
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
@@ -213,6 +215,9 @@ class Table {
     const py::gil_scoped_release release;
     cuda.launch(host_, stream, grad_scale, found_inf);
   }
+
+  std::vector<u64> moved_since_captures(const CudaLaunch& cuda) const { return cuda.moved_since_captures(host_); }
+  void update_captures(CudaLaunch& cuda, u64 stream) const { cuda.update_captures(host_, stream); }
 
   // The columns as bytes, for a backend that keeps its own copies; `only_step` leaves out what rarely changes.
   py::dict columns(i64 workers, bool only_step) {
@@ -302,10 +307,9 @@ class Table {
 
   bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, u64& address) {
     if (facts.ndim == TensorFacts::kUnknown) return false;
-    const int same =
-        watch.unwrap
-            ? reader.matches(py::handle(tensor).attr("_local_tensor").cast<py::object>().ptr(), facts, extents_, address)
-            : reader.matches(tensor, facts, extents_, address);
+    const int same = watch.unwrap ? reader.matches(py::handle(tensor).attr("_local_tensor").cast<py::object>().ptr(),
+                                                   facts, extents_, address)
+                                  : reader.matches(tensor, facts, extents_, address);
     if (same < 0) PyErr_Clear();  // it can not be read, such as a sparse one: Python will say what is wrong
     return same == 1;
   }
@@ -475,7 +479,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     py::list images;
     for (size_t k = 0; k < kDeviceImageCount; ++k)
-      images.append(py::make_tuple(kDeviceImages[k].rule, kDeviceImages[k].sm, kDeviceImages[k].ptx, kDeviceImages[k].size));
+      images.append(
+          py::make_tuple(kDeviceImages[k].rule, kDeviceImages[k].sm, kDeviceImages[k].ptx, kDeviceImages[k].size));
     py::dict info;
     info["host_compiler"] = std::string(kHostCompiler);
     info["device_compiler"] = std::string(kDeviceCompiler);
@@ -508,6 +513,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inline_columns"), py::arg("grad_scale") = 0, py::arg("found_inf") = 0)
       .def("launch_cuda", &Table::launch_on_cuda, py::arg("launcher"), py::arg("stream"), py::arg("grad_scale") = 0,
            py::arg("found_inf") = 0)
+      .def("moved_since_captures", &Table::moved_since_captures, py::arg("launcher"))
+      .def("update_captures", &Table::update_captures, py::arg("launcher"), py::arg("stream"))
       .def("columns", &Table::columns, py::arg("workers"), py::arg("only_step"))
       .def_property_readonly("revision", &Table::revision)
       .def_property_readonly("rows", &Table::rows)
@@ -516,8 +523,10 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<CudaLaunch>(m, "CudaLaunch")
       .def(py::init<int>(), py::arg("device"))
-      .def_property_readonly("architecture", &CudaLaunch::architecture);
-  m.def("cuda_unavailable", &cuda_unavailable, "Why CUDA kernels can not be launched on this machine; empty: they can.");
+      .def_property_readonly("architecture", &CudaLaunch::architecture)
+      .def_property_readonly("captures", &CudaLaunch::captures);
+  m.def("cuda_unavailable", &cuda_unavailable,
+        "Why CUDA kernels can not be launched on this machine; empty: they can.");
 }
 
 }  // namespace fusedopt

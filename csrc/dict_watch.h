@@ -1,8 +1,8 @@
 // Notices that a Python dict holds other objects than it did, for one comparison per dict and step.
 //
-// Before Python 3.12 every change of a dict gives it a new version tag (PEP 509). Since then a watcher is called at every
-// change of a watched dict (PyDict_Watch); the one here counts the changes of all of them. Both only say that something
-// changed: the entries themselves are then compared. Every function wants the GIL.
+// Before Python 3.12 every change of a dict gives it a new version tag (PEP 509). Since then a watcher is called at
+// every change of a watched dict (PyDict_Watch); the one here counts the changes of all of them. Both only say that
+// something changed: the entries themselves are then compared. Every function wants the GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>

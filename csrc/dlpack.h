@@ -9,8 +9,8 @@
 namespace fusedopt {
 namespace dlpack {
 
-constexpr int32_t kHost = 1;      // a Device's type
-constexpr uint8_t kComplex = 5;   // a DataType's code
+constexpr int32_t kHost = 1;     // a Device's type
+constexpr uint8_t kComplex = 5;  // a DataType's code
 
 struct Device {
   int32_t type;  // 1 CPU, 2 CUDA, 3 CUDA host, 10 ROCm, ...

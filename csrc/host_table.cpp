@@ -2,6 +2,7 @@
 #include "host_table.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "rules/all.h"
@@ -39,7 +40,7 @@ void HostTable::resize(u64 rows) {
   layouts_packed_ = false;
   planned_workers_ = 0;
   variant_ = -1;
-  ++revision_;
+  revise();
 }
 
 void HostTable::set_row(u64 row, const RowSpec& spec) {
@@ -54,7 +55,12 @@ void HostTable::set_row(u64 row, const RowSpec& spec) {
   row_layouts_[row] = spec.layout;
   layouts_packed_ = false;
   variant_ = -1;
-  ++revision_;
+  revise();
+}
+
+void HostTable::revise() {
+  static std::atomic<u64> revisions{0};
+  revision_ = ++revisions;
 }
 
 void HostTable::resize_groups(u64 groups) { groups_.resize(groups); }
@@ -71,7 +77,7 @@ bool HostTable::plan(i64 workers, i64 least, i64 most) {
     for (i64 c = 0; c * chunk_elements_ < numel_[t]; ++c) chunks_.push_back({u32(t), u32(c)});
   if (chunks_.size() > 0xFFFFFFFFull) throw std::length_error("more than 2^32 chunks");
   planned_workers_ = workers;
-  ++revision_;
+  revise();
   return true;
 }
 
@@ -116,7 +122,8 @@ void HostTable::pack_layouts() {
 LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) {
   pack_layouts();
   LaunchParams launch{};
-  launch.table = {rows_, address_.data(), numel_.data(), group_.data(), storage_.data(), layout_.data(), layouts_.data()};
+  launch.table = {rows_,           address_.data(), numel_.data(),  group_.data(),
+                  storage_.data(), layout_.data(),  layouts_.data()};
   launch.grads = address_.data() + u64(kGrad) * rows_;
   launch.groups = groups_.data();
   launch.chunks = chunks_.data();

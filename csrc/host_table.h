@@ -38,8 +38,10 @@ class HostTable {
   bool plan(i64 workers, i64 least, i64 most);
 
   int rule() const { return rule_; }
-  int variant();               // the smallest that covers all rows
-  u64 revision() const { return revision_; }  // changes with anything but gradients and groups
+  int variant();  // the smallest that covers all rows
+  u64 revision() const {
+    return revision_;
+  }  // new with every change but of gradients and groups; unique in the process
   i64 elements() const { return elements_; }
   i64 chunk_elements() const { return chunk_elements_; }
 
@@ -57,6 +59,7 @@ class HostTable {
 
  private:
   void pack_layouts();
+  void revise();
 
   int rule_;
   u64 rows_ = 0;

@@ -102,7 +102,7 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
                               int count) {
   constexpr int N = W::value;
   constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
-  typename Access::template Packet<C, N> packet[kUsed];
+  typename Access::template Packet<C, N> packet[kUsed] = {};
   C x[kElementSlots][N];
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
@@ -125,7 +125,8 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
 }
 
 template <class Access, class V, class C, class Rule>
-FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, int lane, int lanes) {
+FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, int lane,
+                             int lanes) {
   if (V::kStrided && chunk.layout) {
     FUSEDOPT_LOOP
     for (i32 i = lane; i < chunk.size; i += lanes)

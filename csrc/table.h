@@ -19,8 +19,8 @@ enum Slot : int {
 
 constexpr int kElementSlots = kStep;  // the slots before kStep hold one value per element
 
-constexpr i64 kLeaf = 2048;        // elements; the unit of reduction, counted from a tensor's start
-constexpr int kStorageBits = 4;    // bits per slot in TensorTable::storage
+constexpr i64 kLeaf = 2048;      // elements; the unit of reduction, counted from a tensor's start
+constexpr int kStorageBits = 4;  // bits per slot in TensorTable::storage
 constexpr int kStorageMask = (1 << kStorageBits) - 1;
 constexpr i32 kDenseLayout = -1;   // every slot dense and in the same order: element i is at address + i·size
 constexpr u64 kEmptyGradient = 1;  // stands for the address of a gradient of 0 elements, which has none

@@ -20,7 +20,7 @@ struct TensorFacts {
   dlpack::DataType dtype{};
   dlpack::Device device{};
   int32_t ndim = kUnknown;
-  uint32_t extents = 0;  // where shape and strides start in the table's list of extents
+  uint32_t extents = 0;        // where shape and strides start in the table's list of extents
   const void* hint = nullptr;  // somewhere in the tensor's own memory, to prefetch and never to read
 };
 
@@ -108,8 +108,7 @@ inline void TensorReader::connect(PyObject* tensor_type, PyObject* capsule, PyOb
 }
 
 inline bool TensorReader::is_tensor(PyObject* object) const {
-  return tensor_type_ != nullptr &&
-         PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(tensor_type_));
+  return tensor_type_ != nullptr && PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(tensor_type_));
 }
 
 inline bool TensorReader::describe_by_attributes(PyObject* tensor, dlpack::Tensor& out) {

@@ -35,12 +35,12 @@ struct Variant {
 };
 
 // name, storage of parameter and gradient, storage of states, features; smallest first.
-#define FUSEDOPT_VARIANTS(X)                                           \
-  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                       \
-  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                    \
-  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                 \
-  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                 \
-  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                     \
+#define FUSEDOPT_VARIANTS(X)                                                          \
+  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                   \
+  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                \
+  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                             \
+  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                             \
+  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature) \
   X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)
 
 }  // namespace fusedopt

@@ -150,15 +150,11 @@ def print_table(console: Console, outcomes: Outcomes, best: dict[str, float], ep
         for lr, runs in by_lr.items():
             loss = "{:.4f} ± {:.4f}".format(*mean_and_spread([run.train_loss[-1] for run in runs]))
             val, test = (
-                "{:.2f} ± {:.2f}".format(
-                    *mean_and_spread([100 * getattr(run, f"{part}_accuracy")[-1] for run in runs])
-                )
+                "{:.2f} ± {:.2f}".format(*mean_and_spread([100 * getattr(run, f"{part}_accuracy")[-1] for run in runs]))
                 for part in ("val", "test")
             )
             chosen = lr == best[name]
-            table.add_row(
-                name, f"{lr:g}{' *' if chosen else ''}", loss, val, test, style="bold" if chosen else None
-            )
+            table.add_row(name, f"{lr:g}{' *' if chosen else ''}", loss, val, test, style="bold" if chosen else None)
     console.print(table)
     console.print("* chosen by validation accuracy")
 
@@ -172,9 +168,7 @@ def draw(outcomes: Outcomes, best: dict[str, float], path: Path) -> Path:
         _draw_band(test, [[100 * a for a in run.test_accuracy] for run in by_lr[best[name]]], colour, label)
         errors = [[100 * (1 - run.test_accuracy[-1]) for run in runs] for runs in by_lr.values()]
         means, spreads = zip(*map(mean_and_spread, errors), strict=True)
-        rates.errorbar(
-            list(by_lr), means, spreads, fmt="o-", markersize=4, capsize=2, color=colour, label=name
-        )
+        rates.errorbar(list(by_lr), means, spreads, fmt="o-", markersize=4, capsize=2, color=colour, label=name)
     seeds = len(outcomes[ADAM][best[ADAM]])
     loss.set(title="Training loss", xlabel="epoch", ylabel=f"mean and range of {seeds} seeds", yscale="log")
     test.set(title="Test accuracy, %", xlabel="epoch")
@@ -200,9 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, default=8, help="number of seeds")
     parser.add_argument("--epochs", type=int, default=25, help="passes over the training images")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/digits"), help="folder for the picture and the numbers"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out/digits"), help="folder for the picture and the numbers")
     options = parser.parse_args(arguments)
     for name in ("seeds", "epochs"):
         if getattr(options, name) < 1:
@@ -215,10 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(verdict(outcomes, best))
     picture = draw(outcomes, best, options.out / "digits.png")
     numbers = options.out / "digits.json"
-    runs = {
-        name: {lr: [asdict(run) for run in runs] for lr, runs in by_lr.items()}
-        for name, by_lr in outcomes.items()
-    }
+    runs = {name: {lr: [asdict(run) for run in runs] for lr, runs in by_lr.items()} for name, by_lr in outcomes.items()}
     numbers.write_text(json.dumps({"best_lr": best, "verdict": verdict(outcomes, best), "runs": runs}) + "\n")
     console.print("wrote", picture, "and", numbers, soft_wrap=True)
 

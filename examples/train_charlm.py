@@ -69,9 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=fusedopt.available_backends(),
         help="fusedopt backend; when not given, the best for the device",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/charlm"), help="folder for the picture and the numbers"
-    )
+    parser.add_argument("--out", type=Path, default=Path("out/charlm"), help="folder for the picture and the numbers")
     for option in dataclasses.fields(Config):
         parser.add_argument(
             f"--{option.name.replace('_', '-')}",
@@ -90,9 +88,7 @@ def chosen_optimizers(names: list[str], backend: str | None) -> dict[str, Optimi
     return chosen
 
 
-def train_with_progress(
-    factories: Mapping[str, OptimizerFactory], config: Config, text: Text
-) -> dict[str, Result]:
+def train_with_progress(factories: Mapping[str, OptimizerFactory], config: Config, text: Text) -> dict[str, Result]:
     """`train_together` under a progress bar that shows the latest losses."""
     columns = (
         TextColumn("training"),
@@ -106,9 +102,9 @@ def train_with_progress(
         task = progress.add_task("training", total=config.steps, losses="")
 
         def show(runs: dict[str, Run]) -> None:
-            latest = next(iter(runs.values()))
-            if len(latest.losses) % 10 == 0:  # reading a loss waits for a GPU
-                losses = "  ".join(f"{name} {float(run.losses[-1]):.4f}" for name, run in runs.items())
+            step = next(iter(runs.values())).steps
+            if step % 10 == 0:  # reading a loss waits for a GPU
+                losses = "  ".join(f"{name} {float(run.losses[step - 1]):.4f}" for name, run in runs.items())
                 progress.update(task, losses=losses)
             progress.advance(task)
 
@@ -181,9 +177,7 @@ def machine(config: Config, backend: str | None) -> dict[str, Any]:
     }
 
 
-def print_table(
-    console: Console, results: Mapping[str, Result], closing: Mapping[str, Any], config: Config
-) -> None:
+def print_table(console: Console, results: Mapping[str, Result], closing: Mapping[str, Any], config: Config) -> None:
     """The closing table and what it does and does not show."""
     first = next(iter(results.values()))
     console.print(
@@ -199,9 +193,7 @@ def print_table(
         times = [f"{row['median_ms'][phase]:.2f}" for phase in (*PHASES, "step")]
         table.add_row(name, *losses, *times, f"{row['optimizer_share']:.1%}")
     console.print(table)
-    console.print(
-        "train, val: final loss over fixed windows, nats a character. Times: medians over the steps."
-    )
+    console.print("train, val: final loss over fixed windows, nats a character. Times: medians over the steps.")
     console.print("share: the optimizer's part of the step; forward and backward are torch's in every row.")
     for name, row in closing["against_fusedopt"].items():
         ratio = f"{row['optimizer_time_ratio']:.2f}x"
@@ -262,9 +254,7 @@ def _draw_times(axes: Axes, rows: Mapping[str, Any]) -> None:
         axes.barh(names, width, left=left, color=colour, label=phase)
         left = [a + b for a, b in zip(left, width, strict=True)]
     for y, name in enumerate(names):
-        share = (
-            f"optimizer {rows[name]['median_ms']['optimizer']:.2f} ms, {rows[name]['optimizer_share']:.1%}"
-        )
+        share = f"optimizer {rows[name]['median_ms']['optimizer']:.2f} ms, {rows[name]['optimizer_share']:.1%}"
         axes.annotate(share, (0, y), xytext=(6, 0), textcoords="offset points", va="center")
     axes.grid(visible=False, axis="y")
     axes.set(title="Where a step's time goes", xlabel="ms, medians", ylim=(len(names) - 0.4, -1.0))

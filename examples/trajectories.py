@@ -109,9 +109,7 @@ def draw_ravine(folder: Path, console: Console) -> Path:
         _draw_contours(axes, cost)
         for (name, make), colour in zip(MAKERS.items(), COLOURS, strict=False):
             best = best_descent(partial(descend, make, cost, start, RAVINE_STEPS), cost)
-            axes.plot(
-                *best.path.T, ".-", markersize=3, linewidth=1, color=colour, label=f"{name}, lr {best.lr:.2g}"
-            )
+            axes.plot(*best.path.T, ".-", markersize=3, linewidth=1, color=colour, label=f"{name}, lr {best.lr:.2g}")
             costs.plot(best.costs, style, color=colour, label=name if axes is along else None)
             table.add_row(label, name, f"{best.lr:.2g}", f"{best.costs[-1]:.1e}")
         axes.set(title=f"Ravine {label}, {RAVINE_STEPS} steps")
@@ -169,15 +167,11 @@ def draw_bias_correction(folder: Path, console: Console) -> Path:
         slope = descend(make, lambda point: point.sum(), [0.0], BIAS_STEPS, BIAS_LR)
         step = -slope.diff(dim=0).flatten() / BIAS_LR
         sizes.plot(range(1, BIAS_STEPS + 1), step, color=colour, label=name)
-        bowl = descend(
-            make, lambda point: (0.5 * point * point).sum(), [BIAS_START], BIAS_COST_STEPS, BIAS_LR
-        )
+        bowl = descend(make, lambda point: (0.5 * point * point).sum(), [BIAS_START], BIAS_COST_STEPS, BIAS_LR)
         positions.plot(bowl.flatten(), color=colour, label=name)
         overshoot = max(0.0, -float(bowl.min())) / BIAS_LR
         table.add_row(name, f"{step[0]:.3f}", f"{step.max():.2f}", f"{overshoot:.1f}")
-    sizes.set(
-        title="Length of a step on a constant slope", xlabel="step", ylabel="in units of lr", xscale="log"
-    )
+    sizes.set(title="Length of a step on a constant slope", xlabel="step", ylabel="in units of lr", xscale="log")
     positions.axhline(0, color="grey", linewidth=0.8)
     positions.set(title=f"Down ½x² from x = {BIAS_START:g}, lr {BIAS_LR:g}", xlabel="step", ylabel="x")
     for axes in (sizes, positions):
@@ -287,12 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("out/trajectories"), help="folder for the pictures")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the examples and batches of minibatch.png"
-    )
-    parser.add_argument(
-        "--examples", type=int, default=512, help="examples that minibatch.png fits a line to"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the examples and batches of minibatch.png")
+    parser.add_argument("--examples", type=int, default=512, help="examples that minibatch.png fits a line to")
     options = parser.parse_args(arguments)
     if options.examples < BATCH:
         parser.error(f"--examples must be at least the batch of {BATCH}, got {options.examples}")

@@ -42,7 +42,9 @@ class Cpu:
         sets: list[str] = compiled.instruction_sets() if compiled else []
         wanted = os.environ.get("FUSEDOPT_CPU_ISA")
         if compiled and wanted and wanted not in sets:
-            raise ValueError(f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets) or 'none'}")
+            raise ValueError(
+                f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets) or 'none'}"
+            )
         self.isa = wanted or (sets[0] if sets else "")
 
     def why_not(self, device: torch.device) -> str:
@@ -90,12 +92,10 @@ class Triton:
     def why_not(self, device: torch.device) -> str:
         """See Backend."""
         try:
-            import triton  # noqa: F401
+            from .triton_kernels.launch import why_not
         except ImportError as error:
             return f"triton is not installed ({error}); pip install triton"
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"on {device} it runs only under its interpreter (TRITON_INTERPRET=1)"
-        return ""
+        return str(why_not(device))
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See Backend."""
@@ -167,9 +167,7 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 cpu = Cpu()
-_ALL: dict[str, Backend] = {
-    backend.name: backend for backend in (cpu, Cuda(), Triton(), Reference(), Emulated())
-}
+_ALL: dict[str, Backend] = {backend.name: backend for backend in (cpu, Cuda(), Triton(), Reference(), Emulated())}
 
 
 def find_backend(name: str | None) -> Backend | None:

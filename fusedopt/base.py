@@ -71,6 +71,29 @@ class FusedOptimizer(Optimizer):
         """
         self._forget_tables()
 
+    def sync_hyperparameters(self) -> None:
+        """Gives the groups' hyperparameters of now to the steps that CUDA graphs have captured.
+
+        A captured step reads hyperparameters that are tensors on its device at every replay; Python numbers keep
+        the value of the capture until this is called, on the stream of the replays. No new capture is needed.
+
+        Raises:
+            RuntimeError: a parameter, gradient or state is no longer where the capture found it: capture again.
+        """
+        for table, _ in self._current_tables():
+            launcher = table.launcher
+            if launcher is None or not getattr(launcher, "captures", 0):
+                continue
+            core: Any = table.core
+            moved = core.moved_since_captures(launcher)
+            if moved:
+                names = ", ".join(table.rows[row].name for row in moved[:3])
+                raise RuntimeError(
+                    f"{names}: {len(moved)} of {len(table.rows)} parameters, with their gradients and states, are no "
+                    "longer where the captured graph reads and writes them; capture again"
+                )
+            core.update_captures(launcher, torch.cuda.current_stream(table.device).cuda_stream)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``."""
         if isinstance(param_group, dict):
@@ -149,6 +172,10 @@ class FusedOptimizer(Optimizer):
         return f"parameter '{names[place]}'" if names else f"parameter {place} of group {group}"
 
     def _forget_tables(self) -> None:
+        if not hasattr(self, "_launchers"):
+            self._launchers: dict[tuple[torch.device, int], Any] = {}
+        for number, (table, _) in enumerate(getattr(self, "_tables", None) or ()):
+            self._launchers[table.device, number] = table.launcher
         self._tables: list[tuple[Table, Backend]] | None = None
         self._built_from: tuple[Any, Any] = (None, None)
         self._steps_until_check = ADDRESS_CHECK_PERIOD
@@ -206,10 +233,11 @@ class FusedOptimizer(Optimizer):
             for k, param in enumerate(group["params"]):
                 on_device = rows.setdefault(local(param).device, [])
                 on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param))
-        tables = []
+        tables: list[tuple[Table, Backend]] = []
         for device, device_rows in rows.items():
             for part in separate(device_rows):
-                table = Table(self._rule, device, self.param_groups, part, self.state, self._hidden_steps)
+                launcher = self._launchers.get((device, len(tables)))
+                table = Table(self._rule, device, self.param_groups, part, self.state, self._hidden_steps, launcher)
                 table.refresh()
                 tables.append((table, _backend_for(table, self._requested_backend)))
         return tables

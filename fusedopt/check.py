@@ -122,9 +122,7 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool
             f"gradient of {name} is {grad.layout}"
         )
     if grad.layout != torch.strided and not grad.is_sparse:
-        raise RuntimeError(
-            f"gradient of {name} is {grad.layout}; it must be torch.strided or torch.sparse_coo"
-        )
+        raise RuntimeError(f"gradient of {name} is {grad.layout}; it must be torch.strided or torch.sparse_coo")
     if grad.shape != param.shape:
         shapes = f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"
         raise ValueError(f"gradient of {name} has shape {shapes}")
@@ -173,9 +171,7 @@ def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> Non
         raise ValueError(f"step of {row} must be a count, but it is {count}")
     missing = [name for name in states[:2] if name not in present]
     if count > 0.0 and missing:
-        raise ValueError(
-            f"the state of {row} has taken {int(count)} steps, but has no {' and no '.join(missing)}"
-        )
+        raise ValueError(f"the state of {row} has taken {int(count)} steps, but has no {' and no '.join(missing)}")
 
 
 def is_wrapper(tensor: Tensor) -> bool:

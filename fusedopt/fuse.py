@@ -74,6 +74,8 @@ def fuse(optimizer: Optimizer, backend: str | None = None) -> FusedOptimizer:
     for index, group in enumerate(optimizer.param_groups):
         _check_group(index, group, backend)
     _become(optimizer, fused, {"_requested_backend": backend})
+    for key, value in fused([torch.zeros(1)]).defaults.items():  # type: ignore[call-arg]
+        optimizer.defaults.setdefault(key, value)  # what an older torch does not know yet
     assert isinstance(optimizer, FusedOptimizer)  # _become made it one
     return optimizer
 
@@ -126,9 +128,7 @@ def _why_no_twin(optimizer: Optimizer) -> str:
     names = ", ".join(f"torch.optim.{plain.__name__}" for plain in TWINS)
     given = type(optimizer)
     if isinstance(optimizer, tuple(TWINS)):
-        return (
-            f"fuse takes {names} themselves; {_full_name(given)} is a subclass, whose step may do otherwise"
-        )
+        return f"fuse takes {names} themselves; {_full_name(given)} is a subclass, whose step may do otherwise"
     return f"fuse takes {names}; {_full_name(given)} has no fused twin"
 
 

@@ -88,9 +88,7 @@ def _machine() -> dict[str, str | int]:
     return {
         "system": platform.platform(),
         "processor": _processor(),
-        "processors": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
     }
 
@@ -115,8 +113,7 @@ def _build() -> dict[str, Any]:
         "device_compiler": made.get("device_compiler"),
         "archs": made.get("archs", "").split(),
         "images": [
-            {"rule": rule, "sm": sm, "ptx": ptx, "bytes": size}
-            for rule, sm, ptx, size in made.get("images", [])
+            {"rule": rule, "sm": sm, "ptx": ptx, "bytes": size} for rule, sm, ptx, size in made.get("images", [])
         ],
         "missing": why_not_compiled or record.get("reason", ""),
     }

@@ -28,9 +28,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
         return False
     extent = 1
     undecided = False
-    for stride, size in sorted(
-        (st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1
-    ):
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
         if stride == 0:
             return True
         undecided |= stride < extent
@@ -66,9 +64,7 @@ def may_share_memory(one: Tensor, other: Tensor) -> bool:
     item = one.element_size()
     if dims is None or other.element_size() != item:
         return True
-    reach = (
-        item - 1
-    )  # how far the dimensions within can lead; less than one stride where strides count like digits
+    reach = item - 1  # how far the dimensions within can lead; less than one stride where strides count like digits
     for stride, size, other_size in reversed(dims):
         if reach >= stride:
             return True
@@ -99,8 +95,7 @@ def _meet(dims: Sequence[tuple[int, int, int]], distance: int, item: int) -> boo
     (stride, size, other_size), *within = dims
     below = distance // stride
     return any(
-        -other_size < steps < size and _meet(within, distance - steps * stride, item)
-        for steps in (below, below + 1)
+        -other_size < steps < size and _meet(within, distance - steps * stride, item) for steps in (below, below + 1)
     )
 
 

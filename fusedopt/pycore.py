@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ MOST_CHUNK = 32768  # elements
 STORAGE_BITS = 4  # bits per slot in the storage column
 STORAGE_MASK = (1 << STORAGE_BITS) - 1
 DENSE_LAYOUT = -1
+_REVISIONS = count(1)  # unique in the process, so that copies of one table are never taken for another's
 EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which has none
 
 FLOAT32, BFLOAT16, FLOAT64 = STORAGES[torch.float32], STORAGES[torch.bfloat16], STORAGES[torch.float64]
@@ -82,7 +84,7 @@ class Watch:
 
     Attributes:
         param: owned, as the table points into it.
-        stand_in: whether the row's gradient was made from the parameter's, and has to be made again each step.
+        stand_in: whether the row's gradient was made from the parameter's and must be made again each step.
         unwrap: whether it is a DTensor, whose local tensor is what the row holds.
         address: of the parameter.
         param_facts: of the parameter.
@@ -192,7 +194,7 @@ class PyTable:
         self._chunks = array(U32)
         self._chunk_elements = 0
         self._planned_workers = 0
-        self._revision += 1
+        self._revision = next(_REVISIONS)
 
     def set_places(self, places: list[tuple[int, int]]) -> None:
         """Where each row's parameter stands.
@@ -269,13 +271,11 @@ class PyTable:
         )
         self._live[row] = grad is not None
         self._live_params = None
-        self._revision += 1
+        self._revision = next(_REVISIONS)
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""
-        changed = [
-            row for row, watch in enumerate(self._watches) if watch is not None and not self._look(row, watch)
-        ]
+        changed = [row for row, watch in enumerate(self._watches) if watch is not None and not self._look(row, watch)]
         return changed or None
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
@@ -356,7 +356,9 @@ class PyTable:
         param, grad = _local(watch.param, watch.unwrap), _local(grad, watch.unwrap)
         if grad.layout != torch.strided or param.layout != torch.strided or grad.is_conj() or grad.is_neg():
             return False
-        if param.data_ptr() != watch.address or (Facts.of(param), Facts.of(grad)) != (watch.param_facts, watch.grad_facts):
+        if (watch.address, watch.param_facts) != (param.data_ptr(), Facts.of(param)):
+            return False
+        if watch.grad_facts != Facts.of(grad):
             return False
         self._set_grad(row, grad.data_ptr() if self._numel[row] else EMPTY_GRADIENT, True)
         return True
@@ -414,7 +416,7 @@ class PyTable:
             self._chunks.extend(number for index in range(-(-numel // size)) for number in (row, index))
         self._chunk_elements = size
         self._planned_workers = workers
-        self._revision += 1
+        self._revision = next(_REVISIONS)
 
     def _pack_layouts(self) -> tuple[array[int], array[int]]:
         """Where each row's layout starts, and all layouts one after the other."""

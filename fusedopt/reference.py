@@ -49,8 +49,10 @@ def power(base: float, t: int) -> float:
 
 
 def square_root(x: Tensor) -> Tensor:
-    """The correctly rounded root. ``torch.sqrt`` is that on GPUs; on CPUs it goes through a vector library that misses
-    the last bit of about one float32 in six, so the processor's own root is taken there, by numpy.
+    """The correctly rounded root.
+
+    ``torch.sqrt`` is that on GPUs; on CPUs it goes through a vector library that misses the last bit of about one
+    float32 in six, so the processor's own root is taken there, by numpy.
     """
     if x.device.type != "cpu":
         return torch.sqrt(x)

@@ -126,10 +126,7 @@ def run(check: Check, backend: str, device: torch.device) -> list[Tensor]:
             param.grad = None if index == step else grad.to(device)  # each without a gradient once
         optimizer.step()
     states = [optimizer.state[param] for param in params]
-    return [
-        tensor.detach().cpu()
-        for tensor in (*params, *(state[name] for state in states for name in sorted(state)))
-    ]
+    return [tensor.detach().cpu() for tensor in (*params, *(state[name] for state in states for name in sorted(state)))]
 
 
 def _subclasses(of: type[FusedOptimizer]) -> list[type[FusedOptimizer]]:

@@ -75,6 +75,8 @@ class Table:
         rows: parameters on this device, in order.
         state: the optimizer's ``state``.
         hidden_steps: counts of rules that keep none in their state.
+        launcher: what the backend kept for the table that this one takes the place of: device memory, which a
+            captured graph may still read.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class Table:
         rows: list[Row],
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
+        launcher: Any = None,
     ) -> None:
         """See the class."""
         self.rule = rule
         self.device = device
         self.groups = groups
         self.rows = rows
-        self.launcher: Any = None  # what a backend keeps for this table
+        self.launcher = launcher
         self._state = state
         self._hidden_steps = hidden_steps
         self.core: Core = make_core(rule, device)
@@ -183,11 +186,7 @@ class Table:
         for row in rows:
             row.step = None
             step = self._found_step(row)
-            if (
-                isinstance(step, Tensor)
-                and is_settled_step(step, self.device)
-                and step.data_ptr() not in taken
-            ):
+            if isinstance(step, Tensor) and is_settled_step(step, self.device) and step.data_ptr() not in taken:
                 row.step = step
                 taken.add(step.data_ptr())
             elif step is not None:
@@ -258,9 +257,7 @@ class Table:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
-        slots = [
-            None if tensor is None else real_view(local(tensor)) for tensor in (row.param, grad, *states)
-        ]
+        slots = [None if tensor is None else real_view(local(tensor)) for tensor in (row.param, grad, *states)]
         param = slots[0]
         assert param is not None  # the parameter is always there
         layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])
@@ -367,9 +364,7 @@ def _stand_in(param: Tensor) -> Tensor | None:
         return None
     values = resolved(grad)
     here, there = local(param), local(values)
-    same = (
-        here.data_ptr() == there.data_ptr() and here.stride() == there.stride() and here.dtype == there.dtype
-    )
+    same = here.data_ptr() == there.data_ptr() and here.stride() == there.stride() and here.dtype == there.dtype
     if not same and _storage_address(here) == _storage_address(there) and may_share_memory(here, there):
         return values.clone()
     return None if values is grad else values

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .table import Table
 
-PLANNED_WORKERS = 1024  # programs that the chunk plan is made for: more than any GPU of today runs at once
-
 _DTYPES = {
     "address": torch.int64,
     "grads": torch.int64,
@@ -23,9 +21,15 @@ _DTYPES = {
     "group_values": torch.float64,
     "group_flags": torch.int32,
     "group_tensors": torch.int64,
-    "group_storages": torch.uint8,
+    "group_storages": torch.int32,
 }
-_SHAPES = {"address": (6, -1), "chunks": (-1, 2), "group_values": (-1, 8), "group_tensors": (-1, 8), "group_storages": (-1, 8)}
+_SHAPES = {
+    "address": (6, -1),
+    "chunks": (-1, 2),
+    "group_values": (-1, 8),
+    "group_tensors": (-1, 8),
+    "group_storages": (-1, 8),
+}
 
 
 class Launcher:
@@ -41,10 +45,10 @@ class Launcher:
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Sends what changed and launches."""
-        from .triton_kernels.launch import Columns, launch
+        from .triton_kernels.launch import Columns, launch, resident_programs
 
         core = table.core
-        all_columns = core.columns(PLANNED_WORKERS, self.revision == core.revision)
+        all_columns = core.columns(resident_programs(core.variant, self.device), self.revision == core.revision)
         changed = [name for name, data in all_columns.items() if name in _DTYPES and self._sent.get(name) != data]
         for name in changed:
             self._tensors[name] = self._send(name, all_columns[name])
@@ -62,8 +66,6 @@ class Launcher:
     def _send(self, name: str, data: bytes) -> Tensor:
         column = torch.frombuffer(bytearray(data), dtype=_DTYPES[name]) if data else torch.empty(0, dtype=_DTYPES[name])
         column = column.reshape(_SHAPES.get(name, (-1,))) if column.numel() else column
-        if name == "group_storages":
-            column = column.to(torch.int32)
         if self.device.type == "cpu":
             return column
         return column.pin_memory().to(self.device, non_blocking=True)

@@ -88,9 +88,7 @@ class Ball:
 
     def maximum(self, other: Ball) -> Ball:
         """The larger."""
-        return Ball(
-            torch.maximum(self.center, other.center), torch.maximum(self.radius, other.radius), self.precision
-        )
+        return Ball(torch.maximum(self.center, other.center), torch.maximum(self.radius, other.radius), self.precision)
 
 
 Balls = dict[str, Ball]

@@ -261,9 +261,7 @@ def pairwise(axes: Mapping[str, Sequence[Any]], feasible: Any = lambda one, othe
     items = {name: [(name, k) for k in range(len(axes[name]))] for name in names}
 
     pairs = [p for a, b in itertools.combinations(names, 2) for p in itertools.product(items[a], items[b])]
-    fits = {
-        frozenset(((a, j), (b, k))): bool(feasible((a, axes[a][j]), (b, axes[b][k]))) for (a, j), (b, k) in pairs
-    }
+    fits = {frozenset(((a, j), (b, k))): bool(feasible((a, axes[a][j]), (b, axes[b][k]))) for (a, j), (b, k) in pairs}
     missing = dict.fromkeys(pair for pair, good in fits.items() if good)
     rows = []
     while missing:

@@ -14,7 +14,6 @@ import torch
 
 from fusedopt import backends
 
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

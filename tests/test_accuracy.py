@@ -29,10 +29,10 @@ Gradients = Callable[[torch.Generator], Tensor]
 GRADIENTS: dict[str, Gradients] = {
     "noise": lambda generator: torch.randn(ELEMENTS, generator=generator),
     "drift": lambda generator: 1 + 0.3 * torch.randn(ELEMENTS, generator=generator),
-    "scales": lambda generator: torch.randn(ELEMENTS, generator=generator)
-    * 10.0 ** torch.linspace(-6, 2, ELEMENTS),
-    "sparse": lambda generator: torch.randn(ELEMENTS, generator=generator)
-    * (torch.rand(ELEMENTS, generator=generator) < 0.2),
+    "scales": lambda generator: torch.randn(ELEMENTS, generator=generator) * 10.0 ** torch.linspace(-6, 2, ELEMENTS),
+    "sparse": lambda generator: (
+        torch.randn(ELEMENTS, generator=generator) * (torch.rand(ELEMENTS, generator=generator) < 0.2)
+    ),
 }
 
 
@@ -169,13 +169,11 @@ def test_a_step_from_the_same_state_is_within_rounding_of_the_for_loop(
         loop.step()
         ours.step()
         for name, ball in expected.items():
-            result, other = (
-                (mine, theirs) if name == "param" else (ours.state[mine][name], loop.state[theirs][name])
-            )
+            result, other = (mine, theirs) if name == "param" else (ours.state[mine][name], loop.state[theirs][name])
             difference = (result.detach().double() - other.detach().double()).abs()
             beyond = difference > 2 * ball.radius
             assert not beyond.any(), (
-                f"{name} in step {step}: {difference[beyond][0]:.3e} apart, the bound is {2 * ball.radius[beyond][0]:.3e}"
+                f"{name} in step {step}: {difference[beyond][0]:.3e} apart, bound {2 * ball.radius[beyond][0]:.3e}"
             )
             size = ball.center.abs()
             vacuous = 2 * ball.radius > 0.5 * torch.maximum(size, size.mean())

@@ -125,9 +125,7 @@ def test_bytes_moved_follow_dtype_and_optimizer() -> None:
     assert Case("1000x16", "sgd").bytes_moved == 20 * 16_000
     assert Case("1000x16", "adam", "bfloat16").bytes_moved == 14 * 16_000
     mixed = workloads.load("mixed-dtypes")
-    by_group = [
-        sum(count * torch.Size(shape).numel() for count, shape in group.runs) for group in mixed.groups
-    ]
+    by_group = [sum(count * torch.Size(shape).numel() for count, shape in group.runs) for group in mixed.groups]
     assert Case("mixed-dtypes", "adamw", "mixed").bytes_moved == 7 * (
         4 * by_group[0] + 2 * by_group[1] + 2 * by_group[2]
     )
@@ -137,9 +135,7 @@ def test_every_suite_makes_cases() -> None:
     for name, suite in SUITES.items():
         cases = cases_of(suite.rows, "cpu", [1])
         assert len(cases) == len(set(cases)) > 0, name
-    dtypes = {
-        case.dtype for case in cases_of(SUITES["shapes"].rows, "cpu", [1]) if case.workload == "mixed-dtypes"
-    }
+    dtypes = {case.dtype for case in cases_of(SUITES["shapes"].rows, "cpu", [1]) if case.workload == "mixed-dtypes"}
     assert dtypes == {"mixed"}
 
 
@@ -410,8 +406,7 @@ def test_torchs_loop_and_foreach_are_right(optimizer: str, dtype: str, gradients
 def test_torchs_foreach_is_as_accurate_as_its_loop_after_100_steps(optimizer: str, dtype: str) -> None:
     accuracy = Accuracy()
     loop, foreach = (
-        accuracy.run(PEERS[name], optimizer, workloads.DTYPES[dtype], "cpu")
-        for name in ("torch-loop", "torch-foreach")
+        accuracy.run(PEERS[name], optimizer, workloads.DTYPES[dtype], "cpu") for name in ("torch-loop", "torch-foreach")
     )
     assert loop.right
     assert foreach.error == pytest.approx(loop.error, rel=0.5)
@@ -704,8 +699,7 @@ def test_the_roofline_is_held_against_fused_results_only() -> None:
     assert held
     assert {item.record["peer"] for item in held} == {"fusedopt-cpu"}
     assert all(
-        item.predicted == pytest.approx(item.record["bytes_moved"] / item.record["roof_bytes_per_s"])
-        for item in held
+        item.predicted == pytest.approx(item.record["bytes_moved"] / item.record["roof_bytes_per_s"]) for item in held
     )
 
 
@@ -756,9 +750,7 @@ def test_the_stream_kernel_refuses_what_it_cannot_move() -> None:
 # ---- commands ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_table_json_picture_and_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_writes_table_json_picture_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "--workload",
         "4x16",
@@ -804,16 +796,12 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(what: str, capsys: pytest
 
 
 @pytest.mark.parametrize("command", [["list", "--device", "cpu"], ["roofline"]])
-def test_commands_that_only_show_something_work(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_that_only_show_something_work(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 0
     assert "gpt2-124m" in capsys.readouterr().out
 
 
-def test_a_profile_shows_python_time_and_writes_a_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_profile_shows_python_time_and_writes_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "profile",
         "--workload",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import os
 import re
@@ -58,7 +60,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
 @each_document
 def test_every_block_is_of_a_kind_that_is_looked_at(document: Path) -> None:
     for block in blocks(document):
-        known = block.language in ("python", "sh", "text") or "file" in block.attributes
+        known = block.language in ("python", "text") or is_shell(block) or "file" in block.attributes
         assert known, f"{_name(document)}:{block.line}: a block of '{block.language}' that nothing checks"
 
 
@@ -76,9 +78,32 @@ def test_python_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         pytest.skip("no Python in it")
 
 
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "fusedopt").rglob("*.py")
+    if "triton_kernels" not in path.parts and path.name != "__main__.py" and ">>> " in path.read_text()
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_of_docstrings_run(module: str) -> None:
+    found = importlib.import_module(module.removesuffix(".__init__"))
+    with torch.random.fork_rng():
+        result = doctest.testmod(found)
+    assert result.attempted
+    assert not result.failed
+
+
+def is_shell(block: Block) -> bool:
+    """Whether it says so, or says nothing and each line is a command of this project."""
+    lines = block.text.splitlines()
+    own = all(re.match(r"(python|make|pip) ", line) for line in lines)
+    return block.language == "sh" or (not block.language and own)
+
+
 def commands(document: Path) -> Iterator[tuple[Block, list[str]]]:
     """The commands of a document's shell blocks, as words, without settings of variables before them."""
-    for block in blocks(document, "sh"):
+    for block in filter(is_shell, blocks(document)):
         for line in block.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -162,9 +187,7 @@ def test_paths_in_the_text_exist(document: Path) -> None:
         if path.startswith(NOT_IN_THE_REPOSITORY) or path == "fusedopt/_build_info.json":
             continue
         places = (ROOT / path, ROOT / "csrc" / path, document.parent / path)
-        assert any(place.exists() for place in places), (
-            f"{_name(document)} speaks of {path}, which does not exist"
-        )
+        assert any(place.exists() for place in places), f"{_name(document)} speaks of {path}, which does not exist"
 
 
 def test_there_is_one_table_of_environment_variables() -> None:
@@ -257,20 +280,17 @@ def test_the_documented_optimizer_builds_and_gives_the_same_bits_on_every_backen
         if block.attributes:
             apply_block(block, copy)
     environment = {**os.environ, "PYTHONPATH": str(copy), "FUSEDOPT_CUDA": "0", "FUSEDOPT_EXTENSION": "1"}
-    build = [sys.executable, "-m", "build_support"]
-    subprocess.run(build, cwd=copy, env=environment, check=True)
-    test = (
-        "from fusedopt import selftest, Lion; print(*selftest.self_test(), sep='\\n'); print(Lion.__module__)"
-    )
+
+    def run(*arguments: str, **more: str) -> str:
+        command = [sys.executable, *arguments]
+        result = subprocess.run(command, cwd=copy, env=environment | more, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        return result.stdout
+
+    run("-m", "build_support")
+    test = "from fusedopt import selftest, Lion; print(*selftest.self_test(), Lion.__module__, sep='\\n')"
     for interpret in ("0", "1"):
-        result = subprocess.run(
-            [sys.executable, "-c", test],
-            cwd=copy,
-            env={**environment, "TRITON_INTERPRET": interpret},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "passed=False" not in result.stdout, result.stdout
-        assert "backend='emulated'" in result.stdout
-        assert ("backend='triton'" in result.stdout) == (interpret == "1")
+        page = run("-c", test, TRITON_INTERPRET=interpret)
+        assert "passed=False" not in page, page
+        assert "backend='emulated'" in page
+        assert ("backend='triton'" in page) == (interpret == "1")

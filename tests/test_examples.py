@@ -17,9 +17,7 @@ import torch
 
 import fusedopt
 
-pytest.importorskip(
-    "matplotlib", reason="the examples draw with matplotlib: pip install 'fusedopt[examples]'"
-)
+pytest.importorskip("matplotlib", reason="the examples draw with matplotlib: pip install 'fusedopt[examples]'")
 pytest.importorskip("rich", reason="the examples print with rich: pip install 'fusedopt[examples]'")
 pytest.importorskip("sklearn", reason="digits.py reads scikit-learn's: pip install 'fusedopt[examples]'")
 
@@ -89,9 +87,7 @@ def test_charlm_trains_with_every_optimizer_and_writes_its_numbers(tmp_path: Pat
         assert last["val"] < first["val"] - 0.5
         assert len(result["losses"]) == len(result["optimizer_ms"]) == 12
         assert min(result["forward_ms"] + result["backward_ms"] + result["optimizer_ms"]) > 0
-        assert result["losses"][0] == record["results"]["torch"]["losses"][0], (
-            "the same weights, the same batch"
-        )
+        assert result["losses"][0] == record["results"]["torch"]["losses"][0], "the same weights, the same batch"
 
 
 def test_charlm_repeats_itself_to_the_last_bit(example: Any) -> None:
@@ -103,9 +99,7 @@ def test_charlm_repeats_itself_to_the_last_bit(example: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_charlm_loss_curves_differ_from_torchs_by_no_more_than_rounding_explains(
-    example: Any, dtype: str
-) -> None:
+def test_charlm_loss_curves_differ_from_torchs_by_no_more_than_rounding_explains(example: Any, dtype: str) -> None:
     charlm = example("charlm")
     config = charlm.Config(**TINY_RUN, dtype=dtype)
     results = charlm.train_together(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -165,6 +166,52 @@ def test_unfuse_forgets_a_velocity_whose_first_step_was_skipped() -> None:
     assert param.tolist() == pytest.approx([0.9] * 3)  # the first velocity is the whole gradient
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"capturable": True}], ids=str)
+def test_step_counts_go_where_each_side_keeps_them(options: dict[str, Any]) -> None:
+    param = nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer: Optimizer = torch.optim.Adam([param], lr=0.1, **options)
+    param.grad = torch.ones(3, device="cuda")
+    optimizer.step()
+    home = optimizer.state[param]["step"].device
+    fusedopt.fuse(optimizer).step()
+    assert optimizer.state[param]["step"].device == param.device
+    fusedopt.unfuse(optimizer)
+    assert optimizer.state[param]["step"].device == home
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 3.0
+    assert param.tolist() == pytest.approx([0.7] * 3, abs=1e-6)
+
+
+class OldAdamW(torch.optim.AdamW):
+    """As torch 2.6 had it: its groups know no decoupled_weight_decay."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)
+        self._forget()
+
+    def _forget(self) -> None:
+        for group in (self.defaults, *self.param_groups):
+            group.pop("decoupled_weight_decay", None)
+
+
+def test_an_older_torch_gets_back_its_own_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fusedopt.fuse"], "TWINS", {OldAdamW: fusedopt.AdamW})
+    optimizer = OldAdamW([nn.Parameter(torch.ones(3))], weight_decay=0.5, lr=0.5)
+    defaults, keys = set(optimizer.defaults), set(optimizer.param_groups[0])
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(3)
+    fusedopt.fuse(optimizer).step()
+    assert optimizer.param_groups[0]["params"][0].tolist() == [0.75] * 3  # the decay is decoupled
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    optimizer.step()
+    assert type(fusedopt.unfuse(optimizer)) is OldAdamW
+    assert (set(optimizer.defaults), set(optimizer.param_groups[0])) == (defaults, keys)
+
+
 def test_what_hangs_on_the_optimizer_stays() -> None:
     calls: list[str] = []
     model = nn.Linear(2, 2)
@@ -316,9 +363,7 @@ REFUSED: list[tuple[str, Callable[[Any], Optimizer], str, type[Exception]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("make", "message", "error"), [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED]
-)
+@pytest.mark.parametrize(("make", "message", "error"), [row[1:] for row in REFUSED], ids=[r[0] for r in REFUSED])
 def test_fuse_refuses_and_leaves_all_as_it_was(
     make: Callable[[Any], Optimizer], message: str, error: type[Exception]
 ) -> None:
@@ -333,9 +378,7 @@ def test_fuse_refuses_and_leaves_all_as_it_was(
     ("backend", "error", "message"),
     [("vulkan", ValueError, "'vulkan' is unknown"), ("cuda", RuntimeError, "'cuda' can not serve cpu")],
 )
-def test_fuse_refuses_a_backend_that_can_not_serve(
-    backend: str, error: type[Exception], message: str
-) -> None:
+def test_fuse_refuses_a_backend_that_can_not_serve(backend: str, error: type[Exception], message: str) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
     with pytest.raises(error, match=message):
         fusedopt.fuse(optimizer, backend=backend)

@@ -100,9 +100,7 @@ def test_nothing_but_the_rules_computes_with_moments_or_velocities(language: str
     rules, files = LANGUAGES[language]
     for path in set(files) - set(rules):
         for _, statement in formulas(path):
-            assert not re.search(r"exp_avg|momentum_buffer|one_minus_", statement), (
-                f"{path.name}: {statement}"
-            )
+            assert not re.search(r"exp_avg|momentum_buffer|one_minus_", statement), f"{path.name}: {statement}"
 
 
 def test_a_renamed_copy_is_found(tmp_path: Path) -> None:

@@ -61,10 +61,20 @@ def test_info_prints_as_the_page() -> None:
 
 def test_the_self_test_looks_at_every_backend_here() -> None:
     tested = {(outcome.device, outcome.backend) for outcome in selftest.self_test()}
-    expected = {
-        (str(device), name) for device in selftest.devices() for name in fusedopt.available_backends(device)
-    }
+    expected = {(str(device), name) for device in selftest.devices() for name in fusedopt.available_backends(device)}
     assert tested == expected - {("cpu", "reference")}
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described_and_its_backends_pass() -> None:
+    page = fusedopt.info()
+    gpu = page["devices"][1]
+    assert gpu["device"] == "cuda:0"
+    assert torch.cuda.get_device_name(0) in gpu["name"]
+    assert gpu["uses"] in ("cuda", "triton")
+    outcomes = [outcome for outcome in page["self_test"] if outcome["device"] == "cuda:0"]
+    assert {outcome["backend"] for outcome in outcomes} >= {gpu["uses"], "reference"}
+    assert all(outcome["passed"] for outcome in outcomes), outcomes
 
 
 def test_the_self_test_checks_every_optimizer() -> None:
@@ -194,9 +204,7 @@ def test_a_device_without_kernels_warns_that_the_reference_is_used(monkeypatch: 
 
 def test_every_variable_that_the_code_reads_is_in_the_table() -> None:
     """What stands in quotes after os.environ, env.get or as a setting, in the package and its build."""
-    pattern = re.compile(
-        r"[\"'](FUSEDOPT_[A-Z_]+|TRITON_INTERPRET|MAX_JOBS|CXX|CUDA_HOME|OMP_NUM_THREADS)[\"']"
-    )
+    pattern = re.compile(r"[\"'](FUSEDOPT_[A-Z_]+|TRITON_INTERPRET|MAX_JOBS|CXX|CUDA_HOME|OMP_NUM_THREADS)[\"']")
     sources = [path for folder in ("fusedopt", "build_support") for path in (ROOT / folder).rglob("*.py")]
     private = {"FUSEDOPT_NVRTC", "FUSEDOPT_BUILD_PYTHON"}  # from one process of the build to another
     read = {
@@ -207,8 +215,8 @@ def test_every_variable_that_the_code_reads_is_in_the_table() -> None:
     }
     listed = {variable.name for variable in variables.VARIABLES}
     assert read - private <= listed
-    # OMP_NUM_THREADS is torch's to read.
-    assert listed - read <= {"OMP_NUM_THREADS"}
+    # OMP_NUM_THREADS is torch's to read, TRITON_INTERPRET Triton's.
+    assert listed - read <= {"OMP_NUM_THREADS", "TRITON_INTERPRET"}
 
 
 @pytest.mark.skipif(core.compiled is None, reason=f"no extension: {core.why_not_compiled}")

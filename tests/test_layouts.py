@@ -163,9 +163,16 @@ def test_elements_that_share_memory_are_refused_before_anything_is_written() -> 
             fusedopt.SGD(params, lr=1.0).step()
         assert torch.equal(good.detach(), torch.ones(2))
         assert (bad == 1).all()
-    overlapping = [Parameter(base[:5]), Parameter(base[4:])]
-    for param in overlapping:
-        param.grad = torch.ones(param.shape)
-    with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 1 of group 0"):
-        fusedopt.SGD(overlapping, lr=1.0).step()
-    assert (base == 1).all()
+
+
+@pytest.mark.parametrize("run", as_params(RUNS))
+def test_parameters_that_share_memory_are_updated_one_after_the_other(run: Run, settings: Run) -> None:
+    results = []
+    for cls, options in ((torch.optim.SGD, {"foreach": False}), (fusedopt.SGD, {"backend": run.backend})):
+        base = torch.arange(8.0, device=run.device)
+        params = [Parameter(base[:5]), Parameter(base[4:]), Parameter(base[6:7])]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        cls(params, lr=1.0, weight_decay=1.0, **options).step()
+        results.append(base)
+    assert torch.equal(*results)

@@ -47,7 +47,7 @@ def step_counters(made: list[tensors.Placed], run: Run, per_group: int = 0) -> A
         told = (old - param.detach()).flatten()
         times, counts = told.unique(return_counts=True)
         assert times.tolist() in ([], [1.0]), (
-            f"tensor {index} of {param.numel()} {param.dtype}: elements updated {times.tolist()} times: {counts.tolist()}"
+            f"tensor {index} of {param.numel()} {param.dtype}: updated {times.tolist()} times: {counts.tolist()}"
         )
         assert placed.guards_are_whole(), f"tensor {index} of {param.numel()} {param.dtype}: bytes around it changed"
     return optimizer

@@ -1,4 +1,4 @@
-"""What a step does and does not do: lazy state, groups, closures, hooks, checkpoints, missing gradients, AMP, launches."""
+"""What a step does and does not do: lazy state, groups, closures, hooks, checkpoints, gradients, AMP, launches."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def assert_same(one: list[Tensor], other: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
-def test_state_appears_with_the_first_gradient_and_is_that_of_torch_fused(
-    name: str, run: Run, settings: Run
-) -> None:
+def test_state_appears_with_the_first_gradient_and_is_that_of_torch_fused(name: str, run: Run, settings: Run) -> None:
     params, twins = make_params(run), make_params(run)
     optimizer, torchs = make(name, params, run), make_torchs(name, twins, fused=True)
     assert not optimizer.state
@@ -296,9 +294,7 @@ def test_a_group_can_be_added_between_steps(run: Run, settings: Run) -> None:
 def test_schedulers_drive_it() -> None:
     params, twins = make_params(Run("cpu"), dtype=torch.float64), make_params(Run("cpu"), dtype=torch.float64)
     ours, torchs = make("nesterov", params, Run("cpu")), make_torchs("nesterov", twins)
-    schedulers = [
-        torch.optim.lr_scheduler.OneCycleLR(each, max_lr=0.5, total_steps=10) for each in (ours, torchs)
-    ]
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(each, max_lr=0.5, total_steps=10) for each in (ours, torchs)]
     for k in range(9):
         set_grads(params, k)
         set_grads(twins, k)
@@ -485,9 +481,7 @@ def test_the_profiler_sees_one_kernel_a_step(run: Run, settings: Run) -> None:
     with torch.profiler.profile(activities=activities) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    on_device = [
-        event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     kernels = [name for name in on_device if not name.startswith(("Memcpy", "Memset", "Optimizer.step"))]
     assert len(kernels) == 1, on_device
     assert sum(name.startswith("Memset") for name in on_device) == 0

@@ -17,7 +17,18 @@ from bench.peers import (
 )
 from bench.peers.peer import HYPER, STATES, Hyper, Optimizer, ParamGroups, Peer
 
-__all__ = ["BASELINE", "HYPER", "PEERS", "STATES", "Hyper", "Optimizer", "ParamGroups", "Peer", "is_ours"]
+__all__ = [
+    "BASELINE",
+    "HYPER",
+    "PEERS",
+    "REFERENCE",
+    "STATES",
+    "Hyper",
+    "Optimizer",
+    "ParamGroups",
+    "Peer",
+    "is_ours",
+]
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
@@ -40,6 +51,10 @@ PEERS: dict[str, Peer] = {
 
 BASELINE = "torch-fused"
 """The peer every ratio is taken against."""
+
+
+REFERENCE = "fusedopt-reference"
+"""The textbook backend, there to check the others: it is measured, and left out of pictures and models."""
 
 
 def is_ours(name: str) -> bool:

@@ -6,7 +6,7 @@ from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
 
 
 def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
-    """Apex's optimizer; its FusedAdam has a flag for decoupled decay."""
+    """The optimizer of apex; FusedAdam has a flag for decoupled decay."""
     from apex.optimizers import FusedAdam, FusedSGD
 
     if hyper.is_adam:

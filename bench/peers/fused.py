@@ -8,7 +8,7 @@ from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
 
 
 def make(groups: ParamGroups, hyper: Hyper, backend: str) -> Optimizer:
-    """Fusedopt's optimizer on one backend."""
+    """An optimizer of fusedopt on one backend."""
     import fusedopt
 
     classes = {"adamw": fusedopt.AdamW, "adam": fusedopt.Adam, "sgd": fusedopt.SGD}

@@ -6,7 +6,7 @@ from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
 
 
 def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
-    """Optimi's optimizer; it picks Triton, foreach or a loop by itself."""
+    """The optimizer of optimi, which picks Triton, foreach or a loop by itself."""
     import optimi
 
     classes = {"adamw": optimi.AdamW, "adam": optimi.Adam, "sgd": optimi.SGD}

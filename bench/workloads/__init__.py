@@ -21,9 +21,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 GRID_NAME = re.compile(r"(\d+)x(\d+)")
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,7 @@ class Workload:
     def allocate(self, default_dtype: str, device: str) -> list[list[Tensor]]:
         """Uninitialised tensors, one list per group."""
         return [
-            [
-                torch.empty(shape, dtype=group.torch_dtype(default_dtype), device=device)
-                for shape in group.shapes()
-            ]
+            [torch.empty(shape, dtype=group.torch_dtype(default_dtype), device=device) for shape in group.shapes()]
             for group in self.groups
         ]
 
@@ -106,9 +101,7 @@ def load(name: str) -> Workload:
         count, numel = int(grid[1]), int(grid[2])
         if count < 1:
             raise ValueError(f"workload {name!r} has {count} tensors; at least 1 is needed")
-        return Workload(
-            name, f"{count:,} tensors of {numel:,} elements", "synthetic", (Group(((count, (numel,)),)),)
-        )
+        return Workload(name, f"{count:,} tensors of {numel:,} elements", "synthetic", (Group(((count, (numel,)),)),))
     path = FOLDER / f"{name}.json"
     if not path.exists():
         raise ValueError(f"unknown workload {name!r}: expected COUNTxNUMEL or one of {', '.join(names())}")

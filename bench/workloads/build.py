@@ -128,9 +128,7 @@ def one_group(shapes: Iterable[Shape]) -> list[dict[str, Any]]:
 def many_groups(shapes: list[Shape], count: int) -> list[dict[str, Any]]:
     """`count` groups of one tensor each, the last holding the rest, under falling learning rates."""
     dealt = [[shape] for shape in shapes[: count - 1]] + [shapes[count - 1 :]]
-    return [
-        {"lr_scale": round(1 - 0.5 * i / count, 4), "tensors": tensors} for i, tensors in enumerate(dealt)
-    ]
+    return [{"lr_scale": round(1 - 0.5 * i / count, 4), "tensors": tensors} for i, tensors in enumerate(dealt)]
 
 
 def by_dtype(shapes: list[Shape]) -> list[dict[str, Any]]:
@@ -208,9 +206,7 @@ def to_text(name: str, description: str, source: str, groups: list[dict[str, Any
 
 def main() -> None:
     """Writes every workload file and prints its size."""
-    versions = " and ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "diffusers")
-    )
+    versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "diffusers"))
     source = f"bench/workloads/build.py with {versions}, on the meta device"
     for name, description, groups in workloads():
         (FOLDER / f"{name}.json").write_text(to_text(name, description, source, groups))

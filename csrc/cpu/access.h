@@ -27,30 +27,23 @@ struct HostAccess {
     packet.address = address + u64(index) * u64(storage_bytes(storage));
   }
 
+  // A fixed variant converts in place. Where the storage is known at run time only, the conversion is a function of its
+  // own: a call for a block of elements costs nothing, five slots of inlined branches would cost minutes to compile.
   template <class W, class C>
   FUSEDOPT_FN static void decode(const Packet<C, W::value>& packet, int storage, C (&out)[W::value], int count) {
-    const u64 address = packet.address;
-    if (storage == kFloat32)
-      read<float, W>(address, out, count, [](float x) { return C(x); });
-    else if (storage == kFloat64)
-      read<double, W>(address, out, count, [](double x) { return C(x); });
-    else if (storage == kBFloat16)
-      read<u16, W>(address, out, count, [](u16 bits) { return decode16<C>(kBFloat16, bits); });
+    if (__builtin_constant_p(storage))
+      decode_as<W>(packet.address, storage, out, count);
     else
-      read<u16, W>(address, out, count, [](u16 bits) { return decode16<C>(kFloat16, bits); });
+      decode_called<W>(packet.address, storage, out, count);
   }
 
   template <class W, class C>
   FUSEDOPT_FN static void store(int storage, u64 address, i64 index, bool, const C (&in)[W::value], int count) {
     address += u64(index) * u64(storage_bytes(storage));
-    if (storage == kFloat32)
-      write<float, W>(address, in, count, [](C x) { return float(x); });
-    else if (storage == kFloat64)
-      write<double, W>(address, in, count, [](C x) { return double(x); });
-    else if (storage == kBFloat16)
-      write<u16, W>(address, in, count, [](C x) { return encode16(kBFloat16, x); });
+    if (__builtin_constant_p(storage))
+      store_as<W>(storage, address, in, count);
     else
-      write<u16, W>(address, in, count, [](C x) { return encode16(kFloat16, x); });
+      store_called<W>(storage, address, in, count);
   }
 
   template <class V, class C, class Visit>
@@ -62,6 +55,38 @@ struct HostAccess {
   }
 
  private:
+  template <class W, class C>
+  FUSEDOPT_FN static void decode_as(u64 address, int storage, C (&out)[W::value], int count) {
+    if (storage == kFloat32)
+      read<float, W>(address, out, count, [](float x) { return C(x); });
+    else if (storage == kFloat64)
+      read<double, W>(address, out, count, [](double x) { return C(x); });
+    else if (storage == kBFloat16)
+      read<u16, W>(address, out, count, [](u16 bits) { return decode16<C>(kBFloat16, bits); });
+    else
+      read<u16, W>(address, out, count, [](u16 bits) { return decode16<C>(kFloat16, bits); });
+  }
+  template <class W, class C>
+  __attribute__((noinline)) static void decode_called(u64 address, int storage, C (&out)[W::value], int count) {
+    decode_as<W>(address, storage, out, count);
+  }
+
+  template <class W, class C>
+  FUSEDOPT_FN static void store_as(int storage, u64 address, const C (&in)[W::value], int count) {
+    if (storage == kFloat32)
+      write<float, W>(address, in, count, [](C x) { return float(x); });
+    else if (storage == kFloat64)
+      write<double, W>(address, in, count, [](C x) { return double(x); });
+    else if (storage == kBFloat16)
+      write<u16, W>(address, in, count, [](C x) { return encode16(kBFloat16, x); });
+    else
+      write<u16, W>(address, in, count, [](C x) { return encode16(kFloat16, x); });
+  }
+  template <class W, class C>
+  __attribute__((noinline)) static void store_called(int storage, u64 address, const C (&in)[W::value], int count) {
+    store_as<W>(storage, address, in, count);
+  }
+
   template <class T, class W, class C, class Convert>
   FUSEDOPT_FN static void read(u64 address, C (&out)[W::value], int count, const Convert& convert) {
     const auto* from = reinterpret_cast<const typename Unaligned<T>::type*>(address);

@@ -8,8 +8,8 @@ namespace fusedopt {
 // Sweeps chunks [first, last) of a launch.
 using SweepChunks = void (*)(const LaunchParams& launch, u32 first, u32 last);
 
-#define FUSEDOPT_DECLARE_ENGINE(isa) \
-  namespace isa {                    \
+#define FUSEDOPT_DECLARE_ENGINE(isa)         \
+  namespace isa {                            \
   SweepChunks engine(int rule, int variant); \
   }
 FUSEDOPT_DECLARE_ENGINE(baseline)

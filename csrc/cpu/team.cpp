@@ -46,14 +46,13 @@ class Team {
       while (int(threads_.size()) < workers - 1) start_thread();
       work_ = &work;
       wanted_ = workers - 1;
-      remaining_ = workers - 1;
       ++generation_;
     }
     wake_.notify_all();
     work(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return remaining_ == 0; });
-    work_ = nullptr;
+    work_ = nullptr;  // who has not come by now is not waited for
+    done_.wait(lock, [this] { return running_ == 0; });
   }
 
   std::mutex& in_use() { return in_use_; }
@@ -72,12 +71,13 @@ class Team {
     for (;;) {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (worker > wanted_) continue;
+      if (worker > wanted_ || work_ == nullptr) continue;
       const std::function<void(int)>* work = work_;
+      ++running_;
       lock.unlock();
       (*work)(worker);
       lock.lock();
-      if (--remaining_ == 0) done_.notify_one();
+      if (--running_ == 0) done_.notify_one();
     }
   }
 
@@ -85,10 +85,10 @@ class Team {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
-  const std::function<void(int)>* work_ = nullptr;
+  const std::function<void(int)>* work_ = nullptr;  // null: no more hands are needed
   unsigned long generation_ = 0;
   int wanted_ = 0;
-  int remaining_ = 0;
+  int running_ = 0;
 };
 
 // Never destroyed: its threads outlive main. A forked child has none of them and starts a team of its own.
@@ -108,7 +108,7 @@ void run_team(int workers, const std::function<void(int)>& work) {
   pthread_once(&team_once, start_team);
   std::unique_lock<std::mutex> mine(team->in_use(), std::try_to_lock);
   if (mine.owns_lock()) return team->run(workers, work);
-  for (int worker = 0; worker < workers; ++worker) work(worker);
+  work(0);
 }
 
 }  // namespace fusedopt

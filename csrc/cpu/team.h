@@ -5,9 +5,11 @@
 
 namespace fusedopt {
 
-// Calls work(worker) for worker 0 .. workers−1, worker 0 on the calling thread, and returns when all have returned.
-// Every worker computes in the default floating-point mode: nearest even, denormals kept. Where another thread uses
-// the team right now, the calling thread does all of the work itself, one worker after another.
+// Calls work(worker) for worker 0 on the calling thread and for up to workers−1 others, and returns when all that began
+// have returned. A worker that comes too late is not called: `work` must share out its task as it goes, so that worker
+// 0 alone would finish it. That matters beside torch, whose own threads spin for milliseconds after a parallel region
+// and may hold the cores. Every worker computes in the default floating-point mode: nearest even, denormals kept. Where
+// another thread uses the team right now, the calling thread works alone.
 void run_team(int workers, const std::function<void(int worker)>& work);
 
 }  // namespace fusedopt

@@ -16,8 +16,7 @@ struct DeviceAccess {
   };
 
   template <class W, class C>
-  FUSEDOPT_FN static void fetch(Packet<C, W::value>& packet, int storage, u64 address, i64 index,
-                                bool aligned) {
+  FUSEDOPT_FN static void fetch(Packet<C, W::value>& packet, int storage, u64 address, i64 index, bool aligned) {
     const int size = storage_bytes(storage);
     address += u64(index) * u64(size);
     if (size == 2)
@@ -42,11 +41,10 @@ struct DeviceAccess {
   }
 
   template <class W, class C>
-  FUSEDOPT_FN static void store(int storage, u64 address, i64 index, bool aligned, const C (&in)[W::value],
-                                int) {
+  FUSEDOPT_FN static void store(int storage, u64 address, i64 index, bool aligned, const C (&in)[W::value], int) {
     const int size = storage_bytes(storage);
     address += u64(index) * u64(size);
-    Packet<C, W::value> packet;
+    Packet<C, W::value> packet = {};
     if (storage == kFloat32) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < W::value; ++k) packet.words[k] = bit_cast<u32>(float(in[k]));

@@ -22,8 +22,8 @@ Opened open() {
     opened.error = std::string("no CUDA driver: ") + dlerror();
     return opened;
   }
-#define FUSEDOPT_LOAD(symbol, member, arguments)                                            \
-  opened.api.member = reinterpret_cast<Result(*) arguments>(dlsym(library, #symbol));       \
+#define FUSEDOPT_LOAD(symbol, member, arguments)                                      \
+  opened.api.member = reinterpret_cast<Result(*) arguments>(dlsym(library, #symbol)); \
   if (opened.api.member == nullptr) opened.error = "the CUDA driver has no " #symbol ": it is too old";
   FUSEDOPT_DRIVER(FUSEDOPT_LOAD)
 #undef FUSEDOPT_LOAD

@@ -25,39 +25,43 @@ using Function = FunctionTag*;
 using Stream = StreamTag*;
 using Event = EventTag*;
 
-constexpr int kMultiprocessors = 16;       // CU_DEVICE_ATTRIBUTE_*
+constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_*
 constexpr int kCapabilityMajor = 75;
 constexpr int kCapabilityMinor = 76;
 constexpr unsigned kEventDisableTiming = 2;
-constexpr int kCaptureRelaxed = 2;         // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr unsigned kStreamNonBlocking = 1;
+constexpr int kCaptureRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
 
 // name in the library, member, arguments
-#define FUSEDOPT_DRIVER(X)                                                                                           \
-  X(cuInit, init, (unsigned))                                                                                        \
-  X(cuGetErrorString, error_string, (Result, const char**))                                                          \
-  X(cuDriverGetVersion, version, (int*))                                                                             \
-  X(cuDeviceGetCount, device_count, (int*))                                                                          \
-  X(cuDeviceGet, device_get, (Device*, int))                                                                         \
-  X(cuDeviceGetAttribute, device_attribute, (int*, int, Device))                                                     \
-  X(cuDevicePrimaryCtxRetain, primary_context, (Context*, Device))                                                   \
-  X(cuCtxPushCurrent_v2, push_context, (Context))                                                                    \
-  X(cuCtxPopCurrent_v2, pop_context, (Context*))                                                                     \
-  X(cuModuleLoadData, load_module, (Module*, const void*))                                                           \
-  X(cuModuleGetFunction, get_function, (Function*, Module, const char*))                                             \
-  X(cuOccupancyMaxActiveBlocksPerMultiprocessor, occupancy, (int*, Function, int, std::size_t))                      \
-  X(cuLaunchKernel, launch, (Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, \
-                             void**, void**))                                                                        \
-  X(cuMemAlloc_v2, allocate, (Pointer*, std::size_t))                                                                \
-  X(cuMemFree_v2, release, (Pointer))                                                                                \
-  X(cuMemHostAlloc, allocate_host, (void**, std::size_t, unsigned))                                                  \
-  X(cuMemFreeHost, release_host, (void*))                                                                            \
-  X(cuMemcpyHtoDAsync_v2, copy_to_device, (Pointer, const void*, std::size_t, Stream))                               \
-  X(cuEventCreate, create_event, (Event*, unsigned))                                                                 \
-  X(cuEventDestroy_v2, destroy_event, (Event))                                                                       \
-  X(cuEventRecord, record_event, (Event, Stream))                                                                    \
-  X(cuEventSynchronize, wait_event, (Event))                                                                         \
-  X(cuStreamWaitEvent, stream_wait_event, (Stream, Event, unsigned))                                                 \
-  X(cuStreamIsCapturing, is_capturing, (Stream, int*))                                                               \
+#define FUSEDOPT_DRIVER(X)                                                                                    \
+  X(cuInit, init, (unsigned))                                                                                 \
+  X(cuGetErrorString, error_string, (Result, const char**))                                                   \
+  X(cuDriverGetVersion, version, (int*))                                                                      \
+  X(cuDeviceGetCount, device_count, (int*))                                                                   \
+  X(cuDeviceGet, device_get, (Device*, int))                                                                  \
+  X(cuDeviceGetAttribute, device_attribute, (int*, int, Device))                                              \
+  X(cuDevicePrimaryCtxRetain, primary_context, (Context*, Device))                                            \
+  X(cuCtxPushCurrent_v2, push_context, (Context))                                                             \
+  X(cuCtxPopCurrent_v2, pop_context, (Context*))                                                              \
+  X(cuModuleLoadData, load_module, (Module*, const void*))                                                    \
+  X(cuModuleGetFunction, get_function, (Function*, Module, const char*))                                      \
+  X(cuOccupancyMaxActiveBlocksPerMultiprocessor, occupancy, (int*, Function, int, std::size_t))               \
+  X(cuLaunchKernel, launch,                                                                                   \
+    (Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**)) \
+  X(cuMemAlloc_v2, allocate, (Pointer*, std::size_t))                                                         \
+  X(cuMemFree_v2, release, (Pointer))                                                                         \
+  X(cuMemHostAlloc, allocate_host, (void**, std::size_t, unsigned))                                           \
+  X(cuMemFreeHost, release_host, (void*))                                                                     \
+  X(cuMemcpyHtoDAsync_v2, copy_to_device, (Pointer, const void*, std::size_t, Stream))                        \
+  X(cuEventCreate, create_event, (Event*, unsigned))                                                          \
+  X(cuEventDestroy_v2, destroy_event, (Event))                                                                \
+  X(cuEventRecord, record_event, (Event, Stream))                                                             \
+  X(cuEventSynchronize, wait_event, (Event))                                                                  \
+  X(cuStreamCreate, create_stream, (Stream*, unsigned))                                                       \
+  X(cuStreamDestroy_v2, destroy_stream, (Stream))                                                             \
+  X(cuStreamSynchronize, wait_stream, (Stream))                                                               \
+  X(cuStreamWaitEvent, stream_wait_event, (Stream, Event, unsigned))                                          \
+  X(cuStreamIsCapturing, is_capturing, (Stream, int*))                                                        \
   X(cuThreadExchangeStreamCaptureMode, exchange_capture_mode, (int*))
 
 struct Api {

@@ -15,10 +15,10 @@ struct DeviceImage {
   std::size_t size;           // without the zero byte that follows
 };
 
-extern const DeviceImage kDeviceImages[];     // sorted by rule, then cubins by sm, then PTX
-extern const std::size_t kDeviceImageCount;   // 0 in a build without device code
-extern const char kDeviceCompiler[];          // "nvcc 13.0.88", "nvrtc 12.8.93" or "none: <reason>"
-extern const char kHostCompiler[];            // first line of the compiler's --version
-extern const char kBuildArchs[];              // "75 80 90 90+ptx"; empty without device code
+extern const DeviceImage kDeviceImages[];    // sorted by rule, then cubins by sm, then PTX
+extern const std::size_t kDeviceImageCount;  // 0 in a build without device code
+extern const char kDeviceCompiler[];         // "nvcc 13.0.88", "nvrtc 12.8.93" or "none: <reason>"
+extern const char kHostCompiler[];           // first line of the compiler's --version
+extern const char kBuildArchs[];             // "75 80 90 90+ptx"; empty without device code
 
 }  // namespace fusedopt

@@ -73,8 +73,8 @@ class Gpu {
     const DeviceImage* const image = best_image(stem);
     if (image == nullptr)
       throw std::runtime_error("this build has no kernels for compute capability " + std::to_string(architecture_) +
-                               " (it has: " + kBuildArchs + "); rebuild with FUSEDOPT_CUDA_ARCHS=" +
-                               std::to_string(architecture_));
+                               " (it has: " + kBuildArchs +
+                               "); rebuild with FUSEDOPT_CUDA_ARCHS=" + std::to_string(architecture_));
     check(api().load_module(&module, image->data), ("cuModuleLoadData " + stem).c_str());
     return module;
   }
@@ -86,7 +86,8 @@ class Gpu {
       const DeviceImage& image = kDeviceImages[k];
       if (stem != image.rule || image.sm > architecture_) continue;
       if (!image.ptx && image.sm / 10 != architecture_ / 10) continue;
-      if (best == nullptr || (best->ptx && !image.ptx) || (best->ptx == image.ptx && image.sm > best->sm)) best = &image;
+      if (best == nullptr || (best->ptx && !image.ptx) || (best->ptx == image.ptx && image.sm > best->sm))
+        best = &image;
     }
     return best;
   }
@@ -123,39 +124,55 @@ bool is_capturing(driver::Stream stream) {
   return status != 0;
 }
 
-// A block of device memory and the pinned memory through which it is filled. A graph that captured an upload reads the
-// pinned memory again at every replay, so that memory is then left to the graph.
+// A stream of our own: what it carries is done at once even while another stream is being captured.
+class SideStream {
+ public:
+  SideStream() { check(api().create_stream(&stream_, driver::kStreamNonBlocking), "cuStreamCreate"); }
+  ~SideStream() { api().destroy_stream(stream_); }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  operator driver::Stream() const { return stream_; }
+
+ private:
+  driver::Stream stream_ = nullptr;
+};
+
+// A block of device memory, and the pinned memory through which it is filled.
 class Upload {
  public:
+  Upload() = default;
+  Upload(const Upload&) = delete;
+  Upload& operator=(const Upload&) = delete;
   ~Upload() {
     for (Staging& staging : ring_) discard(staging);
-    for (Staging& staging : captured_) discard(staging);
     if (device_ != 0) api().release(device_);
   }
 
   driver::Pointer device() const { return device_; }
 
-  void send(const void* data, size_t bytes, driver::Stream stream, bool capturing) {
+  // In the order of the stream, which is not being captured.
+  void send(const void* data, size_t bytes, driver::Stream stream) {
     if (bytes == 0) return;
-    const RelaxedCapture relaxed;
-    reserve(bytes, capturing);
-    Staging fresh;
-    Staging& staging = capturing ? fresh : ring_[next_++ % kStagingBuffers];
+    reserve(bytes);
+    Staging& staging = ring_[next_++ % kStagingBuffers];
     grow(staging, bytes);
-    if (!capturing) check(api().wait_event(staging.read), "cuEventSynchronize");
+    check(api().wait_event(staging.read), "cuEventSynchronize");
     std::memcpy(staging.host, data, bytes);
     check(api().copy_to_device(device_, staging.host, bytes, stream), "cuMemcpyHtoDAsync");
-    if (capturing)
-      captured_.push_back(staging);
-    else
-      check(api().record_event(staging.read, stream), "cuEventRecord");
+    check(api().record_event(staging.read, stream), "cuEventRecord");
+  }
+
+  // At once, even during a capture.
+  void fill(const void* data, size_t bytes) {
+    const RelaxedCapture relaxed;
+    const SideStream side;
+    send(data, bytes, side);
+    check(api().wait_stream(side), "cuStreamSynchronize");
   }
 
  private:
-  void reserve(size_t bytes, bool capturing) {
+  void reserve(size_t bytes) {
     if (bytes <= bytes_) return;
-    if (capturing && device_ != 0)
-      throw std::runtime_error("the optimizer's tensors changed since its last step: run one step before the capture");
     if (device_ != 0) check(api().release(device_), "cuMemFree");  // waits until nothing uses it
     bytes_ = std::max(bytes, 2 * bytes_);
     check(api().allocate(&device_, bytes_), "cuMemAlloc");
@@ -183,7 +200,6 @@ class Upload {
   driver::Pointer device_ = 0;
   size_t bytes_ = 0;
   Staging ring_[kStagingBuffers];
-  std::vector<Staging> captured_;
   size_t next_ = 0;
 };
 
@@ -226,11 +242,23 @@ std::string cuda_unavailable() {
   return driver::why_unavailable();
 }
 
+// What a captured launch reads from device memory beside the table. A graph is replayed after the host has moved on, so
+// all of it stays as it was until update_captures().
+struct Capture {
+  Upload groups;
+  Upload grads;
+  size_t group_count = 0;
+  std::vector<u64> addresses;  // of all slots, when it was captured
+};
+
 struct CudaLaunch::State {
   explicit State(int device) : gpu(Gpu::get(device)) {}
 
   Gpu& gpu;
-  Upload table, grads, groups, arrivals;
+  std::unique_ptr<Upload> table = std::make_unique<Upload>();
+  Upload grads, groups, arrivals;
+  std::vector<std::unique_ptr<Capture>> captures;
+  std::vector<std::unique_ptr<Upload>> captured_tables;  // those that have been replaced since
   KernelParams params{};
   u64 revision = 0;
   std::vector<u64> sent_grads;
@@ -243,6 +271,10 @@ struct CudaLaunch::State {
     if (revision == host.revision()) return;
     if (capturing)
       throw std::runtime_error("the optimizer's tensors changed since its last step: run one step before the capture");
+    if (!captures.empty()) {
+      captured_tables.push_back(std::move(table));
+      table = std::make_unique<Upload>();
+    }
     Packer packer;
     const LaunchParams here = host.params(nullptr, nullptr);  // packs the layouts
     const size_t address = packer.add(host.addresses());
@@ -252,8 +284,8 @@ struct CudaLaunch::State {
     const size_t layout = packer.add(host.layout_of());
     const size_t layouts = packer.add(host.layouts());
     const size_t chunks = packer.add(host.chunks());
-    table.send(packer.bytes().data(), packer.bytes().size(), stream, capturing);
-    const driver::Pointer base = table.device();
+    table->send(packer.bytes().data(), packer.bytes().size(), stream);
+    const driver::Pointer base = table->device();
     params.launch = here;
     params.launch.table = {host.rows(),
                            device_pointer<u64>(base, address),
@@ -266,37 +298,54 @@ struct CudaLaunch::State {
     revision = host.revision();
   }
 
-  // What changes from step to step rides in the launch where it fits; a graph must be able to see later values of the
-  // groups, so under capture they always lie in device memory.
-  void send_step(const HostTable& host, driver::Stream stream, bool capturing) {
+  // What changes from step to step rides in the launch where it fits.
+  void send_step(const HostTable& host, driver::Stream stream) {
     params.inline_groups = params.inline_grads = 0;
     fill_inline_columns(host, params);
-    if (capturing) params.inline_groups = 0;
-    if (params.inline_groups == 0) send_groups(host, stream, capturing);
-    if (params.inline_grads == 0) send_grads(host, stream, capturing);
+    if (params.inline_groups == 0) send_groups(host, stream);
+    if (params.inline_grads == 0) send_grads(host, stream);
   }
 
-  void send_groups(const HostTable& host, driver::Stream stream, bool capturing) {
+  // A graph must be able to see later values of the groups, so they lie in device memory even where they would fit.
+  void capture_step(const HostTable& host) {
+    captures.push_back(std::make_unique<Capture>());
+    Capture& capture = *captures.back();
+    const std::vector<GroupRow>& now = host.group_rows();
+    capture.groups.fill(now.data(), now.size() * sizeof(GroupRow));
+    capture.group_count = now.size();
+    capture.addresses = host.addresses();
+    params.inline_groups = params.inline_grads = 0;
+    fill_inline_columns(host, params);
+    params.inline_groups = 0;
+    params.launch.groups = device_pointer<GroupRow>(capture.groups.device(), 0);
+    if (params.inline_grads != 0) return;
+    capture.grads.fill(grads_of(host), host.rows() * sizeof(u64));
+    params.launch.grads = device_pointer<u64>(capture.grads.device(), 0);
+  }
+
+  static const u64* grads_of(const HostTable& host) { return host.addresses().data() + u64(kGrad) * host.rows(); }
+
+  void send_groups(const HostTable& host, driver::Stream stream) {
     const std::vector<GroupRow>& now = host.group_rows();
     const bool same = now.size() == sent_groups.size() &&
                       std::memcmp(now.data(), sent_groups.data(), now.size() * sizeof(GroupRow)) == 0;
-    if (!same || capturing) groups.send(now.data(), now.size() * sizeof(GroupRow), stream, capturing);
+    if (!same) groups.send(now.data(), now.size() * sizeof(GroupRow), stream);
     sent_groups = now;
     params.launch.groups = device_pointer<GroupRow>(groups.device(), 0);
   }
 
-  void send_grads(const HostTable& host, driver::Stream stream, bool capturing) {
-    const u64* const now = host.addresses().data() + u64(kGrad) * host.rows();
+  void send_grads(const HostTable& host, driver::Stream stream) {
+    const u64* const now = grads_of(host);
     const bool same = sent_grads.size() == host.rows() && std::equal(sent_grads.begin(), sent_grads.end(), now);
-    if (!same || capturing) grads.send(now, host.rows() * sizeof(u64), stream, capturing);
+    if (!same) grads.send(now, host.rows() * sizeof(u64), stream);
     sent_grads.assign(now, now + host.rows());
     params.launch.grads = device_pointer<u64>(grads.device(), 0);
   }
 
-  void send_arrivals(driver::Stream stream, bool capturing) {
+  void send_arrivals(driver::Stream stream) {
     if (has_arrivals) return;
     const u32 zero = 0;
-    arrivals.send(&zero, sizeof(zero), stream, capturing);
+    arrivals.send(&zero, sizeof(zero), stream);
     has_arrivals = true;
   }
 
@@ -337,8 +386,12 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   if (host.chunks().empty() && host.rows() == 0) return;
   state.order_after_last_launch(stream, capturing);
   state.send_table(host, stream, capturing);
-  state.send_step(host, stream, capturing);
-  state.send_arrivals(stream, capturing);
+  if (capturing) {
+    state.capture_step(host);
+  } else {
+    state.send_step(host, stream);
+    state.send_arrivals(stream);
+  }
   state.params.launch.chunk_count = u32(host.chunks().size());
   state.params.launch.chunk_elements = host.chunk_elements();
   state.params.launch.grad_scale = reinterpret_cast<const float*>(grad_scale);
@@ -346,9 +399,41 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   state.params.launch.arrivals = reinterpret_cast<u32*>(state.arrivals.device());
   const unsigned blocks = unsigned(std::clamp<i64>(i64(host.chunks().size()), 1, kernel.blocks));
   void* arguments[] = {&state.params};
-  check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr), "cuLaunchKernel");
+  check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr),
+        "cuLaunchKernel");
   if (!capturing) check(api().record_event(state.finished, stream), "cuEventRecord");
   state.last_stream = stream;
+}
+
+size_t CudaLaunch::captures() const { return state_->captures.size(); }
+
+void CudaLaunch::update_captures(const HostTable& host, u64 stream_handle) {
+  const driver::CurrentContext current(state_->gpu.context());
+  const driver::Stream stream = reinterpret_cast<driver::Stream>(stream_handle);
+  if (is_capturing(stream)) throw std::runtime_error("hyperparameters can not be given to a graph during a capture");
+  const std::vector<GroupRow>& now = host.group_rows();
+  for (const std::unique_ptr<Capture>& capture : state_->captures)
+    if (capture->group_count != now.size())
+      throw std::runtime_error("the optimizer had " + std::to_string(capture->group_count) +
+                               " parameter groups at the capture and has " + std::to_string(now.size()) +
+                               " now: capture again");
+  for (const std::unique_ptr<Capture>& capture : state_->captures)
+    capture->groups.send(now.data(), now.size() * sizeof(GroupRow), stream);
+}
+
+std::vector<u64> CudaLaunch::moved_since_captures(const HostTable& host) const {
+  const std::vector<u64>& now = host.addresses();
+  std::vector<u64> moved;
+  for (u64 row = 0; row < host.rows(); ++row) {
+    const auto knows = [&](const std::unique_ptr<Capture>& capture) {
+      if (capture->addresses.size() != now.size()) return false;
+      for (u64 s = 0; s < u64(kSlots); ++s)
+        if (capture->addresses[s * host.rows() + row] != now[s * host.rows() + row]) return false;
+      return true;
+    };
+    if (std::none_of(state_->captures.begin(), state_->captures.end(), knows)) moved.push_back(row);
+  }
+  return moved;
 }
 
 }  // namespace fusedopt

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cuda/kernel.h"
 #include "host_table.h"
@@ -25,6 +26,15 @@ class CudaLaunch {
 
   int architecture() const;  // compute capability, 90 for 9.0
   void launch(HostTable& table, u64 stream, u64 grad_scale, u64 found_inf);
+
+  // How many of the launches were captured in a graph. What those point to stays as long as this object.
+  size_t captures() const;
+
+  // Gives the captured launches the hyperparameters that the table has now, in the order of the stream.
+  void update_captures(const HostTable& table, u64 stream);
+
+  // Rows of which no captured launch knows the tensors where they are now.
+  std::vector<u64> moved_since_captures(const HostTable& table) const;
 
  private:
   struct State;

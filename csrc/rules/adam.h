@@ -1,9 +1,9 @@
 // Adam, AMSGrad and AdamW.
 //
 // D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1 in the order that its section 2
-// recommends: α_t = α·√(1−β₂ᵗ)/(1−β₁ᵗ) and θ ← θ − α_t·m/(√v + ε̂) with ε̂ = ε·√(1−β₂ᵗ), which is the same number with one
-// division less. I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, line 12.
-// S. Reddi et al., "On the Convergence of Adam and Beyond", 2018 (AMSGrad, bias-corrected as torch.optim does).
+// recommends: α_t = α·√(1−β₂ᵗ)/(1−β₁ᵗ) and θ ← θ − α_t·m/(√v + ε̂) with ε̂ = ε·√(1−β₂ᵗ), which is the same number with
+// one division less. I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, line 12. S.
+// Reddi et al., "On the Convergence of Adam and Beyond", 2018 (AMSGrad, bias-corrected as torch.optim does).
 #pragma once
 
 #include "rules/rule.h"

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .config import Config
+from .config import DTYPES, Config
 from .data import Text, build_text, fixed_batches
 from .model import build_model
 
@@ -83,7 +83,9 @@ class Run:
         self.schedule = LambdaLR(self.optimizer, lambda step: share_of_lr(step, config))
         self.eval_sets = [fixed_batches(part, config) for part in (text.train, text.val)]
         self.clock = Clock(config.device)
-        self.losses: list[Tensor] = []
+        # One tensor for all of them: read at the end, so that no step waits for a GPU.
+        self.losses = torch.zeros(config.steps, device=config.device, dtype=DTYPES[config.dtype])
+        self.steps = 0
         self.evaluations: list[Evaluation] = []
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class Run:
         return cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
     def step(self, batch: Tensor) -> None:
-        """One update, timed."""
+        """One update, timed; there are at most `config.steps` of them."""
         self.optimizer.zero_grad()
         self.clock.mark("start")
         loss = self.loss(batch)
@@ -101,20 +103,21 @@ class Run:
         self.optimizer.step()
         self.clock.mark("optimizer")
         self.schedule.step()
-        self.losses.append(loss.detach())
+        self.losses[self.steps] = loss.detach()
+        self.steps += 1
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Notes the losses over the fixed windows, outside the measured time."""
         means = [torch.stack([self.loss(batch) for batch in part]).double().mean() for part in self.eval_sets]
         train, val = (float(mean) for mean in means)
-        self.evaluations.append(Evaluation(len(self.losses), train, val))
+        self.evaluations.append(Evaluation(self.steps, train, val))
 
     def result(self) -> Result:
         """All that was noted so far."""
         sizes = [p.numel() for group in self.optimizer.param_groups for p in group["params"]]
         return Result(
-            losses=torch.stack(self.losses).double().tolist(),
+            losses=self.losses[: self.steps].tolist(),
             evaluations=list(self.evaluations),
             forward_ms=self.clock.milliseconds("start", "forward"),
             backward_ms=self.clock.milliseconds("forward", "backward"),

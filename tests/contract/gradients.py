@@ -145,7 +145,12 @@ def _(kit: Kit) -> None:
         for cls in CLASSES:
             start = kit.random(3, 2, dtype=dtype)
             agree_with_truth(
-                kit, cls, [start], STEPS, lambda s, i, dtype=dtype: kit.random(3, 2, seed=s, dtype=dtype), **FULL_OPTIONS[cls]  # type: ignore[misc]
+                kit,
+                cls,
+                [start],
+                STEPS,
+                lambda s, i, dtype=dtype: kit.random(3, 2, seed=s, dtype=dtype),
+                **FULL_OPTIONS[cls],  # type: ignore[misc]
             )
 
 
@@ -224,7 +229,9 @@ def _(kit: Kit) -> None:
         )
         for param in params:
             for name in STATES[cls]:
-                demand(optimizer.state[param][name].dtype == param.dtype, f"{name} is {optimizer.state[param][name].dtype}")
+                demand(
+                    optimizer.state[param][name].dtype == param.dtype, f"{name} is {optimizer.state[param][name].dtype}"
+                )
 
 
 @behaviour(AREA, "half-precision SGD with momentum updates every element, whatever their number")
@@ -233,7 +240,13 @@ def _(kit: Kit) -> None:
         for numel in (7, 16, 64, 257):
             start = kit.random(numel, dtype=dtype)
             agree_with_truth(
-                kit, "SGD", [start], 2, lambda s, i: kit.random(numel, seed=s + 1, dtype=dtype), lr=0.5, momentum=0.5  # noqa: B023
+                kit,
+                "SGD",
+                [start],
+                2,
+                lambda s, i: kit.random(numel, seed=s + 1, dtype=dtype),
+                lr=0.5,
+                momentum=0.5,
             )
 
 

@@ -31,7 +31,7 @@ def _beside_truth(
         optimizer = maker(cls, params, **those)
         for step in range(steps):
             between(optimizer, step)
-            train(optimizer, params, 1, lambda s, i: kit.random(*params[i].shape, seed=2 * s + i), first=step)  # noqa: B023
+            train(optimizer, params, 1, lambda s, i: kit.random(*params[i].shape, seed=2 * s + i), first=step)
         results.append(params)
     for param, expected in zip(*results, strict=True):
         agree(param, expected, f"a parameter of {cls}", steps)
@@ -65,7 +65,13 @@ def _(kit: Kit) -> None:
     ):
         start = [kit.random(5, 3), kit.random(70)]
         agree_with_truth(
-            kit, "SGD", start, 4, lambda s, i: kit.random(*start[i].shape, seed=2 * s + i), lr=0.1, **options  # noqa: B023
+            kit,
+            "SGD",
+            start,
+            4,
+            lambda s, i: kit.random(*start[i].shape, seed=2 * s + i),
+            lr=0.1,
+            **options,
         )
 
 
@@ -82,7 +88,13 @@ def _(kit: Kit) -> None:
         ):
             start = [kit.random(5, 3), kit.random(70)]
             agree_with_truth(
-                kit, cls, start, 4, lambda s, i: kit.random(*start[i].shape, seed=2 * s + i), lr=0.05, **options  # noqa: B023
+                kit,
+                cls,
+                start,
+                4,
+                lambda s, i: kit.random(*start[i].shape, seed=2 * s + i),
+                lr=0.05,
+                **options,
             )
 
 
@@ -233,7 +245,11 @@ def _(kit: Kit) -> None:
     for cls in CLASSES:
         _beside_truth(kit, cls, {"lr": lr}, between, truth_options={"lr": 0.25})
         _beside_truth(
-            kit, cls, {"lr": numpy.float64(0.25), "weight_decay": numpy.float64(0.5)}, _nothing, truth_options={"lr": 0.25, "weight_decay": 0.5}
+            kit,
+            cls,
+            {"lr": numpy.float64(0.25), "weight_decay": numpy.float64(0.5)},
+            _nothing,
+            truth_options={"lr": 0.25, "weight_decay": 0.5},
         )
 
 

@@ -83,7 +83,7 @@ def torch_kits(device: str = "cpu") -> list[Kit]:
 
 
 def fused_kit(backend: str, device: str = "cpu") -> Kit:
-    """fusedopt on one backend."""
+    """Fusedopt on one backend."""
     return Kit(backend, device, fusedopt, (("backend", backend),))
 
 
@@ -95,9 +95,7 @@ def truth_kit(device: str = "cpu") -> Kit:
 Gradients = Callable[[int, int], Tensor | None]
 
 
-def train(
-    optimizer: Optimizer, params: Sequence[Tensor], steps: int, gradients: Gradients, first: int = 0
-) -> None:
+def train(optimizer: Optimizer, params: Sequence[Tensor], steps: int, gradients: Gradients, first: int = 0) -> None:
     """Takes steps; ``gradients(step, index)`` is what each parameter gets, None for none."""
     for step in range(first, first + steps):
         for index, param in enumerate(params):
@@ -132,8 +130,8 @@ def identical(actual: Tensor, expected: Tensor, what: str) -> None:
     """Finds wrong what differs in a bit. NaN equals NaN."""
     demand(actual.dtype == expected.dtype, f"{what} has dtype {actual.dtype}, not {expected.dtype}")
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
-    equal = torch.equal(actual, expected) or torch.equal(actual.isnan(), expected.isnan()) and torch.equal(
-        actual.nan_to_num(), expected.nan_to_num()
+    equal = torch.equal(actual, expected) or (
+        torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.nan_to_num(), expected.nan_to_num())
     )
     demand(equal, f"{what} is not the same, bit for bit")
 

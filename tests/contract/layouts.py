@@ -122,9 +122,7 @@ def _(kit: Kit) -> None:
             spans = [(guard + 60 * k + k, 37 + k) for k in range(3)]
             start = [buffer[at : at + size].clone() for at, size in spans]
 
-            def params(
-                buffer: Tensor = buffer, spans: list[tuple[int, int]] = spans
-            ) -> list[Tensor]:
+            def params(buffer: Tensor = buffer, spans: list[tuple[int, int]] = spans) -> list[Tensor]:
                 return [nn.Parameter(buffer[at : at + size]) for at, size in spans]
 
             def gradients(step: int, index: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -180,7 +178,10 @@ def _(kit: Kit) -> None:
             optimizer.load_state_dict(saved)
             train(optimizer, [param], 2, lambda s, i: kit.random(4, 6, seed=s + 5))
             runs.append(param.detach().clone())
-        demand(bool(torch.isclose(runs[0], runs[1], rtol=1e-5, atol=1e-6).all()), "the layout of the state changed the result")
+        demand(
+            bool(torch.isclose(runs[0], runs[1], rtol=1e-5, atol=1e-6).all()),
+            "the layout of the state changed the result",
+        )
 
 
 @behaviour(AREA, "two parameters that share memory, updated one after the other")
@@ -235,4 +236,7 @@ def _(kit: Kit) -> None:
     expected = param.detach() - 0.5 * param.detach().t()
     param.grad = param.detach().t()
     kit.make("SGD", [param], lr=0.5).step()
-    demand(bool(torch.isclose(param.detach(), expected, rtol=1e-6, atol=1e-6).all()), "elements were read after they were written")
+    demand(
+        bool(torch.isclose(param.detach(), expected, rtol=1e-6, atol=1e-6).all()),
+        "elements were read after they were written",
+    )

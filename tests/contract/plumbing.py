@@ -269,7 +269,12 @@ def _(kit: Kit) -> None:
         torch.set_default_dtype(torch.float64)
         try:
             agree_with_truth(
-                kit, cls, start, 3, lambda s, i: kit.random(*start[i].shape, seed=s, dtype=start[i].dtype), **FULL_OPTIONS[cls]  # noqa: B023
+                kit,
+                cls,
+                start,
+                3,
+                lambda s, i: kit.random(*start[i].shape, seed=s, dtype=start[i].dtype),
+                **FULL_OPTIONS[cls],
             )
         finally:
             torch.set_default_dtype(torch.float32)
@@ -332,7 +337,10 @@ def _(kit: Kit) -> None:
         for one in (kit, truth_kit(kit.device)):
             params = [one.param([1.0, 2.0]), one.param([[3.0]])]
             optimizer = ZeroRedundancyOptimizer(
-                params, getattr(one.package, "AdamW"), **dict(one.options), lr=0.1  # noqa: B009
+                params,
+                one.package.AdamW,
+                **dict(one.options),
+                lr=0.1,
             )
             train(optimizer, params, 3, lambda s, i: kit.random(*((2,), (1, 1))[i], seed=2 * s + i))
             optimizer.consolidate_state_dict()

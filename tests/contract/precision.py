@@ -61,7 +61,11 @@ def _(kit: Kit) -> None:
         for bad in (0, 2):
 
             def gradients(step: int, bad: int = bad) -> Tensor:
-                return kit.random(3, seed=step) if step != bad else torch.tensor([1.0, float("inf"), 0.0], device=kit.device)
+                return (
+                    kit.random(3, seed=step)
+                    if step != bad
+                    else torch.tensor([1.0, float("inf"), 0.0], device=kit.device)
+                )
 
             scaled, plain = _scaled_training(kit, cls, gradients)
             agree(scaled, plain, f"the parameter of {cls}", 4)
@@ -122,7 +126,9 @@ def _(kit: Kit) -> None:
         identical(param.detach(), plain.detach(), "the parameter")
 
 
-@behaviour(AREA, "a closure given to an enabled scaler is refused by the scaler", refused="Closure use is not currently")
+@behaviour(
+    AREA, "a closure given to an enabled scaler is refused by the scaler", refused="Closure use is not currently"
+)
 def _(kit: Kit) -> None:
     param = kit.param([1.0])
     optimizer = kit.make("Adam", [param])
@@ -175,5 +181,3 @@ def _(kit: Kit) -> None:
         plain.pow(2).sum().backward()
         truth.step()
     agree(param, plain, "the parameter", 2)
-
-

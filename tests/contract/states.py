@@ -55,7 +55,9 @@ def _through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _resumed(kit: Kit, cls: str, state_dict: dict[str, Any], params: list[nn.Parameter]) -> tuple[Optimizer, list[nn.Parameter]]:
+def _resumed(
+    kit: Kit, cls: str, state_dict: dict[str, Any], params: list[nn.Parameter]
+) -> tuple[Optimizer, list[nn.Parameter]]:
     copies = [nn.Parameter(param.detach().clone()) for param in params]
     optimizer = kit.make(cls, copies, lr=0.5)  # other hyperparameters than were saved
     optimizer.load_state_dict(state_dict)
@@ -143,7 +145,7 @@ def _(kit: Kit) -> None:
             train(there, copies, 2, _gradient(kit), first=3)
             back, final = _resumed(kit, cls, _through_file(there.state_dict()), copies)
             train(back, final, 2, _gradient(kit), first=5)
-            truth, plain = _started(truth_kit(kit.device), cls, steps=7)
+            _, plain = _started(truth_kit(kit.device), cls, steps=7)
             for param, expected in zip(final, plain, strict=True):
                 agree(param, expected, f"a parameter of {cls} by way of {target.name}", 7)
 
@@ -197,7 +199,9 @@ def _state_keeps_dtype(kit: Kit, param_dtype: torch.dtype, state_dtype: torch.dt
         train(optimizer, [param], 1, lambda step, index: kit.random(3, seed=3, dtype=param_dtype))
         demand(not torch.equal(before, param.detach()), "nothing was updated")
         for name in STATES[cls]:
-            demand(optimizer.state[param][name].dtype == state_dtype, f"{name} became {optimizer.state[param][name].dtype}")
+            demand(
+                optimizer.state[param][name].dtype == state_dtype, f"{name} became {optimizer.state[param][name].dtype}"
+            )
 
 
 @behaviour(AREA, "a copy by deepcopy goes on by itself, bit for bit")
@@ -380,8 +384,6 @@ def _(kit: Kit) -> None:
     for param, expected in zip(params, plain, strict=True):
         agree(param, expected, "a parameter", 5)
     demand(float(optimizer.state[params[0]]["step"]) == 5.0, "the steps went to the old memory")
-
-
 
 
 @behaviour(AREA, "a parameter put in another's place in its group, with its state, as in Gaussian splatting")

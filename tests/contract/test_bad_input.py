@@ -245,7 +245,7 @@ def test_states_that_share_memory_are_refused() -> None:
     optimizer.step()
     both = torch.zeros(5)
     optimizer.state[param].update(exp_avg=both[:3], exp_avg_sq=both[2:])
-    with pytest.raises(ValueError, match="exp_avg of parameter 0 .* and exp_avg_sq of parameter 0 .* share memory"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .* and exp_avg_sq of parameter 0 .* share memory"):
         optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""Every behaviour on every backend: kept, or refused in so many words. The page docs/conformance.md shows torch beside."""
+"""Every behaviour on every backend: kept, or refused in so many words."""
 
 from __future__ import annotations
 

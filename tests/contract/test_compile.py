@@ -190,7 +190,7 @@ def test_hooks_and_loads_around_a_compiled_step() -> None:
 
 
 def test_the_operator_is_declared_right() -> None:
-    """torch's own checks of an operator: its schema, its fake implementation, its dispatch under AOTAutograd."""
+    """Torch's own checks of an operator: its schema, its fake implementation, its dispatch under AOTAutograd."""
     param = nn.Parameter(torch.ones(3), requires_grad=False)
     optimizer = fusedopt.SGD([param], lr=0.25)
     param.grad = torch.ones(3)
@@ -201,5 +201,3 @@ def test_the_operator_is_declared_right() -> None:
 def test_an_optimizer_that_is_gone_is_said_to_be_gone() -> None:
     with pytest.raises(RuntimeError, match="no longer exists"):
         torch.ops.fusedopt.step([torch.ones(1)], [torch.ones(1)], [0], 10**9)
-
-

@@ -17,8 +17,8 @@ from .kit import CLASSES
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports expecttest, which is not installed")
 
-from torch.testing._internal import common_optimizers  # noqa: E402
-from torch.testing._internal.common_optimizers import (  # noqa: E402
+from torch.testing._internal import common_optimizers
+from torch.testing._internal.common_optimizers import (
     OptimizerErrorEnum,
     OptimizerInfo,
     optim_db,
@@ -161,7 +161,7 @@ def test_error_inputs(cls: str) -> None:
     for error in errors:
         given = error.optimizer_error_input
         params = given.params if given.params is not None else [nn.Parameter(torch.zeros(1))]
-        construct = lambda: getattr(fusedopt, cls)(params, **given.kwargs)  # noqa: B023, E731
+        construct = lambda: getattr(fusedopt, cls)(params, **given.kwargs)  # noqa: E731
         if error.error_type is UserWarning:
             with pytest.warns(UserWarning, match=error.error_regex):
                 construct()
@@ -184,7 +184,9 @@ def test_all_scheduler_inputs_lower_the_loss(cls: str) -> None:
             made = [make(optimizer) for make in schedulers]
             x = torch.randn(5, generator=torch.Generator().manual_seed(1))
 
-            def closure(optimizer: Any = optimizer, weight: Tensor = weight, bias: Tensor = bias, x: Tensor = x) -> Tensor:
+            def closure(
+                optimizer: Any = optimizer, weight: Tensor = weight, bias: Tensor = bias, x: Tensor = x
+            ) -> Tensor:
                 optimizer.zero_grad()
                 loss = (weight.mv(x) + bias).pow(2).sum()
                 loss.backward()

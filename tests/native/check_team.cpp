@@ -1,8 +1,8 @@
 // Several threads step tables of their own at once, with teams of changing size: for ThreadSanitizer.
 // Usage: check_team <seed> <rounds>
+#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <algorithm>
 #include <thread>
 
 #include "random_table.h"
@@ -27,7 +27,8 @@ void step_often(u64 seed, int rounds, std::atomic<u64>& launches) {
     launch_cpu(launch, table.host.rule(), table.host.variant(), threads, random.pick(cpu_instruction_sets()));
     if (round == 0) expected = table.contents();
     const std::string difference = table.difference(expected);
-    if (!difference.empty()) fail("seed " + std::to_string(seed) + ", round " + std::to_string(round) + ": " + difference);
+    if (!difference.empty())
+      fail("seed " + std::to_string(seed) + ", round " + std::to_string(round) + ": " + difference);
   }
 }
 

@@ -154,10 +154,12 @@ struct RandomTable {
         for (i64 i = 0; i < slab.extent; ++i) {
           u64 bits = 0;
           std::memcpy(&bits, wanted.data() + size_t(i) * size, size);
-          if (bits == slab.element(i) || (is_nan(slab.storage, bits) && is_nan(slab.storage, slab.element(i)))) continue;
+          if (bits == slab.element(i) || (is_nan(slab.storage, bits) && is_nan(slab.storage, slab.element(i))))
+            continue;
           char words[160];
-          std::snprintf(words, sizeof words, "tensor %zu of %lld, slot %zu of storage %d: element %lld is %llx, not %llx", t,
-                        host.numel(t), s, slab.storage, i, slab.element(i), bits);
+          std::snprintf(words, sizeof words,
+                        "tensor %zu of %lld, slot %zu of storage %d: element %lld is %llx, not %llx", t, host.numel(t),
+                        s, slab.storage, i, slab.element(i), bits);
           return words;
         }
       }
@@ -200,11 +202,16 @@ struct RandomTable {
 
   int storage_of(int slot, int family) {
     switch (family) {
-      case kAllFloat32: return kFloat32;
-      case kAllBFloat16: return kBFloat16;
-      case kBFloat16Float32: return slot >= kState0 ? kFloat32 : kBFloat16;
-      case kNoDouble: return int(random.below(kFloat64));
-      default: return int(random.below(kStorages));
+      case kAllFloat32:
+        return kFloat32;
+      case kAllBFloat16:
+        return kBFloat16;
+      case kBFloat16Float32:
+        return slot >= kState0 ? kFloat32 : kBFloat16;
+      case kNoDouble:
+        return int(random.below(kFloat64));
+      default:
+        return int(random.below(kStorages));
     }
   }
 
