@@ -112,7 +112,7 @@ def link_flags(settings: Settings) -> list[str]:
 def _sanitizer_flags(settings: Settings) -> list[str]:
     if not settings.sanitize:
         return []
-    # -O1, after the -O3 of CXX_FLAGS: with sanitizers, optimizing takes the compiler five times as long.
+    # -O1 overrides the -O3 of CXX_FLAGS, with which sanitized code takes the compiler several times as long.
     checks = [f"-fsanitize={settings.sanitize}", "-fno-sanitize-recover=all"]
     return [*checks, "-fno-omit-frame-pointer", "-g", "-O1"]
 

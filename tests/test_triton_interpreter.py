@@ -15,17 +15,26 @@ import pytest
 from .running import INTERPRETED
 
 FOLDER = Path(__file__).resolve().parent
-MODULES = ("test_bits.py", "test_sizes.py", "test_codecs.py", "test_layouts.py", "test_step.py")
+# Modules, and which of their tests: the interpreter takes seconds where the compiler takes microseconds, so that the
+# whole case matrix is among the long tests.
+MODULES = [
+    pytest.param("test_bits.py", "", id="test_bits", marks=pytest.mark.slow),
+    pytest.param("test_bits.py", "not unscaled and (SGD-f32 or SGD-bf16)", id="test_bits, a part"),
+    pytest.param("test_sizes.py", "", id="test_sizes"),
+    pytest.param("test_codecs.py", "", id="test_codecs"),
+    pytest.param("test_layouts.py", "", id="test_layouts"),
+    pytest.param("test_step.py", "", id="test_step"),
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
-@pytest.mark.parametrize("module", MODULES)
-def test_the_same_tests_pass_under_the_interpreter(module: str, record_property: Any) -> None:
+@pytest.mark.parametrize(("module", "some"), MODULES)
+def test_the_same_tests_pass_under_the_interpreter(module: str, some: str, record_property: Any) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
     result = subprocess.run(
-        [*command, "-p", "no:xdist", str(FOLDER / module)],
+        [*command, "-p", "no:xdist", "-k", some, str(FOLDER / module)],
         env=environment,
         cwd=FOLDER.parent,
         capture_output=True,

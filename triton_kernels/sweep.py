@@ -108,7 +108,7 @@ def sweep_chunk(
     misalignment = (address.param & 15).to(tl.int32)
     boundary = tl.where(misalignment == 0, 0, (16 - misalignment) // storage_bytes(storage.param))
     by_vector = (layout == DENSE_LAYOUT) & all_aligned(advance_all(address, storage, boundary))
-    head = tl.where(by_vector, boundary, 0)
+    head = tl.where(by_vector, tl.minimum(boundary, size), 0)
     count = tl.where(by_vector, tl.maximum(size - boundary, 0) // WIDTH, 0) * WIDTH
     address = advance_all(address, storage, head)
     # Blocks advance by the address, not by the index, which leaves a thread one offset a slot to keep.
