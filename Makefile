@@ -40,14 +40,14 @@ build: $(READY) ## compile what changed, into the checkout
 lint: $(READY) ## ruff, clang-format, mypy, import direction
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
 format: $(READY) ## rewrite sources as `make lint` wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format -i
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format -i
 
 test: build lint ## environment, build, lint, types, tests
 	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
