@@ -80,6 +80,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workload",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help=f"workloads instead of a suite: COUNTxNUMEL or one of {everything}",
     )
