@@ -16,7 +16,7 @@ from bench.suites import SUITES
 
 DESCRIPTION = """\
 Measures optimizer steps: fusedopt against torch.optim and every other optimizer that is installed.
-Without a command: the main job, about five minutes on two cores."""
+Without a command: the main job, which takes some minutes."""
 
 WIDTH = 150
 """Columns of text that goes to a file or a pipe."""

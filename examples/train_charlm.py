@@ -1,6 +1,6 @@
 """Trains a small GPT on Python's standard library with torch's AdamW and with fusedopt's, and compares them.
 
-    python examples/train_charlm.py                    # both, about two minutes on two CPU cores
+    python examples/train_charlm.py                    # both
     python examples/train_charlm.py --optimizer all    # torch's for-loop and foreach as well
     python examples/train_charlm.py --device cuda --width 512 --layers 8 --batch 64 --block 256
 
