@@ -15,10 +15,11 @@ from pathlib import Path
 from .settings import Settings, Unavailable
 
 # Contraction and relaxed arithmetic would change bits between backends. -fno-math-errno and
-# -fno-trapping-math drop errno and the trap flags alone, never a rounding.
+# -fno-trapping-math drop errno and the trap flags alone, never a rounding. -Wno-psabi: no vector crosses a call from
+# one instruction set's code to another's.
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fvisibility-inlines-hidden "
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror=return-type"
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi -Werror=return-type"
 ).split()
 LINK_FLAGS = "-shared -pthread -ldl".split()
 

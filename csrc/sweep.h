@@ -57,20 +57,27 @@ struct ChunkView {
 // What becomes of a gradient before the rule sees it.
 template <class C>
 struct Gradient {
-  C scale;
-  bool unscale, negate;
+  C scale = C(1);
+  bool unscale = false, negate = false;
 
+  FUSEDOPT_FN Gradient() {}
   FUSEDOPT_FN Gradient(const LaunchParams& launch, u32 flags)
       : scale(launch.grad_scale ? C(*launch.grad_scale) : C(1)),
         unscale(launch.grad_scale != nullptr),
         negate((flags & kMaximize) != 0) {}
 
-  template <int N>
-  FUSEDOPT_FN void prepare(C (&g)[N]) const {
-    if (unscale)
-      for (int k = 0; k < N; ++k) g[k] = g[k] / scale;
-    if (negate)
-      for (int k = 0; k < N; ++k) g[k] = -g[k];
+  FUSEDOPT_FN bool is_plain() const { return !unscale && !negate; }
+
+  template <class X, int M>
+  FUSEDOPT_FN void prepare(X (&g)[M]) const {
+    if (unscale) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k) g[k] = g[k] / scale;
+    }
+    if (negate) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k) g[k] = -g[k];
+    }
   }
 };
 
@@ -101,25 +108,28 @@ template <class Access, class V, class C, class W, class Rule, class Index>
 FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const Index& at,
                               int count) {
   constexpr int N = W::value;
+  using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
+  constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
   constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
+  const int used = kState0 + rule.states();           // those it has
   typename Access::template Packet<C, N> packet[kUsed] = {};
-  C x[kElementSlots][N];
+  X x[kElementSlots][M];
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s < kState0 || chunk.has(s))
+    if (s < used)
       Access::template fetch<W>(packet[s], V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s));
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s < kState0 || chunk.has(s))
+    if (s < used)
       Access::template decode<W>(packet[s], V::storage(s, chunk.storage), x[s], count);
     else
-      for (int k = 0; k < N; ++k) x[s][k] = C(0);
+      for (int k = 0; k < M; ++k) x[s][k] = X{};
   gradient.prepare(x[kGrad]);
   FUSEDOPT_UNROLL
-  for (int k = 0; k < N; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
+  for (int k = 0; k < M; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s == kParam || (s >= kState0 && chunk.has(s)))
+    if (s != kGrad && s < used)
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
                                 count);
 }

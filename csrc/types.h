@@ -8,7 +8,7 @@
 #define FUSEDOPT_LOOP _Pragma("unroll 1")
 #else
 #define FUSEDOPT_FN inline __attribute__((always_inline))
-#define FUSEDOPT_UNROLL
+#define FUSEDOPT_UNROLL _Pragma("GCC unroll 16")
 #define FUSEDOPT_UNROLL_SLOTS _Pragma("GCC unroll 8")
 #define FUSEDOPT_LOOP
 #endif

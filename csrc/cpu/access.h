@@ -1,6 +1,9 @@
-// How the CPU reaches memory: straight from the pointer, unaligned, in blocks long enough to vectorise.
+// How the CPU reaches memory: in vectors of its instruction set, straight from the pointer, aligned or not.
 #pragma once
 
+#include <type_traits>
+
+#include "cpu/vector.h"
 #include "sweep.h"
 
 namespace fusedopt {
@@ -8,13 +11,17 @@ namespace fusedopt {
 // Isa is a type with internal linkage, one per instruction set, so that the linker never merges the copies.
 template <class Isa>
 struct HostAccess {
-  static constexpr int kBlock = 64;   // elements: the arrays of a block stay in L1
-  static constexpr int kNarrow = 16;  // the rest of a tensor, padded to one AVX-512 vector
+  template <class C>
+  static constexpr int kLanes = FUSEDOPT_VECTOR_BYTES / int(sizeof(C));
+  // What N elements are computed in: vectors of this type.
+  template <class C, int N>
+  using Lanes = Vector<C, (N < kLanes<C> ? N : kLanes<C>)>;
 
-  template <class T>
-  struct Unaligned {
-    typedef T type __attribute__((aligned(1), may_alias));
-  };
+  // Elements at a time. Where the storage is known, one AVX-512 vector per slot: values stay in registers from load to
+  // store. Where the conversion is a call, a longer block pays for it.
+  template <class V>
+  static constexpr int kBlock = V::kFixed ? 16 : 64;
+  static constexpr int kNarrow = 16;  // the rest of a tensor
 
   // Nothing is fetched ahead: the hardware does that.
   template <class C, int N>
@@ -29,16 +36,16 @@ struct HostAccess {
 
   // A fixed variant converts in place. Where the storage is known at run time only, the conversion is a function of its
   // own: a call for a block of elements costs nothing, five slots of inlined branches would cost minutes to compile.
-  template <class W, class C>
-  FUSEDOPT_FN static void decode(const Packet<C, W::value>& packet, int storage, C (&out)[W::value], int count) {
+  template <class W, class C, class X, int M>
+  FUSEDOPT_FN static void decode(const Packet<C, W::value>& packet, int storage, X (&out)[M], int count) {
     if (__builtin_constant_p(storage))
       decode_as<W>(packet.address, storage, out, count);
     else
       decode_called<W>(packet.address, storage, out, count);
   }
 
-  template <class W, class C>
-  FUSEDOPT_FN static void store(int storage, u64 address, i64 index, bool, const C (&in)[W::value], int count) {
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void store(int storage, u64 address, i64 index, bool, const X (&in)[M], int count) {
     address += u64(index) * u64(storage_bytes(storage));
     if (__builtin_constant_p(storage))
       store_as<W>(storage, address, in, count);
@@ -49,57 +56,73 @@ struct HostAccess {
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
     i32 i = 0;
-    for (; i + kBlock <= chunk.size; i += kBlock) visit(Width<kBlock>{}, i, kBlock);
+    constexpr int N = kBlock<V>;
+    for (; i + N <= chunk.size; i += N) visit(Width<N>{}, i, N);
     for (; i + kNarrow <= chunk.size; i += kNarrow) visit(Width<kNarrow>{}, i, kNarrow);
     if (i < chunk.size) visit(Width<kNarrow, true, true>{}, i, chunk.size - i);
   }
 
  private:
-  template <class W, class C>
-  FUSEDOPT_FN static void decode_as(u64 address, int storage, C (&out)[W::value], int count) {
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void decode_as(u64 address, int storage, X (&out)[M], int count) {
+    using C = std::remove_reference_t<decltype(X{}[0])>;
     if (storage == kFloat32)
-      read<float, W>(address, out, count, [](float x) { return C(x); });
+      read<float, W>(address, out, count, [](auto x) { return convert<C>(x); });
     else if (storage == kFloat64)
-      read<double, W>(address, out, count, [](double x) { return C(x); });
+      read<double, W>(address, out, count, [](auto x) { return convert<C>(x); });
     else if (storage == kBFloat16)
-      read<u16, W>(address, out, count, [](u16 bits) { return decode16<C>(kBFloat16, bits); });
+      read<u16, W>(address, out, count, [](auto x) { return convert<C>(decode_16(kBFloat16, x)); });
     else
-      read<u16, W>(address, out, count, [](u16 bits) { return decode16<C>(kFloat16, bits); });
+      read<u16, W>(address, out, count, [](auto x) { return convert<C>(decode_16(kFloat16, x)); });
   }
-  template <class W, class C>
-  __attribute__((noinline)) static void decode_called(u64 address, int storage, C (&out)[W::value], int count) {
+  template <class W, class X, int M>
+  __attribute__((noinline)) static void decode_called(u64 address, int storage, X (&out)[M], int count) {
     decode_as<W>(address, storage, out, count);
   }
-
-  template <class W, class C>
-  FUSEDOPT_FN static void store_as(int storage, u64 address, const C (&in)[W::value], int count) {
-    if (storage == kFloat32)
-      write<float, W>(address, in, count, [](C x) { return float(x); });
-    else if (storage == kFloat64)
-      write<double, W>(address, in, count, [](C x) { return double(x); });
-    else if (storage == kBFloat16)
-      write<u16, W>(address, in, count, [](C x) { return encode16(kBFloat16, x); });
-    else
-      write<u16, W>(address, in, count, [](C x) { return encode16(kFloat16, x); });
+  template <class Bits>
+  FUSEDOPT_FN static Like<float, Bits> decode_16(int storage, Bits bits) {
+    return float_from_16<Like<float, Bits>>(storage, widen(bits));
   }
-  template <class W, class C>
-  __attribute__((noinline)) static void store_called(int storage, u64 address, const C (&in)[W::value], int count) {
+
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void store_as(int storage, u64 address, const X (&in)[M], int count) {
+    if (storage == kFloat32)
+      write<float, W>(address, in, count, [](X x) { return convert<float>(x); });
+    else if (storage == kFloat64)
+      write<double, W>(address, in, count, [](X x) { return convert<double>(x); });
+    else if (storage == kBFloat16)
+      write<u16, W>(address, in, count, [](X x) { return encode_16(kBFloat16, convert<float>(x)); });
+    else
+      write<u16, W>(address, in, count, [](X x) { return encode_16(kFloat16, convert<float>(x)); });
+  }
+  template <class W, class X, int M>
+  __attribute__((noinline)) static void store_called(int storage, u64 address, const X (&in)[M], int count) {
     store_as<W>(storage, address, in, count);
   }
-
-  template <class T, class W, class C, class Convert>
-  FUSEDOPT_FN static void read(u64 address, C (&out)[W::value], int count, const Convert& convert) {
-    const auto* from = reinterpret_cast<const typename Unaligned<T>::type*>(address);
-    if (!W::kPartial)
-      for (int k = 0; k < W::value; ++k) out[k] = convert(from[k]);
-    else
-      for (int k = 0; k < W::value; ++k) out[k] = k < count ? convert(from[k]) : C(0);
+  template <class F>
+  FUSEDOPT_FN static Like<u16, F> encode_16(int storage, F x) {
+    return narrow(float_to_16<Like<u32, F>>(storage, x));
   }
-  template <class T, class W, class C, class Convert>
-  FUSEDOPT_FN static void write(u64 address, const C (&in)[W::value], int count, const Convert& convert) {
-    auto* to = reinterpret_cast<typename Unaligned<T>::type*>(address);
-    const int n = W::kPartial ? count : W::value;
-    for (int k = 0; k < n; ++k) to[k] = convert(in[k]);
+
+  // M vectors of T, each converted. A partial one goes through a buffer, so that nothing beyond the tensor is touched.
+  template <class T, class W, class X, int M, class Convert>
+  FUSEDOPT_FN static void read(u64 address, X (&out)[M], int count, const Convert& convert) {
+    Like<T, X> buffer[M] = {};
+    if (W::kPartial) {
+      __builtin_memcpy(buffer, reinterpret_cast<const void*>(address), u64(count) * sizeof(T));
+      address = reinterpret_cast<u64>(buffer);
+    }
+    const auto* const from = reinterpret_cast<const Unaligned<Like<T, X>>*>(address);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < M; ++k) out[k] = convert(from[k]);
+  }
+  template <class T, class W, class X, int M, class Convert>
+  FUSEDOPT_FN static void write(u64 address, const X (&in)[M], int count, const Convert& convert) {
+    Like<T, X> buffer[M];
+    auto* const to = reinterpret_cast<Unaligned<Like<T, X>>*>(W::kPartial ? reinterpret_cast<u64>(buffer) : address);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < M; ++k) to[k] = convert(in[k]);
+    if (W::kPartial) __builtin_memcpy(reinterpret_cast<void*>(address), buffer, u64(count) * sizeof(T));
   }
 };
 

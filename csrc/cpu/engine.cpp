@@ -1,6 +1,9 @@
 // The chunk loop of one CPU thread, compiled once per instruction set (FUSEDOPT_ISA names it).
 #include "cpu/engine.h"
 
+#include <iterator>
+#include <utility>
+
 #include "cpu/access.h"
 #include "rules/all.h"
 
@@ -44,6 +47,30 @@ class RuleCache {
   bool have_double_ = false;
 };
 
+// The rule with branches that the compiler knows: a loop without tests, its values in registers from load to store.
+// False where these are not the rule's branches.
+template <class V, u32 kBranches, class Rule>
+FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient) {
+  if (rule.branches != kBranches || !gradient.is_plain()) return false;
+  Rule usual = rule;
+  usual.branches = kBranches;
+  sweep_chunk<Access, V>(view, usual, Gradient<float>(), 0, 1);
+  return true;
+}
+
+template <class V, class Rule, std::size_t... kCases>
+FUSEDOPT_FN bool sweep_usual(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient,
+                             std::index_sequence<kCases...>) {
+  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient) || ...);
+}
+
+template <class V, class Rule>
+FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient) {
+  using Cases = std::make_index_sequence<std::size(Rule::kUsual)>;
+  if (V::kFixed && sweep_usual<V>(view, rule, gradient, Cases{})) return;
+  sweep_chunk<Access, V>(view, rule, gradient, 0, 1);
+}
+
 template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
@@ -56,7 +83,7 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     if (use_double)
       sweep_chunk<Access, V>(view, rule.in_double, Gradient<double>(launch, rule.flags()), 0, 1);
     else
-      sweep_chunk<Access, V>(view, rule.in_float, Gradient<float>(launch, rule.flags()), 0, 1);
+      sweep_float<V>(view, rule.in_float, Gradient<float>(launch, rule.flags()));
   }
 }
 

@@ -8,6 +8,10 @@
 namespace fusedopt {
 
 struct DeviceAccess {
+  // What N elements are computed in: one by one.
+  template <class C, int N>
+  using Lanes = C;
+
   // The bits of N elements as they lie in memory: room for the widest storage of the compute type.
   template <class C, int N>
   struct Packet {

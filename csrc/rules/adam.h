@@ -16,31 +16,39 @@ struct Adam {
   enum Hyper { kLr, kBeta1, kBeta2, kEps, kWeightDecay };
   enum Flag : u32 { kAmsgrad = 1u << 1, kDecoupled = 1u << 2 };
 
+  enum Branch : u32 { kMaximum = 1u << 0, kL2 = 1u << 1, kDecay = 1u << 2, kNearerToGradient = 1u << 3 };
+  static constexpr u32 kUsual[] = {0, kL2, kDecay};
+
   C beta1, one_minus_beta1, beta2, one_minus_beta2;
   C alpha_t, eps_hat, l2, decay;
-  bool amsgrad;
+  u32 branches;
 
   FUSEDOPT_FN Adam(const Hypers& h, u64 t)
       : beta1(C(h.value[kBeta1])),
         one_minus_beta1(C(1.0 - h.value[kBeta1])),
         beta2(C(h.value[kBeta2])),
-        one_minus_beta2(C(1.0 - h.value[kBeta2])),
-        amsgrad(h.has(kAmsgrad)) {
+        one_minus_beta2(C(1.0 - h.value[kBeta2])) {
     const double bias_correction1 = 1.0 - power(h.value[kBeta1], t);
     const double bias_correction2_sqrt = square_root(1.0 - power(h.value[kBeta2], t));
     alpha_t = C(h.value[kLr] / bias_correction1 * bias_correction2_sqrt);
     eps_hat = C(h.value[kEps] * bias_correction2_sqrt);
     l2 = h.has(kDecoupled) ? C(0) : C(h.value[kWeightDecay]);
     decay = h.has(kDecoupled) ? C(h.value[kLr] * h.value[kWeightDecay]) : C(0);
+    branches = set(kMaximum, h.has(kAmsgrad)) | set(kL2, l2 != C(0)) | set(kDecay, decay != C(0)) |
+               set(kNearerToGradient, !(one_minus_beta1 < C(0.5)));
   }
 
-  FUSEDOPT_FN void operator()(C& p, C g, C& exp_avg, C& exp_avg_sq, C& max_exp_avg_sq) const {
-    g = l2 != C(0) ? g + l2 * p : g;
-    exp_avg = lerp(exp_avg, g, one_minus_beta1, beta1);
+  FUSEDOPT_FN bool has(u32 branch) const { return (branches & branch) != 0; }
+  FUSEDOPT_FN int states() const { return has(kMaximum) ? 3 : 2; }
+
+  template <class X>
+  FUSEDOPT_FN void operator()(X& p, X g, X& exp_avg, X& exp_avg_sq, X& max_exp_avg_sq) const {
+    g = has(kL2) ? g + l2 * p : g;
+    exp_avg = lerp(exp_avg, g, one_minus_beta1, beta1, has(kNearerToGradient));
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;
-    max_exp_avg_sq = amsgrad ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq;
-    const C update = alpha_t * (exp_avg / (square_root(max_exp_avg_sq) + eps_hat));
-    p = p - (decay != C(0) ? update + decay * p : update);
+    max_exp_avg_sq = has(kMaximum) ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq;
+    const X update = alpha_t * (exp_avg / (square_root(max_exp_avg_sq) + eps_hat));
+    p = p - (has(kDecay) ? update + decay * p : update);
   }
 };
 

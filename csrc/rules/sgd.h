@@ -16,24 +16,31 @@ struct SGD {
   enum Hyper { kLr, kMomentum, kDampening, kWeightDecay };
   enum Flag : u32 { kNesterov = 1u << 1 };
 
+  enum Branch : u32 { kL2 = 1u << 0, kMoves = 1u << 1, kFirst = 1u << 2, kLooksAhead = 1u << 3 };
+  static constexpr u32 kUsual[] = {0, kL2, kMoves, kMoves | kL2, kMoves | kLooksAhead, kMoves | kLooksAhead | kL2};
+
   C lr, momentum, one_minus_dampening, weight_decay;
-  bool has_momentum, nesterov, first;
+  u32 branches;
 
   FUSEDOPT_FN SGD(const Hypers& h, u64 t)
       : lr(C(h.value[kLr])),
         momentum(C(h.value[kMomentum])),
         one_minus_dampening(C(1.0 - h.value[kDampening])),
-        weight_decay(C(h.value[kWeightDecay])),
-        has_momentum(h.value[kMomentum] != 0.0),
-        nesterov(h.has(kNesterov)),
-        first(t == 1) {}
+        weight_decay(C(h.value[kWeightDecay])) {
+    const bool moves = h.value[kMomentum] != 0.0;
+    branches = set(kL2, weight_decay != C(0)) | set(kMoves, moves) | set(kFirst, moves && t == 1) |
+               set(kLooksAhead, moves && h.has(kNesterov));
+  }
 
-  FUSEDOPT_FN void operator()(C& p, C g, C& momentum_buffer, C&, C&) const {
-    g = weight_decay != C(0) ? g + weight_decay * p : g;
-    const C velocity = first ? g : momentum * momentum_buffer + one_minus_dampening * g;
-    const C lookahead = nesterov ? g + momentum * velocity : velocity;
+  FUSEDOPT_FN bool has(u32 branch) const { return (branches & branch) != 0; }
+  FUSEDOPT_FN int states() const { return has(kMoves) ? 1 : 0; }
+
+  template <class X>
+  FUSEDOPT_FN void operator()(X& p, X g, X& momentum_buffer, X&, X&) const {
+    g = has(kL2) ? g + weight_decay * p : g;
+    const X velocity = has(kFirst) ? g : momentum * momentum_buffer + one_minus_dampening * g;
     momentum_buffer = velocity;
-    p = p - lr * (has_momentum ? lookahead : g);
+    p = p - lr * (has(kLooksAhead) ? g + momentum * velocity : has(kMoves) ? velocity : g);
   }
 };
 

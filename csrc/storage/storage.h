@@ -12,15 +12,26 @@ constexpr int kAnyStorage = -1;  // a variant that reads the storage of each slo
 
 FUSEDOPT_FN int storage_bytes(int storage) { return storage == kFloat32 ? 4 : storage == kFloat64 ? 8 : 2; }
 
+// The two 16-bit floats, in the terms of codec.h.
+template <class F, class U>
+FUSEDOPT_FN F float_from_16(int storage, U bits) {
+  return storage == kBFloat16 ? float_from_bf16<F>(bits) : float_from_f16<F>(bits);
+}
+
+template <class U, class F>
+FUSEDOPT_FN U float_to_16(int storage, F x) {
+  return storage == kBFloat16 ? bf16_from_float<U>(x) : f16_from_float<U>(x);
+}
+
 // One element, as the integer that memory holds.
 template <class C>
 FUSEDOPT_FN C decode16(int storage, u16 bits) {
-  return C(storage == kBFloat16 ? float_from_bf16(bits) : float_from_f16(bits));
+  return C(float_from_16<float>(storage, u32(bits)));
 }
 
 template <class C>
 FUSEDOPT_FN u16 encode16(int storage, C x) {
-  return storage == kBFloat16 ? bf16_from_float(float(x)) : f16_from_float(float(x));
+  return u16(float_to_16<u32>(storage, float(x)));
 }
 
 }  // namespace fusedopt

@@ -1,0 +1,71 @@
+// Vectors of the instruction set, and conversion between their element types.
+#pragma once
+
+#include "types.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FUSEDOPT_VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define FUSEDOPT_VECTOR_BYTES 32
+#else
+#define FUSEDOPT_VECTOR_BYTES 16
+#endif
+
+namespace fusedopt {
+
+// L elements of T in the vector extension of GCC and Clang: operators work on all of them at once.
+template <class T, int L>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * L)));
+};
+template <class T, int L>
+using Vector = typename VectorOf<T, L>::type;
+
+// A vector in memory, at any address, whatever type it has there.
+template <class X>
+struct UnalignedOf {
+  typedef X type __attribute__((aligned(1), may_alias));
+};
+template <class X>
+using Unaligned = typename UnalignedOf<X>::type;
+
+// As many elements of T as X has.
+template <class T, class X>
+using Like = Vector<T, int(sizeof(X) / sizeof(X{}[0]))>;
+
+template <class T, class X>
+FUSEDOPT_FN Like<T, X> convert(X x) {
+  using Converted = Like<T, X>;
+  return __builtin_convertvector(x, Converted);
+}
+
+// 16 bits to 32 and back: of the general form above, GCC 12 makes three to five instructions.
+template <class Bits>
+FUSEDOPT_FN Like<u32, Bits> widen(Bits bits) {
+  return convert<u32>(bits);
+}
+template <class U>
+FUSEDOPT_FN Like<u16, U> narrow(U bits) {
+  return convert<u16>(bits);
+}
+#if defined(__AVX512F__)
+constexpr __mmask16 kAll = 0xFFFF;  // the unmasked forms make GCC 12 warn about its own header
+FUSEDOPT_FN Vector<u32, 16> widen(Vector<u16, 16> bits) {
+  return (Vector<u32, 16>)_mm512_maskz_cvtepu16_epi32(kAll, (__m256i)bits);
+}
+FUSEDOPT_FN Vector<u16, 16> narrow(Vector<u32, 16> bits) {
+  return (Vector<u16, 16>)_mm512_maskz_cvtepi32_epi16(kAll, (__m512i)bits);
+}
+#elif defined(__AVX2__)
+FUSEDOPT_FN Vector<u32, 8> widen(Vector<u16, 8> bits) { return (Vector<u32, 8>)_mm256_cvtepu16_epi32((__m128i)bits); }
+FUSEDOPT_FN Vector<u16, 8> narrow(Vector<u32, 8> bits) {
+  const __m256i all = (__m256i)bits;
+  return (Vector<u16, 8>)_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+#endif
+
+}  // namespace fusedopt
