@@ -36,10 +36,12 @@ struct FlagKey {
 // One parameter as the table last saw it.
 struct Watch {
   py::object param;  // owned, as the table points into it
-  u32 group = 0;     // it stands at `place` in this group's list of parameters
+  Hold hold;
+  u32 group = 0;  // it stands at `place` in this group's list of parameters
   Py_ssize_t place = 0;
   DictWatch state{};
-  py::list keep{};  // what else the row points into
+  std::vector<u64> state_addresses;  // of the entries that the state's watch has
+  py::list keep{};                   // what else the row points into
   TensorFacts param_facts;
   TensorFacts grad_facts;
   bool unwrap = false;    // DTensor: its _local_tensor is what the row holds
@@ -118,7 +120,25 @@ class Table {
     for (const auto& [key, value] : entries)
       all.emplace_back(py::reinterpret_borrow<py::str>(key),
                        value.is_none() ? py::object() : py::reinterpret_borrow<py::object>(value));
-    watches_.at(row).state.watch(state, std::move(all));
+    Watch& watch = watches_.at(row);
+    watch.state.watch(state, std::move(all));
+    watch.state_addresses = addresses_of(watch);
+  }
+
+  // Whether refresh() lets torch's C++ side count a reference to every parameter.
+  void hold_params(bool wanted) { wants_holds_ = wanted; }
+
+  // Gives them back until the next refresh().
+  void release_params() {
+    for (Watch& watch : watches_) watch.hold = Hold();
+    holding_ = false;
+  }
+
+  // Whether the watched state tensors are where they were: `tensor.data = ...` leaves no other trace.
+  bool states_in_place() const {
+    for (const Watch& watch : watches_)
+      if (watch.state_addresses != addresses_of(watch)) return false;
+    return true;
   }
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
@@ -133,6 +153,8 @@ class Table {
     host_.set_row(row, spec);
     Watch& watch = watches_[row];
     watch.param = std::move(param);
+    watch.hold = Hold();
+    holding_ = false;
     watch.keep = std::move(keep);
     watch.unwrap = unwrap;
     watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
@@ -149,6 +171,7 @@ class Table {
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
   py::object refresh() {
     py::list changed;
+    if (wants_holds_ && !holding_) hold_live_params();
     const bool states_changed = !states_watch_.is_unchanged();
     for (u64 row = 0; row < watches_.size(); ++row) {
       prefetch(row + kPrefetchRows);
@@ -278,6 +301,24 @@ class Table {
     __builtin_prefetch(watch.param.ptr());
     __builtin_prefetch(watch.param_facts.hint);
     __builtin_prefetch(watch.grad_facts.hint);
+  }
+
+  void hold_live_params() {
+    for (u64 row = 0; row < watches_.size(); ++row)
+      if (live_[row] && !watches_[row].unwrap && !watches_[row].hold)
+        watches_[row].hold = reader.hold(watches_[row].param.ptr());
+    holding_ = true;
+  }
+
+  static std::vector<u64> addresses_of(const Watch& watch) {
+    std::vector<u64> addresses;
+    for (const DictWatch::Entry& entry : watch.state.entries()) {
+      u64 address = 0;
+      const bool unwrap = watch.unwrap && entry.second && py::hasattr(entry.second, "_local_tensor");
+      if (entry.second && !reader.read_address(local_tensor(entry.second, unwrap).ptr(), address)) fail();
+      addresses.push_back(address);
+    }
+    return addresses;
   }
 
   // A row without gradient is passed over by the launch: what else it says is looked at when a gradient comes.
@@ -434,6 +475,8 @@ class Table {
   std::vector<Watch> watches_;
   std::vector<int64_t> extents_;  // shapes and strides that the facts point into
   std::vector<bool> live_;
+  bool wants_holds_ = false;
+  bool holding_ = false;            // every live parameter that can be held
   std::vector<py::object> values_;  // per group: hyperparameters and flags as last read
   std::vector<u64> shapes_;
   std::vector<Py_ssize_t> sizes_;
@@ -504,6 +547,9 @@ PYBIND11_MODULE(_C, m) {
       .def("set_places", &Table::set_places, py::arg("places"))
       .def("watch_states", &Table::watch_states, py::arg("states"))
       .def("watch_state", &Table::watch_state, py::arg("row"), py::arg("state"), py::arg("entries"))
+      .def("hold_params", &Table::hold_params, py::arg("wanted"))
+      .def("release_params", &Table::release_params)
+      .def("states_in_place", &Table::states_in_place)
       .def("refresh", &Table::refresh)
       .def("read_groups", &Table::read_groups, py::arg("groups"))
       .def("live_params", &Table::live_params)

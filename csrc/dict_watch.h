@@ -26,6 +26,8 @@ class DictWatch {
     seen_ = version(dict.ptr());
   }
 
+  const std::vector<Entry>& entries() const { return entries_; }
+
   // For the garbage collector.
   int traverse(visitproc visit, void* arg) const {
     Py_VISIT(dict_.ptr());

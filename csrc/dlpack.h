@@ -1,4 +1,4 @@
-// The part of DLPack 1.x that reads a tensor without owning it: layout of its structs and of the C exchange table.
+// The part of DLPack 1.x that reads tensors and owns them: layout of its structs and of the C exchange table.
 //
 // https://dmlc.github.io/dlpack/latest/c_api.html. torch ≥ 2.10 publishes the table as
 // torch.Tensor.__dlpack_c_exchange_api__.
@@ -41,6 +41,15 @@ struct Version {
   uint32_t major, minor;
 };
 
+// Owns a reference to a tensor until its deleter is called.
+struct ManagedTensor {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeHeader {
   Version version;
   ExchangeHeader* previous;
@@ -49,7 +58,7 @@ struct ExchangeHeader {
 struct ExchangeTable {
   ExchangeHeader header;
   void* managed_tensor_allocator;
-  void* managed_tensor_from_object;
+  int (*managed_tensor_from_object)(void* object, ManagedTensor** out);  // −1 and an exception
   void* managed_tensor_to_object;
   int (*tensor_from_object)(void* object, Tensor* out);  // fills `out`, which stays the object's; −1 and an exception
   void* current_work_stream;

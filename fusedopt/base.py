@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint, traced
+from . import checkpoint, hooks, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
 from .rules import Rule
@@ -31,6 +31,7 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         """Takes parameters and defaults as ``torch.optim.Optimizer``, and the name of a backend or None."""

@@ -56,6 +56,15 @@ class Core(Protocol):
     def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
+    def hold_params(self, wanted: bool) -> None:
+        """Whether ``refresh`` lets torch's C++ side count a reference to every parameter: see ``fusedopt.holds``."""
+
+    def release_params(self) -> None:
+        """Gives these references back until the next ``refresh``."""
+
+    def states_in_place(self) -> bool:
+        """Whether the watched state tensors lie where they lay when their watch began."""
+
     def set_row(
         self,
         row: int,

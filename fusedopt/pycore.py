@@ -189,6 +189,7 @@ class PyTable:
         self._places: list[tuple[int, int]] = [(0, 0)] * rows
         self._states: dict[Tensor, dict[str, Any]] = {}
         self._state: list[tuple[dict[str, Any], dict[str, Tensor | None]] | None] = [None] * rows
+        self._state_addresses: list[list[int]] = [[] for _ in range(rows)]
         self._live = [False] * rows
         self._live_params: list[Tensor] | None = None
         self._chunks = array(U32)
@@ -221,6 +222,20 @@ class PyTable:
             entries: what that must hold, by key; None: nothing.
         """
         self._state[row] = (state, dict(entries))
+        self._state_addresses[row] = _addresses(entries)
+
+    def hold_params(self, wanted: bool) -> None:
+        """Has no effect here: there is no C++ side to hold anything."""
+
+    def release_params(self) -> None:
+        """Has no effect here."""
+
+    def states_in_place(self) -> bool:
+        """Whether the watched state tensors lie where they lay when their watch began."""
+        return all(
+            watched is None or _addresses(watched[1]) == addresses
+            for watched, addresses in zip(self._state, self._state_addresses, strict=True)
+        )
 
     def set_row(
         self,
@@ -426,6 +441,11 @@ class PyTable:
             layout.append(len(layouts) if own else DENSE_LAYOUT)
             layouts.extend(own)
         return layout, layouts
+
+
+def _addresses(entries: dict[str, Tensor | None]) -> list[int]:
+    tensors = (tensor for tensor in entries.values() if tensor is not None)
+    return [_local(tensor, hasattr(tensor, "_local_tensor")).data_ptr() for tensor in tensors]
 
 
 def _local(tensor: Tensor, unwrap: bool) -> Tensor:

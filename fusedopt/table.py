@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import holds
 from .check import (
     check_gradient,
     check_hyperparameters,
@@ -98,6 +99,7 @@ class Table:
         self._state = state
         self._hidden_steps = hidden_steps
         self.core: Core = make_core(rule, device)
+        holds.register(self.core)
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
         self.core.set_places([(row.group, row.place) for row in rows])
         self.core.watch_states(state)
@@ -125,8 +127,8 @@ class Table:
         return True
 
     def is_current(self) -> bool:
-        """Whether the optimizer's state holds the very tensors, where the rows point."""
-        return all(self._holds(row) for row in self.rows)
+        """Whether the state tensors lie where the rows point. That they are the very ones, ``refresh`` watches."""
+        return self.core.states_in_place()
 
     def live_params(self) -> list[Tensor]:
         """The parameters that have a gradient, as of the last refresh."""

@@ -71,11 +71,22 @@ FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Grad
   sweep_chunk<Access, V>(view, rule, gradient, 0, 1);
 }
 
+// Small tensors lie scattered over memory: the first line of each slot is asked for while earlier chunks are swept.
+constexpr u32 kChunksAhead = 4;
+
+FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
+  if (chunk.index != 0) return;
+  __builtin_prefetch(reinterpret_cast<const void*>(launch.grads[chunk.tensor]));
+  for (int s = 0; s < kSlots; ++s)
+    if (s != kGrad) __builtin_prefetch(reinterpret_cast<const void*>(launch.table.slot(s, chunk.tensor)), 1);
+}
+
 template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
   for (u32 c = first; c < last; ++c) {
     const Chunk chunk = launch.chunks[c];
+    if (c + kChunksAhead < last) prefetch(launch, launch.chunks[c + kChunksAhead]);
     if (launch.grads[chunk.tensor] == 0) continue;
     ChunkView view(launch, chunk);
     const bool use_double = V::kDouble && view.computes_in_double();
