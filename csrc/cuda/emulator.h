@@ -1,7 +1,8 @@
 // The host twin of cuda/device.h: the same functions for a kernel that g++ compiled, threads being fibers.
 //
-// Blocks run one after another in a random order, the threads of a block in a random order between barriers. Misaligned
-// access, a barrier that not every thread reaches and a missing arrival are errors, not luck.
+// A random number of blocks runs at once, in a random order; of a cooperative grid, all. Threads of a block take turns
+// in a random order between barriers. Misaligned access, a barrier or shuffle that not every thread reaches, a grid
+// barrier that not every block reaches and a missing arrival are errors, not luck.
 #pragma once
 
 #include "types.h"
@@ -19,11 +20,26 @@ void barrier();
 inline void fence() {}
 inline u32 atomic_increment(u32* counter) { return (*counter)++; }
 
-// Shared memory of the running block, filled with a pattern before it starts.
-void* shared_bytes(u64 size);
+constexpr u32 kGridBarrierFlag = 0x80000000u;
+void grid_barrier(u32* counter);
+
+u64 shuffle_bits(u64 bits, int lane_mask);
+template <class T>
+T shuffle_xor(T x, int lane_mask) {
+  u64 bits = 0;
+  __builtin_memcpy(&bits, &x, sizeof(T));
+  bits = shuffle_bits(bits, lane_mask);
+  __builtin_memcpy(&x, &bits, sizeof(T));
+  return x;
+}
+
+// Shared memory of the running block, exactly sized, filled with a pattern before the block starts; by its address,
+// `what` tells apart the objects of a kernel.
+void* shared_bytes(const void* what, u64 size);
 template <class T>
 T& shared() {
-  return *static_cast<T*>(shared_bytes(sizeof(T)));
+  static char what;
+  return *static_cast<T*>(shared_bytes(&what, sizeof(T)));
 }
 
 // Throws where the address is not a multiple of `width`.
@@ -73,6 +89,7 @@ struct EmulatedGrid {
   u32 blocks;
   int threads;
   u64 seed;
+  bool cooperative = false;  // all blocks at once: what a kernel with a grid barrier needs
 };
 
 using EmulatedKernel = void (*)(const KernelParams& params);
