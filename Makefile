@@ -13,6 +13,8 @@ OUT ?= $(if $(filter gpu,$(MAKECMDGOALS)),gpu-out,out)
 # Processes of the test run.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# Such as: --only adam, --list.
+MUTATE_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +26,7 @@ READY := $(VENV)/.ready-$(KEY)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
-	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)' MUTATE_ARGS='$(MUTATE_ARGS)'"
 	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|native FUSEDOPT_EXTENSION=auto|0|1 MAX_JOBS CXX CUDA_HOME"
 
 $(READY):
@@ -87,8 +89,7 @@ soak: build ## the long tests
 	$(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 mutate: build ## plant faults in the kernels; every one must be caught
-	@test -f tests/mutate.py || { echo "make mutate: tests/mutate.py does not exist in this version" >&2; exit 2; }
-	$(PY) tests/mutate.py
+	$(PY) -m tests.mutate $(MUTATE_ARGS)
 
 test-stacks: build ## the training stacks people use, with fusedopt in them
 	@test -d tests/stacks || { echo "make test-stacks: tests/stacks does not exist in this version" >&2; exit 2; }
