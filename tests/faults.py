@@ -45,6 +45,7 @@ INTERPRETED_SIZES = Suite("interpreted sizes", ("tests/test_sizes.py",), INTERPR
 INTERPRETED_LAYOUTS = Suite("interpreted layouts", ("tests/test_layouts.py",), INTERPRETER)
 INTERPRETED_STEP = Suite("interpreted step", ("tests/test_step.py",), INTERPRETER)
 TRITON_CODE = Suite("Triton's code", ("tests/test_triton_aot.py", "-k", "sm_90 and f32 and adam"))
+CUDA_CODE = Suite("CUDA's code", ("tests/test_cubins.py", "-k", "90 or contracted"), cuda=True)
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,15 @@ FAULTS: tuple[Fault, ...] = (
         (INTERPRETED_LAYOUTS,),
     ),
     Fault("triton: approximate division", TRITON_RULES, "tl.div_rn(a, b)", "a / b", (TRITON_CODE,)),
+    # the compilers
+    Fault("cuda: products contracted into fma", "build_support/device.py", "--fmad=false", "--fmad=true", (CUDA_CODE,)),
+    Fault(
+        "cuda: vectors loaded word by word",
+        ACCESS,
+        "device::load128(words + b / 4, address + u64(b));",
+        "for (int w = b; w < b + 16; w += 4) words[w / 4] = device::load32(address + u64(w));",
+        (CUDA_CODE,),
+    ),
     # what the host does
     Fault(
         "reference: betas swapped",

@@ -106,6 +106,7 @@ def require_sanitizers(compiler: host.HostCompiler, flags: list[str]) -> None:
 
 
 SWEEPS = Program("check_sweeps", "address,undefined", (*CPU_SOURCES, *EMULATOR_SOURCES))
+BYTES = Program("check_bytes", "address,undefined", (*CPU_SOURCES, *EMULATOR_SOURCES))
 GRID = Program("check_grid", "address,undefined", ("csrc/cuda/emulator.cpp",))
 TEAM = Program("check_team", "thread", CPU_SOURCES)
 
@@ -114,6 +115,10 @@ def test_random_tables_plans_and_grids_agree_under_address_and_undefined_behavio
     record_property: Any,
 ) -> None:
     record_property("figure", f"address and undefined-behaviour sanitizers: {SWEEPS.run(1, 120).strip()}")
+
+
+def test_a_kernel_moves_each_slot_once_in_the_widest_accesses(record_property: Any) -> None:
+    record_property("figure", f"bytes that an element costs: {BYTES.run().strip()}")
 
 
 def test_the_emulated_grid_keeps_the_rules_of_barriers_and_shuffles_and_tells_who_breaks_them() -> None:

@@ -110,6 +110,8 @@ class Emulator {
     return bytes.get();
   }
 
+  EmulatedTraffic traffic;
+
   // Gives others their turn until all who must have come.
   void wait() { suspend(State::kAtBarrier); }
 
@@ -286,7 +288,9 @@ void grid_barrier(u32* counter) { running->wait_for_grid(counter); }
 u64 shuffle_bits(u64 bits, int lane_mask) { return running->shuffle(bits, lane_mask); }
 void* shared_bytes(const void* what, u64 size) { return running->shared_bytes(what, size); }
 
-void check_alignment(u64 address, u64 width) {
+void check_access(u64 address, u64 width) {
+  ++running->traffic.accesses;
+  running->traffic.bytes += width;
   if (address % width != 0)
     throw std::runtime_error("a " + std::to_string(width) + "-byte access at address " + std::to_string(address) +
                              " is misaligned by " + std::to_string(address % width));
@@ -302,7 +306,7 @@ EmulatedKernel emulated_kernel(int rule, int variant) {
   return rules[rule](variant);
 }
 
-void run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid) {
+EmulatedTraffic run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid) {
   Emulator emulator(kernel, params, grid);
   Emulator* const outer = running;
   running = &emulator;
@@ -314,6 +318,7 @@ void run_emulated(EmulatedKernel kernel, const KernelParams& params, const Emula
   }
   running = outer;
   if (*params.launch.arrivals != 0) throw std::runtime_error("the last block did not reset the arrival counter");
+  return emulator.traffic;
 }
 
 }  // namespace fusedopt

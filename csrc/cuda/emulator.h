@@ -42,43 +42,43 @@ T& shared() {
   return *static_cast<T*>(shared_bytes(&what, sizeof(T)));
 }
 
-// Throws where the address is not a multiple of `width`.
-void check_alignment(u64 address, u64 width);
+// Counts an access of `width` bytes; throws where the address is not a multiple of that.
+void check_access(u64 address, u64 width);
 
 FUSEDOPT_FN void load128(u32* to, u64 address) {
-  check_alignment(address, 16);
+  check_access(address, 16);
   __builtin_memcpy(to, reinterpret_cast<const void*>(address), 16);
 }
 FUSEDOPT_FN void load64(u32* to, u64 address) {
-  check_alignment(address, 8);
+  check_access(address, 8);
   __builtin_memcpy(to, reinterpret_cast<const void*>(address), 8);
 }
 FUSEDOPT_FN u32 load32(u64 address) {
-  check_alignment(address, 4);
+  check_access(address, 4);
   u32 bits;
   __builtin_memcpy(&bits, reinterpret_cast<const void*>(address), 4);
   return bits;
 }
 FUSEDOPT_FN u16 load16(u64 address) {
-  check_alignment(address, 2);
+  check_access(address, 2);
   u16 bits;
   __builtin_memcpy(&bits, reinterpret_cast<const void*>(address), 2);
   return bits;
 }
 FUSEDOPT_FN void store128(u64 address, const u32* from) {
-  check_alignment(address, 16);
+  check_access(address, 16);
   __builtin_memcpy(reinterpret_cast<void*>(address), from, 16);
 }
 FUSEDOPT_FN void store64(u64 address, const u32* from) {
-  check_alignment(address, 8);
+  check_access(address, 8);
   __builtin_memcpy(reinterpret_cast<void*>(address), from, 8);
 }
 FUSEDOPT_FN void store32(u64 address, u32 bits) {
-  check_alignment(address, 4);
+  check_access(address, 4);
   __builtin_memcpy(reinterpret_cast<void*>(address), &bits, 4);
 }
 FUSEDOPT_FN void store16(u64 address, u16 bits) {
-  check_alignment(address, 2);
+  check_access(address, 2);
   __builtin_memcpy(reinterpret_cast<void*>(address), &bits, 2);
 }
 
@@ -97,7 +97,13 @@ using EmulatedKernel = void (*)(const KernelParams& params);
 // The host build of kernel fusedopt_<rule>_<variant>.
 EmulatedKernel emulated_kernel(int rule, int variant);
 
+// What a kernel loaded and stored of tensors' elements. The table is not counted.
+struct EmulatedTraffic {
+  u64 accesses = 0;
+  u64 bytes = 0;
+};
+
 // Runs a kernel to its end. Throws std::runtime_error where the kernel breaks a rule of the hardware.
-void run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid);
+EmulatedTraffic run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid);
 
 }  // namespace fusedopt
