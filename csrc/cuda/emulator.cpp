@@ -307,6 +307,7 @@ EmulatedKernel emulated_kernel(int rule, int variant) {
 }
 
 EmulatedTraffic run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid) {
+  if (grid.blocks < 1 || grid.threads < 1) throw std::invalid_argument("a grid has at least 1 block and 1 thread");
   Emulator emulator(kernel, params, grid);
   Emulator* const outer = running;
   running = &emulator;
