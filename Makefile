@@ -60,13 +60,15 @@ bench: build ## environment, build, benchmark against torch.optim, char-LM train
 	$(PY) examples/train_charlm.py --out $(OUT)/charlm
 
 # What needs a GPU, in one go and offline: nothing is installed, PYTHON must have torch, triton, ninja, pybind11, pytest.
-# Both halves run even if one fails; together they stay under 8 minutes.
+# Tests and benchmark run even if one fails; together they stay under 8 minutes. Where compute-sanitizer is, it watches
+# the kernels for some minutes more.
 gpu: ## on a machine with a GPU: build for it, GPU tests, GPU benchmark, results in OUT
 	@mkdir -p $(OUT)
 	FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=1 FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-native}" $(PYTHON) -m build_support
 	@status=0; \
-	timeout 240 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
+	timeout 240 $(PYTHON) -m pytest -m gpu -k "not compute_sanitizer" --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
 	timeout 200 $(PYTHON) -m bench --device cuda --out $(OUT) || status=$$?; \
+	timeout 600 $(PYTHON) -m pytest -m gpu -k compute_sanitizer tests/test_gpu.py || status=$$?; \
 	exit $$status
 
 # A copy of the tree, so that the sanitized extension does not replace the ordinary one.
@@ -85,8 +87,9 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 conformance: build ## write docs/conformance.md from what runs here
 	$(PY) -m tests.contract.page
 
-soak: build ## the long tests
+soak: build ## the long tests, and 100,000 steps whose drift goes to docs/soak.md
 	$(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	$(PY) -m tests.soak
 
 mutate: build ## plant faults in the kernels; every one must be caught
 	$(PY) -m tests.mutate $(MUTATE_ARGS)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fusedopt
 
 from . import tensors
-from .running import Run, as_params
+from .running import Run, as_params, settings_of
 
 LEAF = 2048  # csrc/table.h: kLeaf
 CHUNKS = (2 * LEAF, 5 * LEAF, 16 * LEAF)  # chunk sizes that plans of these tests come to, the largest last
@@ -98,6 +101,26 @@ def test_each_element_is_updated_once_whatever_the_chunk(run: Run, dtype: torch.
     step_counters([counters(n, dtype, n % 2, run.device) for n in LARGE], run)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+def test_each_element_is_updated_once_on_any_grid(backend: str) -> None:
+    """Any sizes, any number of blocks and of threads, which need not be whole warps."""
+
+    @hypothesis.settings(max_examples=120, derandomize=True, deadline=None, database=None)
+    @hypothesis.given(
+        sizes=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 5 * LEAF)), min_size=1, max_size=6),
+        grid=st.tuples(st.integers(1, 20), st.integers(16, 100)),
+        threads=st.integers(1, 90),
+        seed=st.integers(0, 1 << 32),
+    )
+    def check(sizes: list[int], grid: tuple[int, int], threads: int, seed: int) -> None:
+        run = Run(backend, threads=threads, grid=grid, seed=seed, inline_columns=bool(seed % 2))
+        with settings_of(run):
+            made = [counters(n, (torch.float32, torch.bfloat16)[n % 2], n % 3 == 0, "cpu") for n in sizes]
+            step_counters(made, run, per_group=2)
+
+    check()
+
+
 def test_plans_of_many_chunk_sizes_are_tried() -> None:
     params = [torch.nn.Parameter(torch.zeros(n)) for n in LARGE]
     for param in params:
@@ -158,3 +181,31 @@ def test_a_step_without_any_gradient_does_nothing(run: Run, settings: Run) -> No
     optimizer.step()
     assert all_parameters_unchanged(params, [torch.ones_like(param) for param in params])
     assert not optimizer.state
+
+
+MANY = (1 << 31) + 4099
+MANY_BYTES = 6 * MANY  # parameter and gradient in bfloat16, and some room
+
+
+def step_many(run: Run) -> None:
+    """Steps one tensor of more than 2^31 elements: an index that overflows would be seen at either end."""
+    param = torch.nn.Parameter(torch.empty(MANY, dtype=torch.bfloat16, device=run.device))
+    block = 1 << 25
+    for first in range(0, MANY, block):
+        part = param.detach()[first : first + block]
+        part.copy_(torch.arange(first, first + part.numel(), device=run.device) % 200)
+    param.grad = torch.ones_like(param)
+    fusedopt.SGD([param], lr=1.0, backend=run.backend).step()
+    for first in range(0, MANY, block):
+        part = param.detach()[first : first + block]
+        wanted = torch.arange(first, first + part.numel(), device=run.device) % 200 - 1
+        assert torch.equal(part, wanted.to(torch.bfloat16)), f"between elements {first} and {first + block}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", as_params([Run("cpu", threads=2)]))
+def test_more_than_two_to_the_31_elements(run: Run, settings: Run) -> None:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < MANY_BYTES:
+        pytest.skip(f"{free:,} bytes of memory are free, {MANY_BYTES:,} are needed")
+    step_many(run)
