@@ -148,6 +148,8 @@ The last run of the long training in `make soak`: {steps:,} steps on {what}, {da
 Gradients are noise that does not look at the parameters, so nothing pulls an error back: what is shown is the sum of
 all roundings since the start, against torch.optim in float64. The unit is the spacing of the dtype's numbers at the
 mean size of the parameters. The bound: the mean is at most {bound} times that of torch's fused optimizer.
+Where that decays weights by the factor 1 − lr·λ, rounded to float32, the error of the factor points the same way in
+every step (1.4e-8 for AdamW here); fusedopt rounds lr·λ, a small number, instead.
 
 | optimizer | steps | mean drift | torch fused's | largest |
 |---|---|---|---|---|
