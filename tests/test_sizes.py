@@ -34,12 +34,19 @@ def counters(numel: int, dtype: torch.dtype, offset: int, device: str) -> tensor
     return tensors.place(values, "misaligned" if offset else "contiguous", dtype, device)
 
 
+def ones_for(param: Tensor, index: int) -> Tensor:
+    """A gradient of ones: of every second tensor as far off a boundary of 16 bytes as the parameter is."""
+    offset = param.data_ptr() % 16 // param.element_size() if index % 2 else 0
+    ones = torch.ones(param.numel() + offset, dtype=param.dtype, device=param.device)
+    return ones[offset:].view(param.shape)
+
+
 def step_counters(made: list[tensors.Placed], run: Run, per_group: int = 0) -> Any:
     """Steps counters by SGD with lr 1 and gradients of 1; checks each element and the bytes around."""
     params = [torch.nn.Parameter(placed.view) for placed in made]
     before = [param.detach().clone() for param in params]
-    for param in params:
-        param.grad = torch.ones_like(param)
+    for index, param in enumerate(params):
+        param.grad = ones_for(param, index)
     size = per_group or len(params)
     groups = [{"params": params[k : k + size]} for k in range(0, len(params), size)]
     optimizer = fusedopt.SGD(groups, lr=1.0, backend=run.backend)
