@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import random
@@ -106,6 +107,17 @@ CHUNK_RUNS = (
 @pytest.mark.parametrize("run", as_params(CHUNK_RUNS))
 def test_each_element_is_updated_once_whatever_the_chunk(run: Run, dtype: torch.dtype, settings: Run) -> None:
     step_counters([counters(n, dtype, n % 2, run.device) for n in LARGE], run)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 40])
+@pytest.mark.parametrize("run", as_params([Run("triton"), Run("triton", "cuda")]))
+def test_each_element_is_updated_once_by_any_number_of_programs(
+    run: Run, programs: int, settings: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = importlib.import_module("fusedopt.triton_kernels.launch")
+    monkeypatch.setattr(launch, "resident_programs", lambda variant, device: programs)
+    sizes = (3 * LEAF + 5, 1, 0, 2 * LEAF, 700, 2 * LEAF - 1, 33)
+    step_counters([counters(n, torch.float32, n % 2, run.device) for n in sizes], run, per_group=3)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "emulated"])
