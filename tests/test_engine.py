@@ -122,7 +122,7 @@ import os, random, signal, sys, threading, time
 import torch
 import fusedopt
 
-WANTED, STEPS, SIZES = 150, 12, (70_001, 3, 0, 20_000, 2049)
+WANTED, MOST, STEPS, SIZES = 30, 4000, 12, (70_001, 3, 0, 20_000, 2049)
 chance = random.Random(int(sys.argv[1]))
 armed = False
 done = threading.Event()
@@ -139,18 +139,21 @@ def make():
 
 def rain():
     while not done.is_set():
-        time.sleep(chance.random() * 0.004)
+        time.sleep(usual * 2 ** chance.uniform(-4, 3))  # on every scale: a machine may be busy
         os.kill(os.getpid(), signal.SIGINT)
 
 signal.signal(signal.SIGINT, interrupt)
 torch.set_num_threads(2)
-expected, optimizer = make()
-for _ in range(STEPS):
-    optimizer.step()
+for _ in range(3):
+    started = time.perf_counter()
+    expected, optimizer = make()
+    for _ in range(STEPS):
+        optimizer.step()
+    usual = time.perf_counter() - started
 
 threading.Thread(target=rain, daemon=True).start()
 interrupts, before_first, inside = 0, 0, 0
-while interrupts < WANTED:
+while min(before_first, inside) < WANTED and interrupts < MOST:
     params, optimizer = make()
     try:
         armed = True
@@ -171,7 +174,7 @@ while interrupts < WANTED:
         assert torch.equal(param, wanted), f"parameter {index} differs, interrupted after {taken} steps"
 done.set()
 print(f"{interrupts} interruptions, {before_first} in the first step, {inside} later")
-assert before_first and inside
+assert min(before_first, inside) >= WANTED
 '''
 
 
