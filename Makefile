@@ -13,6 +13,8 @@ OUT ?= $(if $(filter gpu,$(MAKECMDGOALS)),gpu-out,out)
 # Processes of the test run.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# Such as: --only adam, --list.
+MUTATE_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +26,7 @@ READY := $(VENV)/.ready-$(KEY)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
-	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)'"
+	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)' MUTATE_ARGS='$(MUTATE_ARGS)'"
 	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|native FUSEDOPT_EXTENSION=auto|0|1 MAX_JOBS CXX CUDA_HOME"
 
 $(READY):
@@ -58,13 +60,15 @@ bench: build ## environment, build, benchmark against torch.optim, char-LM train
 	$(PY) examples/train_charlm.py --out $(OUT)/charlm
 
 # What needs a GPU, in one go and offline: nothing is installed, PYTHON must have torch, triton, ninja, pybind11, pytest.
-# Both halves run even if one fails; together they stay under 8 minutes.
+# Tests and benchmark run even if one fails; together they stay under 8 minutes. Where compute-sanitizer is, it watches
+# the kernels for some minutes more.
 gpu: ## on a machine with a GPU: build for it, GPU tests, GPU benchmark, results in OUT
 	@mkdir -p $(OUT)
 	FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=1 FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-native}" $(PYTHON) -m build_support
 	@status=0; \
-	timeout 240 $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
+	timeout 240 $(PYTHON) -m pytest -m gpu -k "not compute_sanitizer" --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
 	timeout 200 $(PYTHON) -m bench --device cuda --out $(OUT) || status=$$?; \
+	timeout 600 $(PYTHON) -m pytest -m gpu -k compute_sanitizer tests/test_gpu.py || status=$$?; \
 	exit $$status
 
 # A copy of the tree, so that the sanitized extension does not replace the ordinary one.
@@ -83,12 +87,12 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 conformance: build ## write docs/conformance.md from what runs here
 	$(PY) -m tests.contract.page
 
-soak: build ## the long tests
+soak: build ## the long tests, and 100,000 steps whose drift goes to docs/soak.md
 	$(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	$(PY) -m tests.soak
 
 mutate: build ## plant faults in the kernels; every one must be caught
-	@test -f tests/mutate.py || { echo "make mutate: tests/mutate.py does not exist in this version" >&2; exit 2; }
-	$(PY) tests/mutate.py
+	$(PY) -m tests.mutate $(MUTATE_ARGS)
 
 test-stacks: build ## the training stacks people use, with fusedopt in them
 	@test -d tests/stacks || { echo "make test-stacks: tests/stacks does not exist in this version" >&2; exit 2; }

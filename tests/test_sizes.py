@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import os
 import random
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fusedopt
 
 from . import tensors
-from .running import Run, as_params
+from .running import Run, as_params, settings_of
 
 LEAF = 2048  # csrc/table.h: kLeaf
 CHUNKS = (2 * LEAF, 5 * LEAF, 16 * LEAF)  # chunk sizes that plans of these tests come to, the largest last
@@ -31,12 +35,19 @@ def counters(numel: int, dtype: torch.dtype, offset: int, device: str) -> tensor
     return tensors.place(values, "misaligned" if offset else "contiguous", dtype, device)
 
 
+def ones_for(param: Tensor, index: int) -> Tensor:
+    """A gradient of ones: of every second tensor as far off a boundary of 16 bytes as the parameter is."""
+    offset = param.data_ptr() % 16 // param.element_size() if index % 2 else 0
+    ones = torch.ones(param.numel() + offset, dtype=param.dtype, device=param.device)
+    return ones[offset:].view(param.shape)
+
+
 def step_counters(made: list[tensors.Placed], run: Run, per_group: int = 0) -> Any:
     """Steps counters by SGD with lr 1 and gradients of 1; checks each element and the bytes around."""
     params = [torch.nn.Parameter(placed.view) for placed in made]
     before = [param.detach().clone() for param in params]
-    for param in params:
-        param.grad = torch.ones_like(param)
+    for index, param in enumerate(params):
+        param.grad = ones_for(param, index)
     size = per_group or len(params)
     groups = [{"params": params[k : k + size]} for k in range(0, len(params), size)]
     optimizer = fusedopt.SGD(groups, lr=1.0, backend=run.backend)
@@ -96,6 +107,37 @@ CHUNK_RUNS = (
 @pytest.mark.parametrize("run", as_params(CHUNK_RUNS))
 def test_each_element_is_updated_once_whatever_the_chunk(run: Run, dtype: torch.dtype, settings: Run) -> None:
     step_counters([counters(n, dtype, n % 2, run.device) for n in LARGE], run)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 40])
+@pytest.mark.parametrize("run", as_params([Run("triton"), Run("triton", "cuda")]))
+def test_each_element_is_updated_once_by_any_number_of_programs(
+    run: Run, programs: int, settings: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = importlib.import_module("fusedopt.triton_kernels.launch")
+    monkeypatch.setattr(launch, "resident_programs", lambda variant, device: programs)
+    sizes = (3 * LEAF + 5, 1, 0, 2 * LEAF, 700, 2 * LEAF - 1, 33)
+    step_counters([counters(n, torch.float32, n % 2, run.device) for n in sizes], run, per_group=3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emulated"])
+def test_each_element_is_updated_once_on_any_grid(backend: str) -> None:
+    """Any sizes, any number of blocks and of threads, which need not be whole warps."""
+
+    @hypothesis.settings(max_examples=120, derandomize=True, deadline=None, database=None)
+    @hypothesis.given(
+        sizes=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 5 * LEAF)), min_size=1, max_size=6),
+        grid=st.tuples(st.integers(1, 20), st.integers(16, 100)),
+        threads=st.integers(1, 90),
+        seed=st.integers(0, 1 << 32),
+    )
+    def check(sizes: list[int], grid: tuple[int, int], threads: int, seed: int) -> None:
+        run = Run(backend, threads=threads, grid=grid, seed=seed, inline_columns=bool(seed % 2))
+        with settings_of(run):
+            made = [counters(n, (torch.float32, torch.bfloat16)[n % 2], n % 3 == 0, "cpu") for n in sizes]
+            step_counters(made, run, per_group=2)
+
+    check()
 
 
 def test_plans_of_many_chunk_sizes_are_tried() -> None:
@@ -158,3 +200,31 @@ def test_a_step_without_any_gradient_does_nothing(run: Run, settings: Run) -> No
     optimizer.step()
     assert all_parameters_unchanged(params, [torch.ones_like(param) for param in params])
     assert not optimizer.state
+
+
+MANY = (1 << 31) + 4099
+MANY_BYTES = 6 * MANY  # parameter and gradient in bfloat16, and some room
+
+
+def step_many(run: Run) -> None:
+    """Steps one tensor of more than 2^31 elements: an index that overflows would be seen at either end."""
+    param = torch.nn.Parameter(torch.empty(MANY, dtype=torch.bfloat16, device=run.device))
+    block = 1 << 25
+    for first in range(0, MANY, block):
+        part = param.detach()[first : first + block]
+        part.copy_(torch.arange(first, first + part.numel(), device=run.device) % 200)
+    param.grad = torch.ones_like(param)
+    fusedopt.SGD([param], lr=1.0, backend=run.backend).step()
+    for first in range(0, MANY, block):
+        part = param.detach()[first : first + block]
+        wanted = torch.arange(first, first + part.numel(), device=run.device) % 200 - 1
+        assert torch.equal(part, wanted.to(torch.bfloat16)), f"between elements {first} and {first + block}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", as_params([Run("cpu", threads=2)]))
+def test_more_than_two_to_the_31_elements(run: Run, settings: Run) -> None:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < MANY_BYTES:
+        pytest.skip(f"{free:,} bytes of memory are free, {MANY_BYTES:,} are needed")
+    step_many(run)

@@ -24,11 +24,15 @@ from triton.compiler import ASTSource  # noqa: E402
 from fusedopt.triton_kernels import rules  # noqa: E402
 from fusedopt.triton_kernels.launch import (  # noqa: E402
     INTERPRETED,
+    REGISTERS,
+    THREADS,
     VARIANTS,
     compile_time_arguments,
     compiler_options,
 )
 from fusedopt.triton_kernels.sweep import sweep  # noqa: E402
+
+from . import sass  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: kernels are not compiled")
 
@@ -142,6 +146,36 @@ def test_nvidia_code(rule: str, variant: str, target: str, compiled: Any, tmp_pa
     narrow_params = variant == "bf16_f32"  # 8 bytes of each bfloat16 slot beside 16 of each float32 slot
     assert accesses["LDG.E.128"] >= kernel.loads - 2 * narrow_params, accesses
     assert accesses["STG.E.128"] >= kernel.stores - narrow_params, accesses
+
+
+# Bytes of parameter and gradient, and of states, in the variants that fix them.
+FIXED = {"f32": (4, 4), "bf16": (2, 2), "bf16_f32": (2, 4)}
+ACCESS_BYTES = {"LDG.E.128": 16, "LDG.E.64": 8, "STG.E.128": 16, "STG.E.64": 8}
+
+
+@each_rule
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("variant", FIXED)
+def test_nvidia_vector_loop_moves_each_slot_once(
+    rule: str, variant: str, target: str, compiled: Any, tmp_path: Path
+) -> None:
+    """Bytes an element: those of the loop's accesses over the elements that a thread takes in an iteration."""
+    kernel = compiled(rule, variant, target)
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    (found,) = sass.read_kernels(file, str(TOOLS / "cuobjdump")).values()
+    (loop,) = [loop for loop in found.innermost_loops if loop.count(r"LDG\.E\.128")]
+    accesses = Counter(opcode for opcode in loop.opcodes if re.match(r"(LD|ST)[GL]?\.", opcode))
+    near, far = FIXED[variant]
+    states = rules.RULES[rule].states
+    elements = compile_time_arguments(rule, variant)["BLOCK"] // THREADS
+
+    assert set(accesses) <= set(ACCESS_BYTES), accesses
+    moved = sum(ACCESS_BYTES[opcode] * count for opcode, count in accesses.items())
+    assert moved == elements * (2 * near + states * far + near + states * far)
+    assert sum(accesses.values()) == kernel.loads + kernel.stores, "one access for each slot"
+    programs = REGISTERS // (-(-found.registers // 8) * 8 * THREADS)  # registers are given out by eights
+    assert programs >= VARIANTS[variant].programs
 
 
 @each_rule

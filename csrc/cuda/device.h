@@ -1,4 +1,5 @@
-// Everything a kernel asks of the hardware: where it runs, memory access, barrier, fence, atomics, shared memory.
+// Everything a kernel asks of the hardware: where it runs, memory access, barriers, fence, shuffle, atomics, shared
+// memory.
 //
 // Two bodies for each function: the GPU's own here, and the host twin (cuda/emulator.h) under which g++ runs the same
 // kernel source, sanitizers included. Device code includes no CUDA header and knows no other way to the hardware.
@@ -19,6 +20,32 @@ FUSEDOPT_FN u32 block_count() { return gridDim.x; }
 FUSEDOPT_FN void barrier() { __syncthreads(); }
 FUSEDOPT_FN void fence() { __threadfence(); }
 FUSEDOPT_FN u32 atomic_increment(u32* counter) { return atomicAdd(counter, 1u); }
+
+// Waits for every thread of every block; what any of them wrote before, all can read after. Only in a cooperative
+// launch, where all blocks run at once. Every thread of the grid calls it, with the same counter: a word of global
+// memory that is 0 before its first use and serves any number of barriers and launches, one after another. Each
+// barrier adds 2^31 to it, which flips the highest bit once all have come (as cooperative_groups::grid_group::sync).
+constexpr u32 kGridBarrierFlag = 0x80000000u;
+FUSEDOPT_FN void grid_barrier(u32* counter) {
+  barrier();
+  if (thread_index() == 0) {
+    fence();
+    const u32 before = atomicAdd(counter, block_index() == 0 ? kGridBarrierFlag - (block_count() - 1) : 1u);
+    u32 now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    } while (((before ^ now) & kGridBarrierFlag) == 0);
+    fence();
+  }
+  barrier();
+}
+
+// The value of the lane whose number differs by this mask (1, 2, 4, 8 or 16); x is a float, a double or an integer of
+// 4 or 8 bytes. Every lane of a whole warp of 32 takes part, with the same mask.
+template <class T>
+FUSEDOPT_FN T shuffle_xor(T x, int lane_mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, lane_mask);
+}
 
 // One object per block, uninitialised, shared by its threads.
 template <class T>

@@ -1,0 +1,314 @@
+"""Small faults, as data, that `make mutate` plants in a copy of the tree: every one must be caught by some test.
+
+A fault replaces a text that stands exactly once in its file. What can not be seen without a GPU is not here: a fence
+that is missing, and an alignment that Triton's compiler is told and its interpreter ignores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+LEAST_TESTS = "not slow and not gpu"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests that look for a fault: one run of pytest, the narrowest that should do.
+
+    Attributes:
+        name: how the suite is called.
+        arguments: of pytest.
+        environment: variables that are set for it.
+        cuda: whether it looks at CUDA images, which the build then makes.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict, hash=False)
+    cuda: bool = False
+
+
+INTERPRETER = {"TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
+
+BITS = Suite("bits", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (emulated-3x64 or cpu-baseline-2)"))
+UNSCALED = Suite("unscaled", ("tests/test_bits.py", "-k", "unscaled and (emulated or cpu)"))
+CHUNKS = Suite("chunks", ("tests/test_bits.py", "-k", "chunks and (emulated or cpu)"))
+CODECS = Suite("codecs", ("tests/test_codecs.py", "-k", "cpu or emulated"))
+SIZES = Suite("sizes", ("tests/test_sizes.py", "-k", "cpu or emulated"))
+LAYOUTS = Suite("layouts", ("tests/test_layouts.py", "-k", "cpu or emulated"))
+STEP = Suite("step", ("tests/test_step.py", "-k", "cpu or emulated or threads or forked or mode or checkpoint"))
+THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
+REFERENCE = Suite("reference", ("tests/test_accuracy.py", "tests/test_bits.py", "-k", "reference or cpu-baseline-2"))
+INTERPRETED = Suite("interpreted", ("tests/test_bits.py", "-k", "f32 and not unscaled"), INTERPRETER)
+INTERPRETED_UNSCALED = Suite("interpreted, unscaled", ("tests/test_bits.py", "-k", "unscaled and f32"), INTERPRETER)
+INTERPRETED_SIZES = Suite("interpreted sizes", ("tests/test_sizes.py", "-k", "f32 or programs"), INTERPRETER)
+INTERPRETED_LAYOUTS = Suite("interpreted layouts", ("tests/test_layouts.py",), INTERPRETER)
+INTERPRETED_STEP = Suite("interpreted step", ("tests/test_step.py", "-k", "found_inf or without_gradient"), INTERPRETER)
+TRITON_CODE = Suite("Triton's code", ("tests/test_triton_aot.py", "-k", "sm_90 and f32 and adam"))
+CUDA_CODE = Suite("CUDA's code", ("tests/test_cubins.py", "-k", "90 or contracted"), cuda=True)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: in words, unique.
+        path: the file, from the root of the repository.
+        old: text that stands once in the file.
+        new: what takes its place.
+        suites: where to look for it, the likeliest first.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    suites: tuple[Suite, ...]
+
+
+ADAM = "csrc/rules/adam.h"
+SGD = "csrc/rules/sgd.h"
+RULE = "csrc/rules/rule.h"
+CODEC = "csrc/storage/codec.h"
+SWEEP = "csrc/sweep.h"
+KERNEL = "csrc/cuda/kernel.h"
+ACCESS = "csrc/cuda/access.h"
+TRITON_RULES = "triton_kernels/rules.py"
+TRITON_STORAGE = "triton_kernels/storage.py"
+TRITON_SWEEP = "triton_kernels/sweep.py"
+TRITON_TABLE = "triton_kernels/table.py"
+PYTHON = "fusedopt/reference.py"
+
+FAULTS: tuple[Fault, ...] = (
+    # the rules
+    Fault("adamw: decay dropped", ADAM, "decay != C(0) ? update + decay * p : update", "update", (BITS,)),
+    Fault("adam: l2 dropped", ADAM, "g = l2 != C(0) ? g + l2 * p : g;", "", (BITS,)),
+    Fault("adam: betas swapped", ADAM, "g, one_minus_beta1, beta1)", "g, one_minus_beta2, beta2)", (BITS,)),
+    Fault(
+        "adam: bias correction a step late", ADAM, "power(h.value[kBeta2], t)", "power(h.value[kBeta2], t + 1)", (BITS,)
+    ),
+    Fault("adam: eps not corrected", ADAM, "C(h.value[kEps] * bias_correction2_sqrt)", "C(h.value[kEps])", (BITS,)),
+    Fault(
+        "amsgrad: the last, not the largest",
+        ADAM,
+        "amsgrad ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq",
+        "exp_avg_sq",
+        (BITS,),
+    ),
+    Fault(
+        "adam: a product is not rounded",
+        ADAM,
+        "exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;",
+        "exp_avg_sq = C(double(beta2) * double(exp_avg_sq) + double(one_minus_beta2 * g * g));",
+        (BITS,),
+    ),
+    Fault("lerp from the wrong end", RULE, "weight < C(0.5)", "weight >= C(0.5)", (BITS,)),
+    Fault("maximum loses NaN", RULE, "(a > b || a != a)", "(a > b)", (BITS,)),
+    Fault("sgd: nesterov dropped", SGD, "nesterov ? g + momentum * velocity : velocity", "velocity", (BITS,)),
+    Fault("sgd: first velocity dampened", SGD, "first ? g :", "first ? one_minus_dampening * g :", (BITS,)),
+    Fault("sgd: dampening dropped", SGD, "+ one_minus_dampening * g;", "+ g;", (BITS,)),
+    Fault("sgd: decay dropped", SGD, "weight_decay != C(0) ? g + weight_decay * p : g", "g", (BITS,)),
+    # the codecs
+    Fault("bf16: truncated", CODEC, "(bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16", "bits >> 16", (CODECS,)),
+    Fault("bf16: ties away from zero", CODEC, "0x7FFFu + ((bits >> 16) & 1u)", "0x8000u", (CODECS,)),
+    Fault("bf16: NaN becomes infinite", CODEC, "x != x ? 0x7FC0u : rounded", "rounded", (CODECS,)),
+    Fault("f16: denormals read as zero", CODEC, "exponent == 0 ? denormal :", "exponent == 0 ? 0u :", (CODECS,)),
+    Fault("f16: overflow a value early", CODEC, "magnitude >= (143u << 23)", "magnitude >= (142u << 23)", (CODECS,)),
+    # what happens to a chunk
+    Fault("gradient not unscaled", SWEEP, "    if (unscale)\n", "    if (false)\n", (UNSCALED,)),
+    Fault("unscaled by the reciprocal", SWEEP, "g[k] = g[k] / scale;", "g[k] = g[k] * (C(1) / scale);", (UNSCALED,)),
+    Fault("maximize dropped", SWEEP, "negate((flags & kMaximize) != 0)", "negate((flags & 0u) != 0)", (BITS,)),
+    Fault(
+        "found_inf ignored",
+        SWEEP,
+        "return launch.found_inf && *launch.found_inf != 0.0f;",
+        "return false && launch.found_inf;",
+        (STEP,),
+    ),
+    Fault("step advanced twice", SWEEP, "*step += 1.0f;", "*step += 2.0f;", (BITS,)),
+    Fault("step advanced without a gradient", SWEEP, "if (step && launch.grads[t] != 0)", "if (step)", (STEP,)),
+    Fault(
+        "last tensor's step not advanced", SWEEP, "t < launch.table.rows; t", "t + 1 < launch.table.rows; t", (BITS,)
+    ),
+    Fault("strides of the parameter for every slot", SWEEP, "strides[s * ndim + d]", "strides[d]", (LAYOUTS,)),
+    Fault("strided chunks begin at 0", SWEEP, "chunk.begin + i)", "i)", (LAYOUTS, CHUNKS)),
+    Fault(
+        "chunk index off",
+        SWEEP,
+        "begin = i64(chunk.index) * launch.chunk_elements;",
+        "begin = i64(chunk.index) * kLeaf;",
+        (SIZES,),
+    ),
+    Fault(
+        "last element of a tensor left out",
+        SWEEP,
+        "rest < launch.chunk_elements ? rest :",
+        "rest < launch.chunk_elements ? rest - 1 :",
+        (SIZES,),
+    ),
+    # the kernel and its access to memory
+    Fault(
+        "no barrier before the rule is replaced",
+        KERNEL,
+        "device::barrier();  // all are done with the last chunk\n",
+        "",
+        (BITS, SIZES, CHUNKS),
+    ),
+    Fault(
+        "no barrier after the rule is built",
+        KERNEL,
+        "built, block);\n    device::barrier();",
+        "built, block);",
+        (BITS,),
+    ),
+    Fault(
+        "no barrier before is_last is read",
+        KERNEL,
+        "  device::barrier();\n  if (!block.is_last)",
+        "  if (!block.is_last)",
+        (BITS,),
+    ),
+    Fault("arrivals not reset", KERNEL, "if (device::thread_index() == 0) *launch.arrivals = 0;", "", (BITS,)),
+    Fault("the first block advances the steps", KERNEL, "== device::block_count() - 1;", "== 0;", (BITS, CHUNKS, STEP)),
+    Fault(
+        "a rule outlives its step count",
+        KERNEL,
+        "group == built.group && step == built.step &&",
+        "group == built.group &&",
+        (BITS,),
+    ),
+    Fault(
+        "a rule outlives its group",
+        KERNEL,
+        "group == built.group && step == built.step &&",
+        "step == built.step &&",
+        (BITS,),
+    ),
+    Fault("misaligned tensors taken for aligned", ACCESS, "if (!chunk.has(s) ||", "if (true ||", (SIZES, BITS)),
+    Fault(
+        "head of a misaligned tensor left out",
+        ACCESS,
+        "lane < head ? lane : last + lane - head",
+        "last + lane",
+        (SIZES,),
+    ),
+    Fault(
+        "last vector beyond the tensor",
+        ACCESS,
+        "(chunk.size - head) / N * N",
+        "(chunk.size - head + N - 1) / N * N",
+        (SIZES,),
+    ),
+    # the CPU engine
+    Fault(
+        "cpu: a rule outlives its step count",
+        "csrc/cpu/engine.cpp",
+        "group == group_ && step == step_ &&",
+        "group == group_ &&",
+        (BITS,),
+    ),
+    Fault(
+        "cpu: a tail is written to its full width",
+        "csrc/cpu/access.h",
+        "W::kPartial ? count : W::value;",
+        "W::value;",
+        (SIZES,),
+    ),
+    Fault(
+        "cpu: first chunk left out",
+        "csrc/cpu/dispatch.cpp",
+        "std::atomic<u64> next{0};",
+        "std::atomic<u64> next{1};",
+        (SIZES,),
+    ),
+    Fault(
+        "cpu: workers not waited for",
+        "csrc/cpu/team.cpp",
+        "done_.wait(lock, [this] { return running_ == 0; });",
+        "",
+        (THREADS,),
+    ),
+    Fault(
+        "cpu: workers share a chunk",
+        "csrc/cpu/dispatch.cpp",
+        "chunk_count; first = next.fetch_add(turn))",
+        "chunk_count; first += turn)",
+        (SIZES, CHUNKS),
+    ),
+    # the Triton twin
+    Fault(
+        "triton: betas swapped",
+        TRITON_RULES,
+        "g, s.one_minus_beta1, s.beta1)",
+        "g, s.one_minus_beta2, s.beta2)",
+        (INTERPRETED,),
+    ),
+    Fault(
+        "triton: nesterov dropped",
+        TRITON_RULES,
+        "tl.where(s.nesterov, g + s.momentum * velocity, velocity)",
+        "velocity",
+        (INTERPRETED,),
+    ),
+    Fault(
+        "triton: bias correction a step late", TRITON_RULES, "power(beta1, t)", "power(beta1, t + 1)", (INTERPRETED,)
+    ),
+    Fault(
+        "triton: bf16 truncated",
+        TRITON_STORAGE,
+        "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
+        "bits >> 16",
+        (INTERPRETED,),
+    ),
+    Fault("triton: negation loses the sign of zero", TRITON_SWEEP, "g * -1.0", "0.0 - g", (INTERPRETED,)),
+    Fault("triton: gradient not unscaled", TRITON_SWEEP, "if unscale:", "if unscale & False:", (INTERPRETED_UNSCALED,)),
+    Fault(
+        "triton: an element behind the tail",
+        TRITON_SWEEP,
+        "mask = i < last - start",
+        "mask = i <= last - start",
+        (INTERPRETED_SIZES,),
+    ),
+    Fault("triton: arrivals not reset", TRITON_SWEEP, "            tl.store(arrivals, 0)\n", "", (INTERPRETED,)),
+    Fault(
+        "triton: found_inf ignored",
+        TRITON_SWEEP,
+        "mask=found_inf != 0, other=0.0) == 0.0:",
+        "mask=found_inf != 0, other=0.0) >= 0.0:",
+        (INTERPRETED_STEP,),
+    ),
+    Fault(
+        "triton: step advanced without a gradient",
+        TRITON_TABLE,
+        "(address != 0) & (gradient != 0)",
+        "address != 0",
+        (INTERPRETED_STEP,),
+    ),
+    Fault(
+        "triton: strides of the parameter for the gradient",
+        TRITON_TABLE,
+        "tl.load(stride + GRAD * ndim)",
+        "tl.load(stride + PARAM * ndim)",
+        (INTERPRETED_LAYOUTS,),
+    ),
+    Fault("triton: approximate division", TRITON_RULES, "tl.div_rn(a, b)", "a / b", (TRITON_CODE,)),
+    # the compilers
+    Fault("cuda: products contracted into fma", "build_support/device.py", "--fmad=false", "--fmad=true", (CUDA_CODE,)),
+    Fault(
+        "cuda: vectors loaded word by word",
+        ACCESS,
+        "device::load128(words + b / 4, address + u64(b));",
+        "for (int w = b; w < b + 16; w += 4) words[w / 4] = device::load32(address + u64(w));",
+        (CUDA_CODE,),
+    ),
+    # what the host does
+    Fault(
+        "reference: betas swapped",
+        PYTHON,
+        "lerp(exp_avg, g, 1.0 - beta1, beta1)",
+        "lerp(exp_avg, g, 1.0 - beta2, beta2)",
+        (REFERENCE,),
+    ),
+    Fault("reference: dampening dropped", PYTHON, "_scalar(1.0 - dampening, param) * g", "g", (REFERENCE,)),
+)

@@ -1,0 +1,88 @@
+"""``python -m tests.gpu_program``: steps on a GPU for compute-sanitizer to watch: rules, variants, edges, graphs.
+
+A program of its own, small, because each step takes a sanitizer a thousand times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+import fusedopt
+
+SIZES = (0, 1, 3, 8, 31, 64, 2047, 2049, 5000)
+DTYPES = {
+    "f32": (torch.float32,),
+    "bf16": (torch.bfloat16,),
+    "mixed": (torch.float32, torch.bfloat16, torch.float16),
+    "double": (torch.float64, torch.float32),
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "AdamW": {"lr": 0.01, "amsgrad": True},
+}
+
+
+def make(name: str, dtypes: tuple[torch.dtype, ...], strided: bool, **options: Any) -> tuple[list[Parameter], Any]:
+    """An optimizer over tensors of all edge sizes, some of them misaligned, some strided."""
+    params = []
+    for k, (size, dtype) in enumerate(itertools.product(SIZES, dtypes)):
+        offset, stride = k % 2, 2 if strided and k % 3 == 0 else 1
+        buffer = torch.randn(stride * size + offset, device="cuda").to(dtype)
+        params.append(Parameter(buffer[offset::stride][:size]))
+    groups = [{"params": params[k : k + 4]} for k in range(0, len(params), 4)]
+    return params, getattr(fusedopt, name)(groups, **OPTIMIZERS[name], **options)
+
+
+def set_grads(params: list[Parameter]) -> None:
+    """New gradients for all but every fifth."""
+    for k, param in enumerate(params):
+        param.grad = None if k % 5 == 4 else torch.randn_like(param)
+
+
+def step_all(backend: str) -> None:
+    """Every rule over every family of dtypes, dense and strided, three steps each."""
+    for name, dtypes, strided in itertools.product(OPTIMIZERS, DTYPES.values(), (False, True)):
+        params, optimizer = make(name, dtypes, strided, backend=backend)
+        for _ in range(3):
+            set_grads(params)
+            optimizer.step()
+
+
+def replay(backend: str) -> None:
+    """A captured step, replayed, and replayed again after other hyperparameters were given to it."""
+    for name in OPTIMIZERS:
+        params, optimizer = make(name, (torch.float32, torch.bfloat16), True, backend=backend)
+        set_grads(params)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        for _ in range(3):
+            graph.replay()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+        optimizer.sync_hyperparameters()
+        graph.replay()
+
+
+def main() -> None:
+    """Runs what is asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_program", description=__doc__)
+    parser.add_argument("part", choices=("steps", "graph"))
+    parser.add_argument("--backend", default="cuda")
+    arguments = parser.parse_args()
+    {"steps": step_all, "graph": replay}[arguments.part](arguments.backend)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
