@@ -79,12 +79,17 @@ class Twin:
 
     def check(self, optimizer: Optimizer) -> None:
         """The model's parameters and states are these, bit for bit."""
+        self.check_params()
+        for index, (own, other) in enumerate(zip(self._own, self._theirs, strict=True)):
+            mine, theirs = self.optimizer.state.get(own, {}), optimizer.state.get(other, {})
+            assert list(mine) == list(theirs)
+            for name in mine:
+                assert torch.equal(whole(theirs[name]), mine[name]), f"{name} of parameter {index}"
+
+    def check_params(self) -> None:
+        """The model's parameters are these, bit for bit."""
         for index, (own, other) in enumerate(zip(self._own, self._theirs, strict=True)):
             assert torch.equal(whole(other), own), f"parameter {index}: {whole(other)} is not {own}"
-            mine, others = self.optimizer.state.get(own, {}), optimizer.state.get(other, {})
-            assert list(mine) == list(others)
-            for name in mine:
-                assert torch.equal(whole(others[name]), mine[name]), f"{name} of {index}"
 
 
 def train_beside_twin(
