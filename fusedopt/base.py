@@ -159,6 +159,9 @@ class FusedOptimizer(Optimizer):
                 values["step"] = checkpoint.as_step(values["step"], local(param).device)
 
     def _see_params(self) -> None:
+        if self.defaults.get("fused") is False:
+            # Some trainers clip scaled gradients only where the scaler has unscaled them before the step.
+            self._step_supports_amp_scaling = False
         self._traced_params = traced.params_of(self)
         # DTensor's dispatch does not know the operator of a traced step: such a step breaks the graph.
         self._is_sharded = any(is_sharded(param) for param in self._traced_params)
@@ -206,6 +209,8 @@ class FusedOptimizer(Optimizer):
         live = [params[place] for place in places]
         if live:
             torch.ops.fusedopt.step(live, [param.grad for param in live], places, self._number)
+        elif any(param.grad is not None for param in traced.params_of(self)):
+            self._launch()  # all parameters were replaced in the groups by hand
 
     def _current_tables(self) -> list[tuple[Table, Backend]]:
         """The tables, true to what parameters, gradients, states and groups are now."""

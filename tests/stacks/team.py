@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -136,6 +137,7 @@ def _check(where: tuple[str, str], rank: int, size: int, device: str, meeting: s
     _device = device
     if device == "cuda":
         torch.cuda.set_device(rank)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # as torchrun does
     torch.manual_seed(0)
     module, name = where
     found = getattr(importlib.import_module(module), name)
