@@ -314,7 +314,8 @@ class Table {
 
   bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, u64& address) {
     if (facts.ndim == TensorFacts::kUnknown) return false;
-    const reading::Owned shard(watch.unwrap ? PyObject_GetAttrString(tensor, "_local_tensor") : nullptr);
+    static PyObject* const kLocalTensor = PyUnicode_InternFromString("_local_tensor");
+    const reading::Owned shard(watch.unwrap ? PyObject_GetAttr(tensor, kLocalTensor) : nullptr);
     const bool is_readable = shard || !watch.unwrap;
     const int same = is_readable ? reader.matches(shard ? shard.get() : tensor, facts, extents_, address) : -1;
     if (same < 0) PyErr_Clear();  // it can not be read, such as a sparse one: Python will say what is wrong
@@ -324,7 +325,9 @@ class Table {
   // Whether a DTensor gradient is laid out over the devices as the one before. Mostly that is the same object; a
   // partial sum has the shape of the whole, so that the shape alone would not tell.
   static bool lies_as_before(const py::object& grad, py::object& before) {
-    py::object now = grad.attr("_spec");
+    static PyObject* const kSpec = PyUnicode_InternFromString("_spec");
+    py::object now = py::reinterpret_steal<py::object>(PyObject_GetAttr(grad.ptr(), kSpec));
+    if (!now) fail();
     if (now.is(before)) return true;
     if (!now.equal(before)) return false;
     before = std::move(now);
