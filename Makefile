@@ -78,7 +78,7 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 	cd $(SANITIZED) && FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=0 ../../$(PY) -m build_support
 	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  ../../$(PY) -m pytest -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	  ../../$(PY) -m pytest -m "not slow and not gpu" --ignore tests/stacks $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 conformance: build ## write docs/conformance.md from what runs here
 	$(PY) -m tests.contract.page

@@ -182,8 +182,8 @@ Parameters, and the tensors they are in: {sizes}.
 
 One thread of {record["machine"]["cpu"]}, torch {record["torch"]}, {record["date"]}: µs of the host for a step of AdamW,
 medians of {record["rounds"]} alternating rounds. The tensors have one element, and gradients are made anew before each
-step. The CPU updates them: a launch on a GPU is not in these times. The update itself and the count of steps, which torch
-does tensor by tensor on a CPU and in its launches on a GPU, are in its times, which are too long by that.
+step. The CPU updates them: a launch on a GPU is not in these times. The update itself and the count of steps, which
+torch does tensor by tensor on a CPU and in its launches on a GPU, are in its times, which are too long by that.
 
 | | fixed | each tensor |
 |---|---|---|
