@@ -39,7 +39,7 @@ RUNS = [
 # Started again in the same folder: with another number of ranks, or told to go on.
 RESUMED = {
     "fsdp2.py": Example("fsdp2.py", 2, "--steps 40 --out OUT"),
-    "hf_trainer.py": Example("hf_trainer.py", 0, "--steps 60 --out OUT --resume"),
+    "hf_trainer.py": Example("hf_trainer.py", 2, "--steps 60 --out OUT --resume"),
     "lightning_module.py": Example("lightning_module.py", 0, "--steps 40 --out OUT --resume"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,12 +168,13 @@ def test_accelerate_clips_accumulates_saves_and_resumes(tmp_path: Path, precisio
     assert_same_bits(straight, resumed)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install 'fusedopt[stacks]'"
+)
 @on_ranks(2)
 def test_accelerate_puts_sharded_parameters_into_an_optimizer_that_exists() -> None:
     """What its FSDP2 does to the optimizer in `prepare`, which wants an accelerator: here by its own function."""
-    fsdp_utils = pytest.importorskip(
-        "accelerate.utils.fsdp_utils", reason="accelerate is not installed: pip install 'fusedopt[stacks]'"
-    )
+    from accelerate.utils import fsdp_utils
     from torch.distributed.fsdp import fully_shard
 
     model = make_model()
