@@ -52,7 +52,7 @@ format: $(READY) ## rewrite sources as `make lint` wants them
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format -i
 
 test: build lint ## environment, build, lint, types, tests
-	$(PY) -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) -m "not slow" --ignore tests/stacks $(PYTEST_ARGS)
 
 bench: build ## environment, build, benchmark against torch.optim, char-LM training, pictures in OUT
 	@mkdir -p $(OUT)
@@ -82,7 +82,7 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 	cd $(SANITIZED) && FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=0 ../../$(PY) -m build_support
 	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  ../../$(PY) -m pytest -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	  ../../$(PY) -m pytest -m "not slow and not gpu" --ignore tests/stacks $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 conformance: build ## write docs/conformance.md from what runs here
 	$(PY) -m tests.contract.page
@@ -95,8 +95,7 @@ mutate: build ## plant faults in the kernels; every one must be caught
 	$(PY) -m tests.mutate $(MUTATE_ARGS)
 
 test-stacks: build ## the training stacks people use, with fusedopt in them
-	@test -d tests/stacks || { echo "make test-stacks: tests/stacks does not exist in this version" >&2; exit 2; }
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[stacks]'
+	$(PY) -m pip install --quiet --no-build-isolation --constraint <($(PY) -m pip freeze | grep '^torch==') --editable '.[stacks]'
 	$(PY) -m pytest tests/stacks $(PYTEST_ARGS)
 
 test-install: $(READY) ## the install matrix: without nvcc, g++, headers; sdist, wheel, editable; every Python at hand

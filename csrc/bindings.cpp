@@ -44,8 +44,9 @@ struct Watch {
   py::list keep{};                   // what else the row points into
   TensorFacts param_facts;
   TensorFacts grad_facts;
-  bool unwrap = false;    // DTensor: its _local_tensor is what the row holds
-  bool stand_in = false;  // the row's gradient was made from the parameter's, and has to be made again each step
+  bool unwrap = false;     // DTensor: its _local_tensor is what the row holds
+  py::object grad_spec{};  // of a DTensor's gradient: how it lies over the devices
+  bool stand_in = false;   // the row's gradient was made from the parameter's, and has to be made again each step
 };
 
 [[noreturn]] void fail() { throw py::error_already_set(); }
@@ -159,6 +160,7 @@ class Table {
     watch.unwrap = unwrap;
     watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
     watch.stand_in = false;
+    watch.grad_spec = unwrap && !grad.is_none() ? py::object(grad.attr("_spec")) : py::object();
     if (!grad.is_none()) {
       if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
       if (!reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts, extents_)) fail();
@@ -270,6 +272,7 @@ class Table {
     for (const Watch& watch : watches_) {
       Py_VISIT(watch.param.ptr());
       Py_VISIT(watch.keep.ptr());
+      Py_VISIT(watch.grad_spec.ptr());
       if (const int stop = watch.state.traverse(visit, arg)) return stop;
     }
     return states_watch_.traverse(visit, arg);
@@ -334,7 +337,11 @@ class Table {
     if (!matches(watch.param.ptr(), watch, watch.param_facts, address) || address != watch.param_facts.address)
       return false;
     if (!matches(grad.ptr(), watch, watch.grad_facts, address) || is_lazy(grad, watch.grad_facts)) return false;
-    host_.set_grad(row, host_.numel(row) == 0 ? kEmptyGradient : address);
+    if (watch.unwrap && !lies_as_before(grad, watch.grad_spec)) return false;
+    const bool is_empty = host_.numel(row) == 0;
+    if (address == 0 && !is_empty)
+      return false;  // it keeps its values elsewhere, as a collective's pending result does
+    host_.set_grad(row, is_empty ? kEmptyGradient : address);
     set_live(row, true);
     return true;
   }
@@ -348,11 +355,24 @@ class Table {
 
   bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, u64& address) {
     if (facts.ndim == TensorFacts::kUnknown) return false;
-    const int same = watch.unwrap ? reader.matches(py::handle(tensor).attr("_local_tensor").cast<py::object>().ptr(),
-                                                   facts, extents_, address)
-                                  : reader.matches(tensor, facts, extents_, address);
+    static PyObject* const kLocalTensor = PyUnicode_InternFromString("_local_tensor");
+    const reading::Owned shard(watch.unwrap ? PyObject_GetAttr(tensor, kLocalTensor) : nullptr);
+    const bool is_readable = shard || !watch.unwrap;
+    const int same = is_readable ? reader.matches(shard ? shard.get() : tensor, facts, extents_, address) : -1;
     if (same < 0) PyErr_Clear();  // it can not be read, such as a sparse one: Python will say what is wrong
     return same == 1;
+  }
+
+  // Whether a DTensor gradient is laid out over the devices as the one before. Mostly that is the same object; a
+  // partial sum has the shape of the whole, so that the shape alone would not tell.
+  static bool lies_as_before(const py::object& grad, py::object& before) {
+    static PyObject* const kSpec = PyUnicode_InternFromString("_spec");
+    py::object now = py::reinterpret_steal<py::object>(PyObject_GetAttr(grad.ptr(), kSpec));
+    if (!now) fail();
+    if (now.is(before)) return true;
+    if (!now.equal(before)) return false;
+    before = std::move(now);
+    return true;
   }
 
   // Whether a complex tensor's memory holds the conjugate or the negative of its values.

@@ -13,6 +13,7 @@ from . import checkpoint, hooks, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
 from .rules import Rule
+from .sharded import is_sharded
 from .table import Row, Table, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -41,6 +42,7 @@ class FusedOptimizer(Optimizer):
         self._forget_tables()
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []
+        self._is_sharded = False
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,7 +61,7 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not self._is_sharded:
             self._trace_launch()
         else:
             self._launch()
@@ -100,7 +102,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
         super().add_param_group(param_group)
-        self._traced_params = traced.params_of(self)
+        self._see_params()
         self._forget_tables()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -150,12 +152,20 @@ class FusedOptimizer(Optimizer):
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
         super().__setstate__(state)
-        self._traced_params = traced.params_of(self)
+        self._see_params()
         self._forget_tables()
         self._fill_groups(self.param_groups)
         for param, values in self.state.items() if self._rule.keeps_step else ():
             if isinstance(param, Tensor) and not isinstance(values.get("step", param), Tensor):
                 values["step"] = checkpoint.as_step(values["step"], local(param).device)
+
+    def _see_params(self) -> None:
+        if self.defaults.get("fused") is False:
+            # Some trainers clip scaled gradients only where the scaler has unscaled them before the step.
+            self._step_supports_amp_scaling = False
+        self._traced_params = traced.params_of(self)
+        # DTensor's dispatch does not know the operator of a traced step: such a step breaks the graph.
+        self._is_sharded = any(is_sharded(param) for param in self._traced_params)
 
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -200,6 +210,8 @@ class FusedOptimizer(Optimizer):
         live = [params[place] for place in places]
         if live:
             torch.ops.fusedopt.step(live, [param.grad for param in live], places, self._number)
+        elif any(param.grad is not None for param in traced.params_of(self)):
+            self._launch()  # all parameters were replaced in the groups by hand
 
     def _current_tables(self) -> list[tuple[Table, Backend]]:
         """The tables, true to what parameters, gradients, states and groups are now."""

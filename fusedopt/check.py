@@ -11,6 +11,8 @@ from torch import Tensor
 from .core import STORAGES
 from .layout import overlaps_itself
 from .rules import Group, Rule
+from .sharded import check_placements, check_together, is_pending
+from .sharded import local as local
 
 
 def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> None:
@@ -112,6 +114,7 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that share "
             "memory; update the tensor that it is a view of"
         )
+    check_placements(name, param)
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool) -> None:
@@ -123,6 +126,7 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool
         )
     if grad.layout != torch.strided and not grad.is_sparse:
         raise RuntimeError(f"gradient of {name} is {grad.layout}; it must be torch.strided or torch.sparse_coo")
+    check_together(f"gradient of {name}", grad, param)
     if grad.shape != param.shape:
         shapes = f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"
         raise ValueError(f"gradient of {name} has shape {shapes}")
@@ -130,12 +134,13 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool
         raise ValueError(f"gradient of {name} is on {grad.device}, the parameter on {param.device}")
     if real_dtype(grad) not in STORAGES or grad.is_complex() != param.is_complex():
         raise TypeError(f"gradient of {name} has dtype {grad.dtype}, the parameter {param.dtype}")
-    if is_wrapper(local(grad)):
+    if is_wrapper(local(grad)) and not is_pending(local(grad)):
         raise TypeError(f"gradient of {name} is a {type(grad).__name__}, which wraps other tensors")
 
 
 def check_state(row: str, param: Tensor, name: str, tensor: Tensor) -> None:
     """Refuses a state tensor that does not fit its parameter: that of another model, most likely."""
+    check_together(f"{name} of {row}", tensor, param)
     if tensor.shape != param.shape:
         shapes = f"{tuple(tensor.shape)}, the parameter {tuple(param.shape)}"
         raise ValueError(f"{name} of {row} has shape {shapes}")
@@ -183,12 +188,6 @@ def is_wrapper(tensor: Tensor) -> bool:
 
     fake = kind.__name__ in ("FakeTensor", "FunctionalTensor")
     return bool(fake or is_traceable_wrapper_subclass(tensor))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The tensor whose memory is on this device: a DTensor's local shard, anything else itself."""
-    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return shard
 
 
 def real_dtype(tensor: Tensor) -> torch.dtype:

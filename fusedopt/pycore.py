@@ -101,6 +101,7 @@ class Watch:
     grad_facts: Facts | None
     keep: list[Tensor]
     layout: list[int]
+    grad_spec: Any = None  # of a DTensor's gradient: how it lies over the devices
 
 
 @dataclass
@@ -283,6 +284,7 @@ class PyTable:
             grad_facts=None if grad is None else Facts.of(_local(grad, unwrap)),
             keep=keep,
             layout=list(layout),
+            grad_spec=grad._spec if unwrap and grad is not None else None,  # type: ignore[attr-defined]
         )
         self._live[row] = grad is not None
         self._live_params = None
@@ -368,6 +370,8 @@ class PyTable:
             return True
         if watch.grad_facts is None or watch.stand_in or not self._holds_state(row, watch):
             return False
+        if watch.unwrap and getattr(grad, "_spec", None) != watch.grad_spec:
+            return False
         param, grad = _local(watch.param, watch.unwrap), _local(grad, watch.unwrap)
         if grad.layout != torch.strided or param.layout != torch.strided or grad.is_conj() or grad.is_neg():
             return False
@@ -375,7 +379,10 @@ class PyTable:
             return False
         if watch.grad_facts != Facts.of(grad):
             return False
-        self._set_grad(row, grad.data_ptr() if self._numel[row] else EMPTY_GRADIENT, True)
+        address = grad.data_ptr() if self._numel[row] else EMPTY_GRADIENT
+        if address == 0:  # it keeps its values elsewhere, as a collective's pending result does
+            return False
+        self._set_grad(row, address, True)
         return True
 
     def _holds_state(self, row: int, watch: Watch) -> bool:

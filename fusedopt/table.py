@@ -27,6 +27,7 @@ from .check import (
 from .core import STORAGES, Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
 from .rules import Rule
+from .sharded import is_sharded, settled
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
@@ -172,11 +173,11 @@ class Table:
         return {name: state[name] for name in self.rule.states if isinstance(state.get(name), Tensor)}
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
-        """A state tensor, dense and on its parameter's device; what the state then holds too."""
-        settled = resolved(tensor).to(local(row.param).device)
-        if settled is not tensor:
-            self._state[row.param][name] = settled
-        return settled
+        """A state tensor, dense and where its parameter is; what the state then holds too."""
+        usable = settled(resolved(tensor).to(local(row.param).device), row.param)
+        if usable is not tensor:
+            self._state[row.param][name] = usable
+        return usable
 
     def _adopt_steps(self, rows: list[Row]) -> None:
         """Counts of any origin, as torch's fused optimizers keep them: float32, 0-dim, on the device.
@@ -277,7 +278,7 @@ class Table:
             layout,
             row.param,
             grad,
-            _is_wrapped(row.param),
+            is_sharded(row.param),
             keep,
         )
 
@@ -360,11 +361,11 @@ def resolved(tensor: Tensor) -> Tensor:
 
 
 def _stand_in(param: Tensor) -> Tensor | None:
-    """What the kernels read in place of a gradient that is sparse, a lazy view, or in the update's way."""
+    """What the kernels read in place of a gradient that is sparse, lazy, placed otherwise or in the update's way."""
     grad = param.grad
     if grad is None:
         return None
-    values = resolved(grad)
+    values = settled(resolved(grad), param)
     here, there = local(param), local(values)
     same = here.data_ptr() == there.data_ptr() and here.stride() == there.stride() and here.dtype == there.dtype
     if not same and _storage_address(here) == _storage_address(there) and may_share_memory(here, there):
@@ -380,10 +381,6 @@ def _address(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
     return tensor.data_ptr() if tensor.numel() else 1  # kEmptyGradient: a tensor of 0 elements has no address
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_local_tensor")
 
 
 def real_view(tensor: Tensor) -> Tensor:

@@ -405,6 +405,29 @@ def test_torchs_gradient_scaler_works_and_gradients_stay_scaled(run: Run, settin
     assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
 
 
+@pytest.mark.parametrize("way", ["made", "copied", "fused from torch's"])
+def test_with_fused_false_the_gradient_scaler_unscales_before_the_step_as_trainers_that_clip_want_it(way: str) -> None:
+    """Lightning refuses to clip for an optimizer that unscales by itself."""
+    params, twins = [Parameter(torch.ones(5))], [Parameter(torch.ones(5))]
+    library = torch.optim if way == "fused from torch's" else fusedopt
+    optimizer = library.AdamW(params, fused=False)
+    if way == "copied":
+        params, optimizer = copy.deepcopy((params, optimizer))
+    fusedopt.fuse(optimizer)
+    assert not optimizer._step_supports_amp_scaling
+    other = fusedopt.AdamW(twins)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for k in range(3):
+        twins[0].grad = torch.arange(5.0) + k
+        params[0].grad = 1024.0 * twins[0].grad
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(params[0].grad, twins[0].grad)
+        other.step()
+        assert torch.equal(params[0], twins[0])
+
+
 # --- one launch, and nothing else
 
 

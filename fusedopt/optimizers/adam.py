@@ -66,7 +66,8 @@ class Adam(FusedOptimizer):
         maximize: climb instead of descend.
         capturable: whether ``step`` may be captured in a CUDA graph. It always may; kept in the groups for torch.
         differentiable: must be False: a fused update has no derivative.
-        fused: accepted and not needed. With ``foreach`` it is refused, as by torch.
+        fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
+            With ``foreach`` it is refused, as by torch.
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
 

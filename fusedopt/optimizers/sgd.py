@@ -69,7 +69,8 @@ class SGD(FusedOptimizer):
         capturable: accepted and not needed: every step may be captured in a CUDA graph. The groups do not carry
             it, as those of ``torch.optim.SGD`` do not.
         differentiable: must be False: a fused update has no derivative.
-        fused: accepted and not needed. With ``foreach`` it is refused, as by torch.
+        fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
+            With ``foreach`` it is refused, as by torch.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
 
     Raises:

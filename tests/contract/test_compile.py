@@ -172,6 +172,16 @@ def test_a_group_that_is_added_or_changed_by_hand_after_compiling() -> None:
         assert torch.equal(*extra)
 
 
+def test_a_step_without_gradients_is_none_and_parameters_that_were_all_replaced_are_updated() -> None:
+    old, new = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = fusedopt.SGD([old], lr=0.5)
+    torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
+    optimizer.param_groups[0]["params"] = [new]
+    new.grad = torch.ones(3)
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert (old.tolist(), new.tolist()) == ([1.0] * 3, [0.5] * 3)
+
+
 def test_hooks_and_loads_around_a_compiled_step() -> None:
     models, optimizers = _pair("Adam")
     calls: list[int] = []
