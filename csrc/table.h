@@ -13,7 +13,10 @@ enum Slot : int {
   kState0,
   kState1,
   kState2,
-  kStep,  // one float32: how many steps the tensor has taken
+  kMaster,  // what the parameter lacks to be exact: a copy in float32, its low bits, or a compensation
+  kEma,     // average of the parameter over the steps
+  kCopy,    // of the parameter, rounded to another dtype
+  kStep,    // one float32: how many steps the tensor has taken
   kSlots
 };
 

@@ -22,8 +22,8 @@ U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
 
 # csrc/rules/rule.h, csrc/table.h
 HYPERS = 8  # hyperparameters a rule may name
-SLOTS = 6  # columns of addresses: parameter, gradient, three states, step
-ELEMENT_SLOTS = 5  # the slots before the step
+SLOTS = 9  # columns of addresses: csrc/table.h
+ELEMENT_SLOTS = 8  # the slots before the step
 GRAD, STATE0 = 1, 2
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
@@ -255,7 +255,7 @@ class PyTable:
 
         Args:
             row: its index.
-            addresses: of parameter, gradient, three states and step; 0: absent.
+            addresses: of every slot; 0: absent.
             storages: codes of the slots before the step.
             numel: its elements.
             group: index of its group.
@@ -337,7 +337,7 @@ class PyTable:
         Returns:
             ``grads`` u64[rows], ``group_values`` f64[groups, 8], ``group_flags`` u32[groups],
             ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8]. Unless only_step also
-            ``address`` u64[6, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage`` u64[rows],
+            ``address`` u64[9, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage`` u64[rows],
             ``layout`` i32[rows], ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
         """
         self._plan(workers)

@@ -31,7 +31,7 @@ from .sharded import is_sharded, settled
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
-ELEMENT_SLOTS = 5  # parameter, gradient, three states: csrc/table.h
+ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATE_SLOTS = 3
 
 
@@ -260,7 +260,9 @@ class Table:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
-        slots = [None if tensor is None else real_view(local(tensor)) for tensor in (row.param, grad, *states)]
+        tensors: list[Tensor | None] = [row.param, grad, *states]
+        tensors += [None] * (ELEMENT_SLOTS - len(tensors))
+        slots = [None if tensor is None else real_view(local(tensor)) for tensor in tensors]
         param = slots[0]
         assert param is not None  # the parameter is always there
         layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])

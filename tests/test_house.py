@@ -122,7 +122,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "variants.h": ("table.h",),
     "sweep.h": ("variants.h",),
     "host_table": ("table.h", "variants.h", "rules"),
-    "cpu": ("sweep.h", "table.h", "rules"),
+    "cpu": ("sweep.h", "table.h", "types.h", "rules"),
     "cuda": ("sweep.h", "types.h", "rules", "host_table"),
     "tensor_reader.h": ("dlpack.h", "table.h"),
     "dict_watch.h": ("types.h",),

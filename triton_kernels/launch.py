@@ -63,13 +63,13 @@ class Columns:
     Attributes:
         device: where all of them lie.
         rows: tensors in the table.
-        address: int64 [6, rows], of param, grad, three states and step; 0 where the tensor lacks the slot.
+        address: int64 [9, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
         grads: int64 [rows], this step's gradients: 0 none, 1 one of no elements.
         numel: int64 [rows].
         group: int32 [rows].
         storage: int64 [rows], 4 bits a slot.
         layout: int32 [rows], -1 for dense, else an offset into `layouts`.
-        layouts: int64, for each strided tensor ndim, sizes[ndim], strides[ndim] of the first five slots.
+        layouts: int64, for each strided tensor ndim, sizes[ndim], strides[ndim] of the eight element slots.
         chunks: int32 [chunks, 2], tensor and index within the tensor.
         chunk_elements: elements of a chunk, a multiple of 2,048.
         group_values: float64 [groups, 8].

@@ -17,7 +17,10 @@ GRAD = tl.constexpr(1)
 STATE0 = tl.constexpr(2)
 STATE1 = tl.constexpr(3)
 STATE2 = tl.constexpr(4)
-STEP = tl.constexpr(5)
+MASTER = tl.constexpr(5)
+EMA = tl.constexpr(6)
+COPY = tl.constexpr(7)
+STEP = tl.constexpr(8)
 
 HYPERS = tl.constexpr(8)  # hyperparameters a rule may name
 STORAGE_BITS = tl.constexpr(4)  # bits per slot in the storage column
