@@ -66,7 +66,8 @@ def _peers(names: Sequence[str] | None, case: Case) -> list[Peer]:
         if name not in PEERS:
             raise ValueError(f"unknown peer {name!r}: expected some of {', '.join(PEERS)}")
     wanted = [PEERS[name] for name in names] if names else [peer for peer in PEERS.values() if is_ours(peer.name)]
-    reasons = {peer.name: peer.missing(case.device) or peer.unfit(case.optimizer, case.gradients) for peer in wanted}
+    facts = (case.optimizer, case.gradients, case.device, case.shapes.elements)
+    reasons = {peer.name: peer.missing(case.device) or peer.unfit(*facts) for peer in wanted}
     here = [peer for peer in wanted if reasons[peer.name] is None]
     if (names and len(here) < len(wanted)) or not here:
         raise ValueError(

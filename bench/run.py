@@ -62,7 +62,8 @@ class _CaseRun:
     def records(self, peers: Sequence[Peer]) -> list[Record]:
         """Checks, times, and describes every peer."""
         case = self.case
-        reasons = {peer.name: peer.unfit(case.optimizer, case.gradients) for peer in peers}
+        elements = case.shapes.elements
+        reasons = {peer.name: peer.unfit(case.optimizer, case.gradients, case.device, elements) for peer in peers}
         fit = [peer for peer in peers if reasons[peer.name] is None]
         resident = memory.residency(
             case, len(fit), bytes_of_buffers(case.device, case.optimizer), memory.available_bytes(case.device)

@@ -65,6 +65,7 @@ class Peer:
         default_devices: Device types on which it takes part without being asked for; those left out need long
             to compile there.
         static_gradients: Whether gradients must keep their addresses from step to step.
+        most_elements: Parameters, beyond which a CPU step of it takes seconds; None for any number.
         launches: Counts the launches of this process so far, where the peer can say.
     """
 
@@ -76,6 +77,7 @@ class Peer:
     unavailable: Callable[[str], str | None] = lambda device: None
     default_devices: tuple[str, ...] = ("cpu", "cuda")
     static_gradients: bool = False
+    most_elements: int | None = None
     launches: Callable[[], int] | None = None
 
     def missing(self, device: str) -> str | None:
@@ -86,8 +88,10 @@ class Peer:
             return f"runs on {' and '.join(self.devices)} only"
         return self.unavailable(device)
 
-    def unfit(self, optimizer: str, gradients: str) -> str | None:
+    def unfit(self, optimizer: str, gradients: str, device: str, elements: int) -> str | None:
         """Why this peer cannot run one kind of case, or None."""
+        if device == "cpu" and self.most_elements is not None and elements > self.most_elements:
+            return f"takes seconds a step on a CPU for more than {self.most_elements:,} elements"
         if optimizer not in self.optimizers:
             return f"has no {optimizer}"
         if self.static_gradients and gradients != "kept":
