@@ -22,7 +22,7 @@ PY := $(VENV)/bin/python
 KEY := $(shell cat pyproject.toml build_support/environment.py <(echo '$(TORCH)') | sha256sum | cut -c1-12)
 READY := $(VENV)/.ready-$(KEY)
 
-.PHONY: help env build lint test bench gpu conformance sanitize soak mutate test-stacks test-install format clean distclean
+.PHONY: help env build lint test bench gate gpu conformance sanitize soak mutate test-stacks test-install format clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench: build ## environment, build, benchmark against torch.optim, char-LM train
 	@mkdir -p $(OUT)
 	$(PY) -m bench --out $(OUT)
 	$(PY) examples/train_charlm.py --out $(OUT)/charlm
+
+gate: build ## a minute: is fusedopt still as much faster than torch fused as it should be?
+	$(PY) -m bench gate
 
 # What needs a GPU, in one go and offline: nothing is installed, PYTHON must have torch, triton, ninja, pybind11, pytest.
 # Tests and benchmark run even if one fails; together they stay under 8 minutes. Where compute-sanitizer is, it watches
