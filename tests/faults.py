@@ -31,6 +31,7 @@ class Suite:
 INTERPRETER = {"TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
 
 BITS = Suite("bits", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (emulated-3x64 or cpu-baseline-2)"))
+USUAL = Suite("usual branches", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (cpu-Adam or cpu-SGD)"))
 UNSCALED = Suite("unscaled", ("tests/test_bits.py", "-k", "unscaled and (emulated or cpu)"))
 CHUNKS = Suite("chunks", ("tests/test_bits.py", "-k", "chunks and (emulated or cpu)"))
 CODECS = Suite("codecs", ("tests/test_codecs.py", "-k", "cpu or emulated"))
@@ -39,7 +40,7 @@ LAYOUTS = Suite("layouts", ("tests/test_layouts.py", "-k", "cpu or emulated"))
 STEP = Suite("step", ("tests/test_step.py", "-k", "cpu or emulated or threads or forked or mode or checkpoint"))
 OVERRUNS = Suite("overruns", ("tests/test_sanitizers.py", "-k", "random_tables_plans"))
 COLLECTED = Suite("collected", ("tests/contract/test_behaviours.py", "-k", "garbage"))
-MOVED = Suite("moved states", ("tests/contract/test_behaviours.py", "-k", "found-by-refresh"))
+MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
 REFERENCE = Suite("reference", ("tests/test_accuracy.py", "tests/test_bits.py", "-k", "reference or cpu-baseline-2"))
 INTERPRETED = Suite("interpreted", ("tests/test_bits.py", "-k", "f32 and not unscaled"), INTERPRETER)
@@ -231,7 +232,7 @@ FAULTS: tuple[Fault, ...] = (
         ENGINE,
         "rule.branches != kBranches ||",
         "(rule.branches & kBranches) != kBranches ||",
-        (BITS,),
+        (USUAL,),
     ),
     Fault("cpu: the plain loop for gradients with a scale", ENGINE, " || !gradient.is_plain()", "", (UNSCALED, BITS)),
     Fault(
