@@ -591,8 +591,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int>(), py::arg("device"))
       .def_property_readonly("architecture", &CudaLaunch::architecture)
       .def_property_readonly("captures", &CudaLaunch::captures);
-  m.def("cuda_unavailable", &cuda_unavailable,
-        "Why CUDA kernels can not be launched on this machine; empty: they can.");
+  m.def("cuda_unavailable", &cuda_unavailable, py::arg("device") = -1,
+        "Why CUDA kernels can not be launched on this device, or on any (-1), of this machine; empty: they can.");
 }
 
 }  // namespace fusedopt

@@ -111,16 +111,15 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
   constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
   constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
-  const int used = kState0 + rule.states();           // those it has
   typename Access::template Packet<C, N> packet[kUsed] = {};
   X x[kElementSlots][M];
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s < used)
+    if (Access::has(chunk, rule, s))
       Access::template fetch<W>(packet[s], V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s));
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s < used)
+    if (Access::has(chunk, rule, s))
       Access::template decode<W>(packet[s], V::storage(s, chunk.storage), x[s], count);
     else
       for (int k = 0; k < M; ++k) x[s][k] = X{};
@@ -129,7 +128,7 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   for (int k = 0; k < M; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s != kGrad && s < used)
+    if (s != kGrad && Access::has(chunk, rule, s))
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
                                 count);
 }

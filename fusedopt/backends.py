@@ -72,7 +72,7 @@ class Cuda:
             return f"it serves CUDA devices, not {device}"
         if torch.version.hip:
             return "this torch is built for ROCm"
-        return str(compiled.cuda_unavailable())
+        return str(compiled.cuda_unavailable(-1 if device.index is None else device.index))
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See Backend."""

@@ -6,7 +6,7 @@ Torch casts state to the parameter's dtype (https://github.com/pytorch/pytorch/i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -43,6 +43,7 @@ def read(
         ValueError: it is that of another model or of another optimizer.
         RuntimeError: it asks for options that exclude each other.
     """
+    _check_form(state_dict)
     saved_groups: list[dict[str, Any]] = deepcopy(state_dict["param_groups"])
     _check_sizes(groups, saved_groups)
     ids = list(chain.from_iterable(group["params"] for group in saved_groups))
@@ -69,6 +70,32 @@ def as_step(step: Any, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         return step.detach().to(dtype=torch.float32, device=device).reshape(())
     return torch.tensor(float(step), dtype=torch.float32, device=device)
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Refuses what no optimizer can have saved: parts that are missing, or of another type."""
+    _expect("loaded state dict", state_dict, Mapping)
+    _expect("'state' of the loaded state dict", _part("loaded state dict", state_dict, "state"), Mapping)
+    groups = _part("loaded state dict", state_dict, "param_groups")
+    _expect("'param_groups' of the loaded state dict", groups, Sequence)
+    for index, group in enumerate(groups):
+        name = f"group {index} of the loaded state dict"
+        _expect(name, group, dict)
+        params = _part(name, group, "params")
+        _expect(f"'params' of {name}", params, Sequence)
+        for key in params:
+            _expect(f"a parameter of {name}", key, Hashable)
+
+
+def _part(name: str, whole: Mapping[str, Any], key: str) -> Any:
+    if key not in whole:
+        raise ValueError(f"{name} has no '{key}'")
+    return whole[key]
+
+
+def _expect(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, but it is a {type(value).__name__}")
 
 
 def _check_sizes(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
@@ -100,6 +127,7 @@ def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
 
 def _fitted(rule: Rule, name: str, param: Tensor, value: Mapping[str, Any]) -> dict[str, Any]:
     """The state of one parameter, on its device."""
+    _expect(f"loaded state of {name}", value, Mapping)
     if rule.keeps_step:
         check_step(name, value, rule.states)
     for key in rule.states:

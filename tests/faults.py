@@ -31,12 +31,16 @@ class Suite:
 INTERPRETER = {"TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
 
 BITS = Suite("bits", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (emulated-3x64 or cpu-baseline-2)"))
+USUAL = Suite("usual branches", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (cpu-Adam or cpu-SGD)"))
 UNSCALED = Suite("unscaled", ("tests/test_bits.py", "-k", "unscaled and (emulated or cpu)"))
 CHUNKS = Suite("chunks", ("tests/test_bits.py", "-k", "chunks and (emulated or cpu)"))
 CODECS = Suite("codecs", ("tests/test_codecs.py", "-k", "cpu or emulated"))
 SIZES = Suite("sizes", ("tests/test_sizes.py", "-k", "cpu or emulated"))
 LAYOUTS = Suite("layouts", ("tests/test_layouts.py", "-k", "cpu or emulated"))
 STEP = Suite("step", ("tests/test_step.py", "-k", "cpu or emulated or threads or forked or mode or checkpoint"))
+OVERRUNS = Suite("overruns", ("tests/test_sanitizers.py", "-k", "random_tables_plans"))
+COLLECTED = Suite("collected", ("tests/contract/test_behaviours.py", "-k", "garbage"))
+MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
 REFERENCE = Suite("reference", ("tests/test_accuracy.py", "tests/test_bits.py", "-k", "reference or cpu-baseline-2"))
 INTERPRETED = Suite("interpreted", ("tests/test_bits.py", "-k", "f32 and not unscaled"), INTERPRETER)
@@ -74,6 +78,10 @@ CODEC = "csrc/storage/codec.h"
 SWEEP = "csrc/sweep.h"
 KERNEL = "csrc/cuda/kernel.h"
 ACCESS = "csrc/cuda/access.h"
+ENGINE = "csrc/cpu/engine.cpp"
+HOST_ACCESS = "csrc/cpu/access.h"
+VECTOR = "csrc/cpu/vector.h"
+BINDINGS = "csrc/bindings.cpp"
 TRITON_RULES = "triton_kernels/rules.py"
 TRITON_STORAGE = "triton_kernels/storage.py"
 TRITON_SWEEP = "triton_kernels/sweep.py"
@@ -82,9 +90,9 @@ PYTHON = "fusedopt/reference.py"
 
 FAULTS: tuple[Fault, ...] = (
     # the rules
-    Fault("adamw: decay dropped", ADAM, "decay != C(0) ? update + decay * p : update", "update", (BITS,)),
-    Fault("adam: l2 dropped", ADAM, "g = l2 != C(0) ? g + l2 * p : g;", "", (BITS,)),
-    Fault("adam: betas swapped", ADAM, "g, one_minus_beta1, beta1)", "g, one_minus_beta2, beta2)", (BITS,)),
+    Fault("adamw: decay dropped", ADAM, "has(kDecay) ? update + decay * p : update", "update", (BITS,)),
+    Fault("adam: l2 dropped", ADAM, "g = has(kL2) ? g + l2 * p : g;", "", (BITS,)),
+    Fault("adam: betas swapped", ADAM, "g, one_minus_beta1, beta1, has", "g, one_minus_beta2, beta2, has", (BITS,)),
     Fault(
         "adam: bias correction a step late", ADAM, "power(h.value[kBeta2], t)", "power(h.value[kBeta2], t + 1)", (BITS,)
     ),
@@ -92,31 +100,32 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "amsgrad: the last, not the largest",
         ADAM,
-        "amsgrad ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq",
+        "has(kMaximum) ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq",
         "exp_avg_sq",
         (BITS,),
     ),
     Fault(
-        "adam: a product is not rounded",
+        "adam: products rounded in another order",
         ADAM,
-        "exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;",
-        "exp_avg_sq = C(double(beta2) * double(exp_avg_sq) + double(one_minus_beta2 * g * g));",
+        "one_minus_beta2 * g * g;",
+        "one_minus_beta2 * (g * g);",
         (BITS,),
     ),
-    Fault("lerp from the wrong end", RULE, "weight < C(0.5)", "weight >= C(0.5)", (BITS,)),
-    Fault("maximum loses NaN", RULE, "(a > b || a != a)", "(a > b)", (BITS,)),
-    Fault("sgd: nesterov dropped", SGD, "nesterov ? g + momentum * velocity : velocity", "velocity", (BITS,)),
-    Fault("sgd: first velocity dampened", SGD, "first ? g :", "first ? one_minus_dampening * g :", (BITS,)),
+    Fault("lerp from the wrong end", RULE, "return nearer_to_end ?", "return !nearer_to_end ?", (BITS,)),
+    Fault("adam: the nearer end is always the first", ADAM, "!(one_minus_beta1 < C(0.5))", "false", (BITS,)),
+    Fault("maximum loses NaN", RULE, "(a > b) | (a != a)", "(a > b)", (BITS,)),
+    Fault("sgd: nesterov dropped", SGD, "has(kLooksAhead) ? g + momentum * velocity : has", "has", (BITS,)),
+    Fault("sgd: first velocity dampened", SGD, "has(kFirst) ? g :", "has(kFirst) ? one_minus_dampening * g :", (BITS,)),
     Fault("sgd: dampening dropped", SGD, "+ one_minus_dampening * g;", "+ g;", (BITS,)),
-    Fault("sgd: decay dropped", SGD, "weight_decay != C(0) ? g + weight_decay * p : g", "g", (BITS,)),
+    Fault("sgd: decay dropped", SGD, "has(kL2) ? g + weight_decay * p : g", "g", (BITS,)),
     # the codecs
     Fault("bf16: truncated", CODEC, "(bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16", "bits >> 16", (CODECS,)),
     Fault("bf16: ties away from zero", CODEC, "0x7FFFu + ((bits >> 16) & 1u)", "0x8000u", (CODECS,)),
-    Fault("bf16: NaN becomes infinite", CODEC, "x != x ? 0x7FC0u : rounded", "rounded", (CODECS,)),
-    Fault("f16: denormals read as zero", CODEC, "exponent == 0 ? denormal :", "exponent == 0 ? 0u :", (CODECS,)),
+    Fault("bf16: NaN becomes infinite", CODEC, "x != x ? nan : rounded", "rounded", (CODECS,)),
+    Fault("f16: denormals read as zero", CODEC, "exponent == 0u ? denormal :", "exponent == 0u ? U{} :", (CODECS,)),
     Fault("f16: overflow a value early", CODEC, "magnitude >= (143u << 23)", "magnitude >= (142u << 23)", (CODECS,)),
     # what happens to a chunk
-    Fault("gradient not unscaled", SWEEP, "    if (unscale)\n", "    if (false)\n", (UNSCALED,)),
+    Fault("gradient not unscaled", SWEEP, "    if (unscale) {\n", "    if (false) {\n", (UNSCALED,)),
     Fault("unscaled by the reciprocal", SWEEP, "g[k] = g[k] / scale;", "g[k] = g[k] * (C(1) / scale);", (UNSCALED,)),
     Fault("maximize dropped", SWEEP, "negate((flags & kMaximize) != 0)", "negate((flags & 0u) != 0)", (BITS,)),
     Fault(
@@ -203,17 +212,51 @@ FAULTS: tuple[Fault, ...] = (
     # the CPU engine
     Fault(
         "cpu: a rule outlives its step count",
-        "csrc/cpu/engine.cpp",
+        ENGINE,
         "group == group_ && step == step_ &&",
         "group == group_ &&",
         (BITS,),
     ),
     Fault(
         "cpu: a tail is written to its full width",
-        "csrc/cpu/access.h",
-        "W::kPartial ? count : W::value;",
-        "W::value;",
+        HOST_ACCESS,
+        "buffer, u64(count) * sizeof(T));",
+        "buffer, sizeof(buffer));",
         (SIZES,),
+    ),
+    Fault("cpu: a tail is an element short", HOST_ACCESS, "i, chunk.size - i);", "i, chunk.size - i - 1);", (SIZES,)),
+    Fault("cpu: a whole vector where an element is missing", HOST_ACCESS, "i + N <= ch", "i + N - 1 <= ch", (SIZES,)),
+    Fault("cpu: a tail is read to its full width", HOST_ACCESS, "if (W::kPartial) {", "if (false) {", (OVERRUNS,)),
+    Fault(
+        "cpu: usual branches taken for the rule's own",
+        ENGINE,
+        "rule.branches != kBranches ||",
+        "(rule.branches & kBranches) != kBranches ||",
+        (USUAL,),
+    ),
+    Fault("cpu: the plain loop for gradients with a scale", ENGINE, " || !gradient.is_plain()", "", (UNSCALED, BITS)),
+    Fault(
+        "cpu: avx2 narrows the lower half twice",
+        VECTOR,
+        "extracti128_si256(all, 1)",
+        "extracti128_si256(all, 0)",
+        (CODECS,),
+    ),
+    Fault("cpu: avx512 loses the last lane", VECTOR, "kAll = 0xFFFF;", "kAll = 0x7FFF;", (CODECS,)),
+    Fault("cpu: avx512 saturates what it narrows", VECTOR, "maskz_cvtepi32_epi16", "maskz_cvtsepi32_epi16", (CODECS,)),
+    Fault(
+        "cpu: references to parameters not given back",
+        BINDINGS,
+        "for (Watch& watch : watches_) watch.hold = Hold();",
+        "",
+        (COLLECTED,),
+    ),
+    Fault(
+        "cpu: states given other memory not seen",
+        BINDINGS,
+        "if (watch.state_addresses != addresses_of(watch)) return false;",
+        "(void)watch;",
+        (MOVED,),
     ),
     Fault(
         "cpu: first chunk left out",

@@ -229,6 +229,8 @@ def check_load(name: str, data: st.DataObject) -> None:
     state_dict = data.draw(spoilt(optimizer.state_dict()))
     try:
         optimizer.load_state_dict(state_dict)
+    except (AttributeError, LookupError):
+        raise  # a refusal that says nothing of the checkpoint
     except Exception:
         step(params, optimizer)
         step(twins, twin)

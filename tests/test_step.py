@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
+from fusedopt.base import ADDRESS_CHECK_PERIOD
 
 from .running import ONE_RUN_EACH, Run, as_params
 from .tensors import same_bits
@@ -219,6 +220,17 @@ def test_momentum_that_is_switched_on_begins_with_the_gradient() -> None:
     optimizer.step()
     assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((5,), 0.5 + 0.75))
     assert torch.equal(param.detach(), torch.full((5,), -1 - 1 - 1.25))
+
+
+def test_a_state_given_other_memory_is_found_without_being_told() -> None:
+    param = Parameter(torch.zeros(5))
+    param.grad = torch.zeros(5)
+    optimizer = fusedopt.SGD([param], lr=1.0, momentum=1.0)
+    optimizer.step()
+    optimizer.state[param]["momentum_buffer"].data = torch.ones(5)
+    for _ in range(ADDRESS_CHECK_PERIOD):
+        optimizer.step()
+    assert not torch.equal(param.detach(), torch.zeros(5))
 
 
 def test_refresh_finds_state_tensors_that_were_replaced() -> None:

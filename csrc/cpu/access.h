@@ -17,6 +17,12 @@ struct HostAccess {
   template <class C, int N>
   using Lanes = Vector<C, (N < kLanes<C> ? N : kLanes<C>)>;
 
+  // Whether a rule reads and writes a slot: known to the compiler where the rule's branches are.
+  template <class Rule>
+  FUSEDOPT_FN static bool has(const ChunkView&, const Rule& rule, int slot) {
+    return slot < kState0 + rule.states();
+  }
+
   // Elements at a time. Where the storage is known, one AVX-512 vector per slot: values stay in registers from load to
   // store. Where the conversion is a call, a longer block pays for it.
   template <class V>

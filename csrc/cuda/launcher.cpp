@@ -26,6 +26,29 @@ int attribute(driver::Device device, int which) {
   return value;
 }
 
+// Compute capability, 90 for 9.0.
+int architecture_of(driver::Device device) {
+  return 10 * attribute(device, driver::kCapabilityMajor) + attribute(device, driver::kCapabilityMinor);
+}
+
+// A cubin runs on its own major version from its minor version up; PTX on anything newer.
+const DeviceImage* best_image(const std::string& stem, int architecture) {
+  const DeviceImage* best = nullptr;
+  for (size_t k = 0; k < kDeviceImageCount; ++k) {
+    const DeviceImage& image = kDeviceImages[k];
+    if (stem != image.rule || image.sm > architecture) continue;
+    if (!image.ptx && image.sm / 10 != architecture / 10) continue;
+    if (best == nullptr || (best->ptx && !image.ptx) || (best->ptx == image.ptx && image.sm > best->sm)) best = &image;
+  }
+  return best;
+}
+
+std::string no_image(int architecture) {
+  const std::string number = std::to_string(architecture);
+  return "this build has no kernels for compute capability " + number + " (it has: " + kBuildArchs +
+         "); rebuild with FUSEDOPT_CUDA_ARCHS=" + number;
+}
+
 // One GPU: its context, and the modules loaded into it.
 class Gpu {
  public:
@@ -63,33 +86,17 @@ class Gpu {
   explicit Gpu(int index) {
     check(api().device_get(&device_, index), "cuDeviceGet");
     check(api().primary_context(&context_, device_), "cuDevicePrimaryCtxRetain");
-    architecture_ = 10 * attribute(device_, driver::kCapabilityMajor) + attribute(device_, driver::kCapabilityMinor);
+    architecture_ = architecture_of(device_);
     multiprocessors_ = attribute(device_, driver::kMultiprocessors);
   }
 
   driver::Module module(const std::string& stem) {
     driver::Module& module = modules_[stem];
     if (module != nullptr) return module;
-    const DeviceImage* const image = best_image(stem);
-    if (image == nullptr)
-      throw std::runtime_error("this build has no kernels for compute capability " + std::to_string(architecture_) +
-                               " (it has: " + kBuildArchs +
-                               "); rebuild with FUSEDOPT_CUDA_ARCHS=" + std::to_string(architecture_));
+    const DeviceImage* const image = best_image(stem, architecture_);
+    if (image == nullptr) throw std::runtime_error(no_image(architecture_));
     check(api().load_module(&module, image->data), ("cuModuleLoadData " + stem).c_str());
     return module;
-  }
-
-  // A cubin runs on its own major version from its minor version up; PTX on anything newer.
-  const DeviceImage* best_image(const std::string& stem) const {
-    const DeviceImage* best = nullptr;
-    for (size_t k = 0; k < kDeviceImageCount; ++k) {
-      const DeviceImage& image = kDeviceImages[k];
-      if (stem != image.rule || image.sm > architecture_) continue;
-      if (!image.ptx && image.sm / 10 != architecture_ / 10) continue;
-      if (best == nullptr || (best->ptx && !image.ptx) || (best->ptx == image.ptx && image.sm > best->sm))
-        best = &image;
-    }
-    return best;
   }
 
   driver::Device device_ = 0;
@@ -237,9 +244,16 @@ void fill_inline_columns(const HostTable& table, KernelParams& params) {
   }
 }
 
-std::string cuda_unavailable() {
+std::string cuda_unavailable(int device) {
   if (kDeviceImageCount == 0) return std::string("this build has no device code (") + kDeviceCompiler + ")";
-  return driver::why_unavailable();
+  const std::string why = driver::why_unavailable();
+  if (!why.empty() || device < 0) return why;
+  driver::Device handle = 0;
+  check(api().device_get(&handle, device), "cuDeviceGet");
+  const int architecture = architecture_of(handle);
+  for (const std::string& stem : rule_names())
+    if (best_image(stem, architecture) == nullptr) return no_image(architecture);
+  return "";
 }
 
 // What a captured launch reads from device memory beside the table. A graph is replayed after the host has moved on, so

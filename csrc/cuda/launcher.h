@@ -13,8 +13,8 @@ namespace fusedopt {
 // Copies groups and gradient addresses into the parameters where they fit.
 void fill_inline_columns(const HostTable& table, KernelParams& params);
 
-// Why no kernel can be launched on this machine by this build; empty: it can.
-std::string cuda_unavailable();
+// Why no kernel can be launched on a device of this machine by this build; empty: it can. -1: on any device at all.
+std::string cuda_unavailable(int device);
 
 // The launches of one table on one device. Everything goes to the stream it is given, in order.
 class CudaLaunch {

@@ -74,7 +74,7 @@ FUSEDOPT_FN X lerp(X start, X end, C weight, C one_minus_weight, bool nearer_to_
 // The larger of two; NaN if either is NaN, as torch.maximum.
 template <class X>
 FUSEDOPT_FN X maximum(X a, X b) {
-  return (a > b) | (a != a) ? a : b;
+  return ((a > b) | (a != a)) ? a : b;
 }
 
 }  // namespace fusedopt

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ STEPS = 8
 # step 5 it stops halfway and says so.
 WRITER = """
 import io, os, sys, time
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from tests.contract.test_checkpoint_files import begin, steps
@@ -138,3 +141,55 @@ def test_loading_tensors_that_are_right_already_copies_none() -> None:
     again = fusedopt.AdamW(params)
     again.load_state_dict(saved)
     assert again.state[params[0]]["exp_avg"] is saved["state"][0]["exp_avg"]
+
+
+def without(state_dict: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in state_dict.items() if name != key}
+
+
+SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no state": (lambda saved: without(saved, "state"), "loaded state dict has no 'state'"),
+    "no groups": (lambda saved: without(saved, "param_groups"), "loaded state dict has no 'param_groups'"),
+    "state of another type": (
+        lambda saved: {**saved, "state": [1]},
+        "'state' of the loaded state dict must be a Mapping, but it is a list",
+    ),
+    "groups of another type": (
+        lambda saved: {**saved, "param_groups": {}},
+        "'param_groups' of the loaded state dict must be a Sequence, but it is a dict",
+    ),
+    "a group of another type": (
+        lambda saved: {**saved, "param_groups": [None]},
+        "group 0 of the loaded state dict must be a dict, but it is a NoneType",
+    ),
+    "a group without parameters": (
+        lambda saved: {**saved, "param_groups": [without(saved["param_groups"][0], "params")]},
+        "group 0 of the loaded state dict has no 'params'",
+    ),
+    "parameters of another type": (
+        lambda saved: {**saved, "param_groups": [{**saved["param_groups"][0], "params": 3}]},
+        "'params' of group 0 of the loaded state dict must be a Sequence, but it is a int",
+    ),
+    "a parameter that is no key": (
+        lambda saved: {**saved, "param_groups": [{**saved["param_groups"][0], "params": [{}]}]},
+        "a parameter of group 0 of the loaded state dict must be a Hashable, but it is a dict",
+    ),
+    "state of a parameter of another type": (
+        lambda saved: {**saved, "state": {0: torch.ones(3)}},
+        "must be a Mapping, but it is a Tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_no_optimizer_can_have_saved_is_refused_by_what_is_wrong_and_changes_nothing(name: str) -> None:
+    spoil, words = SPOILT[name]
+    param = nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.Adam([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    before, groups = dict(optimizer.state[param]), optimizer.param_groups
+    with pytest.raises(ValueError, match=re.escape(words)):
+        optimizer.load_state_dict(spoil(optimizer.state_dict()))
+    assert optimizer.param_groups is groups
+    assert all(optimizer.state[param][key] is value for key, value in before.items())
