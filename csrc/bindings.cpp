@@ -216,6 +216,11 @@ class Table {
     return live_params_;
   }
 
+  // What else a launch does: the options of fusedopt/phase.py.
+  void set_phase(u32 flags, double ema_decay, u64 ema_decay_tensor) {
+    host_.set_phase({flags, ema_decay, float_pointer(ema_decay_tensor)});
+  }
+
   void launch_on_cpu(int threads, const std::string& isa, u64 grad_scale, u64 found_inf) {
     host_.plan(threads, kLeaf, kCpuChunk);
     const LaunchParams launch = host_.params(float_pointer(grad_scale), float_pointer(found_inf));
@@ -564,6 +569,7 @@ PYBIND11_MODULE(_C, m) {
       .def("resize", &Table::resize, py::arg("rows"), py::arg("group_sizes"))
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("numel"),
            py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"), py::arg("keep"))
+      .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("ema_decay"), py::arg("ema_decay_tensor"))
       .def("set_places", &Table::set_places, py::arg("places"))
       .def("watch_states", &Table::watch_states, py::arg("states"))
       .def("watch_state", &Table::watch_state, py::arg("row"), py::arg("state"), py::arg("entries"))

@@ -63,6 +63,14 @@ void HostTable::revise() {
   revision_ = ++revisions;
 }
 
+void HostTable::set_phase(const Phase& phase) {
+  if (phase.flags != phase_.flags) {
+    variant_ = -1;
+    revise();
+  }
+  phase_ = phase;
+}
+
 void HostTable::resize_groups(u64 groups) { groups_.resize(groups); }
 
 bool HostTable::plan(i64 workers, i64 least, i64 most) {
@@ -85,7 +93,7 @@ int HostTable::variant() {
   if (variant_ >= 0) return variant_;
   int param_storage = kNone;
   int state_storage = kNone;
-  u32 features = 0;
+  u32 features = phase_.flags != 0 ? u32(kSideFeature) : 0u;
   for (u64 t = 0; t < rows_; ++t) {
     if (slot(kParam, t) == 0) continue;  // never had a gradient
     if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;
@@ -93,6 +101,7 @@ int HostTable::variant() {
       if (slot(s, t) == 0 && s != kGrad) continue;
       const int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
       if (storage == kFloat64) features |= kDoubleFeature;
+      if (s == kCopy) continue;  // read at run time by every variant
       int& common = s < kState0 ? param_storage : state_storage;
       common = merge(common, storage);
     }
@@ -132,6 +141,7 @@ LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) 
   launch.grad_scale = grad_scale;
   launch.found_inf = found_inf;
   launch.arrivals = &arrivals_;
+  launch.phase = phase_;
   return launch;
 }
 

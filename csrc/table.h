@@ -1,6 +1,7 @@
 // The tensor table, the chunk plan and the parameters of one launch, as the kernels see them: plain arrays.
 #pragma once
 
+#include "phase.h"
 #include "rules/rule.h"
 #include "storage/storage.h"
 
@@ -62,6 +63,7 @@ struct LaunchParams {
   const float* grad_scale;  // null, or gradients are divided by it
   const float* found_inf;   // null, or nothing at all changes where it is not 0
   u32* arrivals;            // blocks that have finished; the last one advances the steps and sets it back to 0
+  Phase phase;              // what else happens in the pass; read by variants with kSideFeature only
 };
 
 }  // namespace fusedopt

@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import reference
 from .core import compiled, why_not_compiled
-from .table import Table, local, real_view
+from .phase import EMA
+from .table import Row, Table, local, real_view
 
 # Best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -119,6 +121,8 @@ class Reference:
         """See Backend."""
         _count_launch()
         if found_inf is not None and float(found_inf) != 0.0:
+            for row in table.live_rows() if table.phase.zero_grads else ():
+                local(row.param.grad).zero_()  # type: ignore[arg-type]
             return
         scale = None if grad_scale is None else float(grad_scale)
         for row in table.live_rows():
@@ -135,8 +139,22 @@ class Reference:
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
+            if table.phase.flags:
+                _write_sides(table, row, step, dtype)
             if row.step is not None:
                 row.step += 1
+
+
+def _write_sides(table: Table, row: Row, step: int, dtype: torch.dtype) -> None:
+    """Average, copy and cleared gradient of one row, after its update."""
+    param = real_view(local(row.param))
+    if EMA in table.phase.states:
+        ema = real_view(local(row.states[EMA]))
+        ema.copy_(reference.average(ema.to(dtype), param.to(dtype), step=step, decay=table.decay_at(step)))
+    if row.copy is not None:
+        real_view(local(row.copy)).copy_(param.to(dtype))
+    if table.phase.zero_grads and row.gradient is not None:
+        local(row.gradient).zero_()
 
 
 class Emulated:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
+from .phase import EMA, Phase, check_copy, check_distinct
 from .rules import Rule
 from .sharded import is_sharded
 from .table import Row, Table, separate
@@ -34,16 +36,20 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor | None
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
-        """Takes parameters and defaults as ``torch.optim.Optimizer``, and the name of a backend or None."""
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], backend: str | None, phase: Phase | None = None
+    ) -> None:
+        """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
         find_backend(backend)
         self._requested_backend = backend
+        self._phase = Phase() if phase is None else phase
         self._hidden_steps: dict[Tensor, Tensor] = {}
         self._forget_tables()
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []
         self._is_sharded = False
         super().__init__(params, defaults)
+        self._copies()  # refuses those that do not fit
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one launch per device.
@@ -66,6 +72,42 @@ class FusedOptimizer(Optimizer):
         else:
             self._launch()
         return loss
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Puts the averages in the place of the parameters, for an evaluation, and the parameters back at its end.
+
+        A parameter that has no average yet keeps its value. Values change places, tensors do not: what a CUDA graph or
+        a gradient bucket points to stays valid. No step may be taken within.
+
+        Raises:
+            RuntimeError: no average is kept.
+
+        Example:
+            >>> import torch, fusedopt
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = fusedopt.SGD([weight], lr=0.5, ema_decay=0.5)
+            >>> for _ in range(2):
+            ...     weight.grad = torch.ones(2)
+            ...     optimizer.step()
+            >>> with optimizer.swap_ema():
+            ...     weight.tolist()
+            [0.25, 0.25]
+            >>> weight.tolist()
+            [0.0, 0.0]
+        """
+        if self._phase.ema_decay is None:
+            raise RuntimeError("no average is kept: construct the optimizer with ema_decay")
+        held = [(param, param.detach().clone()) for param, state in self.state.items() if EMA in state]
+        with torch.no_grad():
+            for param, _ in held:
+                param.copy_(self.state[param][EMA])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in held:
+                    param.copy_(value)
 
     def refresh(self) -> None:
         """Looks at all tensors again.
@@ -141,6 +183,7 @@ class FusedOptimizer(Optimizer):
         """What pickle and deepcopy keep: tables are rebuilt when next needed."""
         state: dict[str, Any] = super().__getstate__()
         state["_requested_backend"] = self._requested_backend
+        state["_phase"] = self._phase
         kept = self._hidden_steps.keys() & self.state.keys()
         state["_hidden_steps"] = {param: self._hidden_steps[param] for param in kept}
         return state
@@ -151,6 +194,8 @@ class FusedOptimizer(Optimizer):
         self._number = traced.register(self)
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
+        if not hasattr(self, "_phase"):
+            self._phase = Phase()
         super().__setstate__(state)
         self._see_params()
         self._forget_tables()
@@ -200,7 +245,36 @@ class FusedOptimizer(Optimizer):
             params = table.live_params()
             if params:
                 _increment_version(params)
+                self._announce(table, params)
                 backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
+
+    def _announce(self, table: Table, params: list[Tensor]) -> None:
+        """Tells a table, and autograd, what else the launch does."""
+        phase = self._phase
+        if not phase.flags:
+            return
+        decay = phase.ema_decay
+        table.ema_decay = _on(table.device, decay) if isinstance(decay, Tensor) else decay
+        table.announce()
+        if phase.zero_grads:
+            _increment_version([param.grad for param in params if param.grad is not None])
+        if phase.copy_to is not None:
+            _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
+
+    def _copies(self) -> dict[Tensor, Tensor]:
+        """The checked copy of each parameter that has one."""
+        copies = self._phase.copies([param for group in self.param_groups for param in group["params"]])
+        for g, group in enumerate(self.param_groups) if copies else ():
+            for k, param in enumerate(group["params"]):
+                if param in copies:
+                    check_copy(self._name_of(g, k), param, copies[param])
+        params = [
+            (self._name_of(g, k), p) for g, group in enumerate(self.param_groups) for k, p in enumerate(group["params"])
+        ]
+        if copies:
+            named = [(f"copy_to of {name}", copies[param]) for name, param in params if param in copies]
+            check_distinct([*named, *params], among=len(named))
+        return copies
 
     @torch.no_grad()
     def _trace_launch(self) -> None:
@@ -242,15 +316,18 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
+        copies = self._copies()
         for g, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):
                 on_device = rows.setdefault(local(param).device, [])
-                on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param))
+                on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param, copy=copies.get(param)))
         tables: list[tuple[Table, Backend]] = []
         for device, device_rows in rows.items():
             for part in separate(device_rows):
                 launcher = self._launchers.get((device, len(tables)))
-                table = Table(self._rule, device, self.param_groups, part, self.state, self._hidden_steps, launcher)
+                table = Table(
+                    self._rule, device, self.param_groups, part, self.state, self._hidden_steps, launcher, self._phase
+                )
                 table.refresh()
                 tables.append((table, _backend_for(table, self._requested_backend)))
         return tables

@@ -56,6 +56,9 @@ class Core(Protocol):
     def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
+    def set_phase(self, flags: int, ema_decay: float, ema_decay_tensor: int) -> None:
+        """What else a launch does: bits of ``enum PhaseFlag``, a decay, or where to read it; 0: the decay itself."""
+
     def hold_params(self, wanted: bool) -> None:
         """Whether ``refresh`` lets torch's C++ side count a reference to every parameter: see ``fusedopt.holds``."""
 

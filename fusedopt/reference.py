@@ -174,6 +174,18 @@ def adam(
     return AdamUpdate(param - update, m, v, v_max)
 
 
+def average(ema: Tensor, param: Tensor, *, step: int, decay: float) -> Tensor:
+    """The average of a parameter after its step: ``decay·ema + (1 − decay)·param``; at step 1 the parameter.
+
+    Args:
+        ema: the average so far, in the dtype of the computation.
+        param: the parameter after the step, the same.
+        step: the count of this step, from 1.
+        decay: share of the old average that stays.
+    """
+    return param.clone() if step <= 1 else lerp(ema, param, 1.0 - decay, decay)
+
+
 def _scalar(x: float, like: Tensor) -> Tensor:
     """A hyperparameter, rounded once to the dtype of the computation."""
     return torch.tensor(x, dtype=torch.float64, device="cpu").to(dtype=like.dtype, device=like.device)

@@ -7,7 +7,7 @@ in between, the compiled table only reads gradients again. All checks happen her
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .check import (
 )
 from .core import STORAGES, Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
+from .phase import EMA, Phase, average_dtype, check_cleared
 from .rules import Rule
 from .sharded import is_sharded, settled
 
@@ -33,6 +34,7 @@ __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATE_SLOTS = 3
+NOTHING = Phase()
 
 
 @dataclass(eq=False)
@@ -49,6 +51,7 @@ class Row:
         step: float32 count of its steps; None for a rule that needs no count here.
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
         addresses: of the state tensors, when the row was made.
+        copy: what the parameter is written to as it is updated; None: nothing.
     """
 
     index: int
@@ -60,6 +63,7 @@ class Row:
     step: Tensor | None = None
     stand_in: Tensor | None = None
     addresses: list[int] = field(default_factory=list)
+    copy: Tensor | None = None
 
     @property
     def gradient(self) -> Tensor | None:
@@ -79,6 +83,7 @@ class Table:
         hidden_steps: counts of rules that keep none in their state.
         launcher: what the backend kept for the table that this one takes the place of: device memory, which a
             captured graph may still read.
+        phase: what else a step does.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Table:
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
         launcher: Any = None,
+        phase: Phase = NOTHING,
     ) -> None:
         """See the class."""
         self.rule = rule
@@ -97,6 +103,9 @@ class Table:
         self.groups = groups
         self.rows = rows
         self.launcher = launcher
+        self.phase = phase
+        self.ema_decay: float | Tensor | None = None  # as the next launch reads it
+        self._names = (*rule.states, *phase.states)
         self._state = state
         self._hidden_steps = hidden_steps
         self.core: Core = make_core(rule, device)
@@ -104,6 +113,8 @@ class Table:
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
         self.core.set_places([(row.group, row.place) for row in rows])
         self.core.watch_states(state)
+        if phase.flags:
+            self.announce()
         self._adopt([row for row in rows if state.get(row.param)])
         for row in rows:
             self._set_blank_row(row)
@@ -126,6 +137,17 @@ class Table:
             return False
         self._remake(rows)
         return True
+
+    def announce(self) -> None:
+        """Tells the compiled table what else the next launch does."""
+        decay = self.ema_decay
+        is_tensor = isinstance(decay, Tensor)
+        address = decay.data_ptr() if isinstance(decay, Tensor) else 0
+        self.core.set_phase(self.phase.flags, 0.0 if decay is None or is_tensor else float(decay), address)
+
+    def decay_at(self, step: int) -> float:
+        """The decay that averages have at a step."""
+        return replace(self.phase, ema_decay=self.ema_decay).decay_at(step)
 
     def is_current(self) -> bool:
         """Whether the state tensors lie where the rows point. That they are the very ones, ``refresh`` watches."""
@@ -150,7 +172,7 @@ class Table:
         state = self._state.get(row.param, {})
         if self.rule.keeps_step and state.get("step") is not row.step:
             return False
-        if any(state.get(name) is not row.states.get(name) for name in self.rule.states):
+        if any(state.get(name) is not row.states.get(name) for name in self._names):
             return False
         return row.addresses == _state_addresses(row)
 
@@ -170,7 +192,7 @@ class Table:
 
     def _present(self, row: Row) -> dict[str, Tensor]:
         state = self._state.get(row.param, {})
-        return {name: state[name] for name in self.rule.states if isinstance(state.get(name), Tensor)}
+        return {name: state[name] for name in self._names if isinstance(state.get(name), Tensor)}
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
@@ -216,11 +238,20 @@ class Table:
             if row.param.grad is not None:
                 check_parameter(row.name, row.param)
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
+        if self.phase.zero_grads:
+            self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])
         self._create_states([row for row in rows if row.param.grad is not None])
         for row in rows:
             row.stand_in = _stand_in(row.param)
             self._set_row(row)
+
+    def _check_cleared(self, rows: list[Row]) -> None:
+        live = self.live_rows()
+        check_cleared([(row.name, row.param.grad) for row in live if row.param.grad is not None])
+        for row in rows:
+            if _stand_in(row.param) is not None:
+                raise ValueError(f"zero_grads: gradient of {row.name} is not what the kernels read: it lies otherwise")
 
     def _create_states(self, rows: list[Row]) -> None:
         """Zeros for what is missing. The steps of all of these rows are views of one buffer."""
@@ -233,9 +264,14 @@ class Table:
                     dtype = _state_dtype(self.rule, row)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
+            if EMA in self._names and EMA not in row.states:
+                average = row.param.detach().to(
+                    average_dtype(row.param), copy=True, memory_format=torch.preserve_format
+                )
+                row.states[EMA] = self._state[row.param][EMA] = average
 
     def _wants_step(self, row: Row) -> bool:
-        return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]))
+        return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
 
     def _set_row(self, row: Row) -> None:
         grad = row.gradient
@@ -246,7 +282,7 @@ class Table:
         row.addresses = _state_addresses(row)
         state = self._state.get(row.param)
         if state is not None:
-            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self.rule.states}
+            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names}
             if self.rule.keeps_step:
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
@@ -260,8 +296,9 @@ class Table:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
-        tensors: list[Tensor | None] = [row.param, grad, *states]
-        tensors += [None] * (ELEMENT_SLOTS - len(tensors))
+        ema = row.states.get(EMA) if EMA in self._names else None
+        tensors: list[Tensor | None] = [row.param, grad, *states, None, ema, row.copy]
+        assert len(tensors) == ELEMENT_SLOTS  # in the order of csrc/table.h
         slots = [None if tensor is None else real_view(local(tensor)) for tensor in tensors]
         param = slots[0]
         assert param is not None  # the parameter is always there
@@ -270,7 +307,7 @@ class Table:
         addresses.append(0 if row.step is None else row.step.data_ptr())
         storages = [0 if slot is None else STORAGES[slot.dtype] for slot in slots]
         # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
-        keep = [tensor.detach() for tensor in (*states, row.step, row.stand_in) if tensor is not None]
+        keep = [tensor.detach() for tensor in (*states, ema, row.copy, row.step, row.stand_in) if tensor is not None]
         self.core.set_row(
             row.index,
             addresses,

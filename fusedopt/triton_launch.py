@@ -41,6 +41,7 @@ class Launcher:
         self.revision = -1
         self.columns: Any = None
         self._sent: dict[str, bytes] = {}
+        self._sent_decay: tuple[float, Tensor] | None = None
         self._tensors: dict[str, Tensor] = {}
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -61,7 +62,23 @@ class Launcher:
             self.columns = Columns(
                 device=self.device, rows=len(table.rows), chunk_elements=self._chunk_elements, **self._tensors
             )
-        launch(table.rule.stem, core.variant, self.columns, grad_scale=grad_scale, found_inf=found_inf)
+        launch(
+            table.rule.stem,
+            core.variant,
+            self.columns,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            phase_flags=table.phase.flags,
+            ema_decay=self._decay(table.ema_decay),
+        )
+
+    def _decay(self, decay: float | Tensor | None) -> Tensor | None:
+        """The decay of averages, on the device."""
+        if decay is None or isinstance(decay, Tensor):
+            return decay
+        if self._sent_decay is None or self._sent_decay[0] != decay:
+            self._sent_decay = decay, torch.tensor(decay, dtype=torch.float64, device=self.device)
+        return self._sent_decay[1]
 
     def _send(self, name: str, data: bytes) -> Tensor:
         column = torch.frombuffer(bytearray(data), dtype=_DTYPES[name]) if data else torch.empty(0, dtype=_DTYPES[name])

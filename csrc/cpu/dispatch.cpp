@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu/engine.h"
@@ -54,6 +55,25 @@ int count_workers(const LaunchParams& launch, int threads) {
   return int(std::clamp<i64>(std::min<i64>(most, launch.chunk_count), 1, std::max(threads, 1)));
 }
 
+// What a skipped step does: nothing, or it clears the gradients.
+void clear_gradients(const LaunchParams& launch) {
+  if (!launch.phase.has(kClearsGrads)) return;
+  for (u32 c = 0; c < launch.chunk_count; ++c) {
+    const Chunk& chunk = launch.chunks[c];
+    if (launch.grads[chunk.tensor] == 0) continue;
+    const ChunkView view(launch, chunk);
+    const u64 bytes = u64(storage_bytes(view.storage_of(kGrad)));
+    if (view.layout == nullptr) {
+      std::memset(reinterpret_cast<void*>(view.address[kGrad]), 0, u64(view.size) * bytes);
+      continue;
+    }
+    for (i32 i = 0; i < view.size; ++i) {
+      const i64 at = StridedIndex(view.layout, view.begin + i)(kGrad);
+      std::memset(reinterpret_cast<void*>(view.address[kGrad] + u64(at) * bytes), 0, bytes);
+    }
+  }
+}
+
 }  // namespace
 
 const std::vector<std::string>& cpu_instruction_sets() {
@@ -66,7 +86,7 @@ const std::vector<std::string>& cpu_instruction_sets() {
 }
 
 void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa) {
-  if (is_skipped(launch)) return;
+  if (is_skipped(launch)) return clear_gradients(launch);
   const SweepChunks sweep = find_engine(isa)(rule, variant);
   const int workers = count_workers(launch, threads);
   const u32 turn = std::max<u32>(1, launch.chunk_count / (u32(workers) * kTurnsPerWorker));

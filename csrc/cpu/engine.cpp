@@ -17,7 +17,7 @@ using Access = HostAccess<Isa>;
 // covers all gives the same bits and a third of the build time.
 #ifdef FUSEDOPT_ONE_VARIANT
 template <class V>
-using Compiled = Variant<kAnyStorage, kAnyStorage, kStridedFeature | kDoubleFeature>;
+using Compiled = Variant<kAnyStorage, kAnyStorage, kStridedFeature | kDoubleFeature | kSideFeature>;
 #else
 template <class V>
 using Compiled = V;
@@ -49,26 +49,26 @@ class RuleCache {
 
 // The rule with branches that the compiler knows: a loop without tests, its values in registers from load to store.
 // False where these are not the rule's branches.
-template <class V, u32 kBranches, class Rule>
-FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient) {
+template <class V, u32 kBranches, class Rule, class S>
+FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side) {
   if (rule.branches != kBranches || !gradient.is_plain()) return false;
   Rule usual = rule;
   usual.branches = kBranches;
-  sweep_chunk<Access, V>(view, usual, Gradient<float>(), 0, 1);
+  sweep_chunk<Access, V>(view, usual, Gradient<float>(), side, 0, 1);
   return true;
 }
 
-template <class V, class Rule, std::size_t... kCases>
-FUSEDOPT_FN bool sweep_usual(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient,
+template <class V, class Rule, class S, std::size_t... kCases>
+FUSEDOPT_FN bool sweep_usual(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
                              std::index_sequence<kCases...>) {
-  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient) || ...);
+  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient, side) || ...);
 }
 
-template <class V, class Rule>
-FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient) {
+template <class V, class Rule, class S>
+FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side) {
   using Cases = std::make_index_sequence<std::size(Rule::kUsual)>;
-  if (V::kFixed && sweep_usual<V>(view, rule, gradient, Cases{})) return;
-  sweep_chunk<Access, V>(view, rule, gradient, 0, 1);
+  if (V::kFixed && sweep_usual<V>(view, rule, gradient, side, Cases{})) return;
+  sweep_chunk<Access, V>(view, rule, gradient, side, 0, 1);
 }
 
 // Small tensors lie scattered over memory: the first line of each slot is asked for while earlier chunks are swept.
@@ -92,9 +92,11 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     const bool use_double = V::kDouble && view.computes_in_double();
     rule.prepare(launch, launch.table.group[chunk.tensor], next_step(launch, chunk.tensor), use_double);
     if (use_double)
-      sweep_chunk<Access, V>(view, rule.in_double, Gradient<double>(launch, rule.flags()), 0, 1);
+      sweep_chunk<Access, V>(view, rule.in_double, Gradient<double>(launch, rule.flags()),
+                             side_of<V, double>(launch, chunk.tensor), 0, 1);
     else
-      sweep_float<V>(view, rule.in_float, Gradient<float>(launch, rule.flags()));
+      sweep_float<V>(view, rule.in_float, Gradient<float>(launch, rule.flags()),
+                     side_of<V, float>(launch, chunk.tensor));
   }
 }
 

@@ -72,9 +72,22 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
     if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
     device::barrier();
     if (V::kDouble && block.view.computes_in_double())
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_double, Gradient<double>(launch, block.flags), lane, lanes);
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_double, Gradient<double>(launch, block.flags),
+                                   side_of<V, double>(launch, chunk.tensor), lane, lanes);
     else
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_float, Gradient<float>(launch, block.flags), lane, lanes);
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_float, Gradient<float>(launch, block.flags),
+                                   side_of<V, float>(launch, chunk.tensor), lane, lanes);
+  }
+}
+
+// What a skipped step does: nothing, or it clears the gradients.
+FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
+  if (!launch.phase.has(kClearsGrads)) return;
+  FUSEDOPT_LOOP
+  for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
+    const Chunk chunk = launch.chunks[c];
+    if (launch.grads[chunk.tensor] == 0) continue;
+    clear_chunk<DeviceAccess>(ChunkView(launch, chunk), device::thread_index(), device::block_threads());
   }
 }
 
@@ -98,7 +111,10 @@ FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
   LaunchParams launch = params.launch;
   if (params.inline_groups != 0) launch.groups = params.groups;
   if (params.inline_grads != 0) launch.grads = params.grads;
-  if (is_skipped(launch)) return;
+  if (is_skipped(launch)) {
+    if (V::kSide) skip_block(launch);
+    return;
+  }
   BlockState<Rule>& block = device::shared<BlockState<Rule>>();
   sweep_block<Rule, V>(launch, block);
   finish(launch, block);

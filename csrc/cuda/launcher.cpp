@@ -396,6 +396,7 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   state.params.launch.chunk_elements = host.chunk_elements();
   state.params.launch.grad_scale = reinterpret_cast<const float*>(grad_scale);
   state.params.launch.found_inf = reinterpret_cast<const float*>(found_inf);
+  state.params.launch.phase = host.phase();
   state.params.launch.arrivals = reinterpret_cast<u32*>(state.arrivals.device());
   const unsigned blocks = unsigned(std::clamp<i64>(i64(host.chunks().size()), 1, kernel.blocks));
   void* arguments[] = {&state.params};
