@@ -60,6 +60,7 @@ void HostTable::set_row(u64 row, const RowSpec& spec) {
 
 void HostTable::revise() {
   static std::atomic<u64> revisions{0};
+  first_leaf_.clear();
   revision_ = ++revisions;
 }
 
@@ -113,6 +114,15 @@ int HostTable::variant() {
   return variant_;
 }
 
+u64 HostTable::leaves() { return first_leaf().back(); }
+
+const std::vector<u64>& HostTable::first_leaf() {
+  if (!first_leaf_.empty()) return first_leaf_;
+  first_leaf_.push_back(0);
+  for (i64 numel : numel_) first_leaf_.push_back(first_leaf_.back() + u64((numel + kLeaf - 1) / kLeaf));
+  return first_leaf_;
+}
+
 const std::vector<i64>& HostTable::layouts() {
   pack_layouts();
   return layouts_;
@@ -131,8 +141,8 @@ void HostTable::pack_layouts() {
 LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) {
   pack_layouts();
   LaunchParams launch{};
-  launch.table = {rows_,           address_.data(), numel_.data(),  group_.data(),
-                  storage_.data(), layout_.data(),  layouts_.data()};
+  launch.table = {rows_,          address_.data(), numel_.data(),       group_.data(), storage_.data(),
+                  layout_.data(), layouts_.data(), first_leaf().data(), leaves()};
   launch.grads = address_.data() + u64(kGrad) * rows_;
   launch.groups = groups_.data();
   launch.chunks = chunks_.data();
@@ -140,7 +150,7 @@ LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) 
   launch.chunk_elements = chunk_elements_;
   launch.grad_scale = grad_scale;
   launch.found_inf = found_inf;
-  launch.arrivals = &arrivals_;
+  launch.arrivals = arrivals_;
   launch.phase = phase_;
   return launch;
 }

@@ -45,6 +45,8 @@ class HostTable {
   u64 revision() const {
     return revision_;
   }  // new with every change but of gradients and groups; unique in the process
+  u64 leaves();  // of all rows
+  const std::vector<u64>& first_leaf();
   i64 elements() const { return elements_; }
   i64 chunk_elements() const { return chunk_elements_; }
 
@@ -83,7 +85,8 @@ class HostTable {
   int variant_ = -1;
   bool layouts_packed_ = true;
   u64 revision_ = 0;
-  u32 arrivals_ = 0;
+  u32 arrivals_[2] = {};
+  std::vector<u64> first_leaf_;  // and behind the last row's, how many there are; empty: to be counted
   Phase phase_{};
 };
 

@@ -58,7 +58,8 @@ struct ChunkView {
 template <class C>
 struct Gradient {
   C scale = C(1);
-  bool unscale = false, negate = false;
+  C coefficient = C(1);
+  bool unscale = false, negate = false, clips = false;
 
   FUSEDOPT_FN Gradient() {}
   FUSEDOPT_FN Gradient(const LaunchParams& launch, u32 flags)
@@ -73,6 +74,10 @@ struct Gradient {
     if (unscale) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k) g[k] = g[k] / scale;
+    }
+    if (clips) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k) g[k] = g[k] * coefficient;
     }
     if (negate) {
       FUSEDOPT_UNROLL
@@ -219,6 +224,24 @@ FUSEDOPT_FN float* step_of(const LaunchParams& launch, u64 tensor) {
 FUSEDOPT_FN u64 next_step(const LaunchParams& launch, u32 tensor) {
   const float* step = step_of(launch, tensor);
   return step ? u64(*step) + 1 : 1;
+}
+
+// What becomes of the gradients of a group in this launch.
+template <class V, class C>
+FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags) {
+  Gradient<C> gradient(launch, flags);
+  if constexpr (V::kSide) {
+    gradient.coefficient = C(launch.phase.coefficient);
+    gradient.clips = launch.phase.has(kClips);
+  }
+  return gradient;
+}
+
+// A chunk by its place in the order of a launch: from the end where the gradients have just been read once, to meet
+// what the cache still holds.
+template <class V>
+FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c) {
+  return launch.chunks[V::kSide && launch.phase.reads_twice() ? launch.chunk_count - 1 - c : c];
 }
 
 // What side outputs of a tensor's chunk need: nothing in a variant without them.

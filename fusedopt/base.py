@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
@@ -43,6 +44,7 @@ class FusedOptimizer(Optimizer):
         find_backend(backend)
         self._requested_backend = backend
         self._phase = Phase() if phase is None else phase
+        self._results: Tensor | None = None
         self._hidden_steps: dict[Tensor, Tensor] = {}
         self._forget_tables()
         self._number = traced.register(self)
@@ -72,6 +74,27 @@ class FusedOptimizer(Optimizer):
         else:
             self._launch()
         return loss
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients before they were clipped, at the last step: float64, on the device, 0-dim.
+
+        To read its number waits for the device; to pass the tensor on does not. The next step overwrites it.
+
+        Raises:
+            RuntimeError: no step has been taken, or neither max_grad_norm nor skip_nonfinite was asked for.
+        """
+        return self._result(0)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps skip_nonfinite has skipped in this process: float64, on the device, 0-dim."""
+        return self._result(1)
+
+    def _result(self, place: int) -> Tensor:
+        if self._results is None:
+            raise RuntimeError("the norm is known after a step with max_grad_norm or skip_nonfinite")
+        return self._results[place]
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
@@ -196,6 +219,8 @@ class FusedOptimizer(Optimizer):
             self._requested_backend = None
         if not hasattr(self, "_phase"):
             self._phase = Phase()
+        if not hasattr(self, "_results"):
+            self._results = None
         super().__setstate__(state)
         self._see_params()
         self._forget_tables()
@@ -260,6 +285,14 @@ class FusedOptimizer(Optimizer):
             _increment_version([param.grad for param in params if param.grad is not None])
         if phase.copy_to is not None:
             _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
+
+    def _results_on(self, device: torch.device) -> Tensor | None:
+        if not self._phase.reads_twice:
+            return None
+        if self._results is None or self._results.device != device:
+            wanted = math.inf if self._phase.max_grad_norm is None else self._phase.max_grad_norm
+            self._results = torch.tensor([math.nan, 0.0, wanted], dtype=torch.float64, device=device)
+        return self._results
 
     def _copies(self) -> dict[Tensor, Tensor]:
         """The checked copy of each parameter that has one."""
@@ -326,10 +359,23 @@ class FusedOptimizer(Optimizer):
             for part in separate(device_rows):
                 launcher = self._launchers.get((device, len(tables)))
                 table = Table(
-                    self._rule, device, self.param_groups, part, self.state, self._hidden_steps, launcher, self._phase
+                    self._rule,
+                    device,
+                    self.param_groups,
+                    part,
+                    self.state,
+                    self._hidden_steps,
+                    launcher,
+                    self._phase,
+                    self._results_on(device),
                 )
                 table.refresh()
                 tables.append((table, _backend_for(table, self._requested_backend)))
+        if self._phase.reads_twice and (len(tables) > 1 or self._is_sharded):
+            raise RuntimeError(
+                "max_grad_norm and skip_nonfinite need all parameters on one device, none of them a DTensor and none "
+                "sharing memory with another: their norm is found within one launch"
+            )
         return tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
@@ -14,7 +15,12 @@ from .layout import may_share_memory, neighbours, overlaps_itself
 from .storages import STORAGES
 
 EMA = "ema"  # the key of the average in a parameter's state
-AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS = 1, 2, 4, 8  # enum PhaseFlag in csrc/phase.h
+LEAF = 2048  # elements: csrc/table.h
+MOST_LEAVES = 2048 * 2048  # that are joined to one norm: csrc/rules/reduce.h
+
+AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE = (
+    1 << bit for bit in range(7)
+)  # enum PhaseFlag in csrc/phase.h
 
 
 class PhaseOptions(TypedDict, total=False):
@@ -24,6 +30,9 @@ class PhaseOptions(TypedDict, total=False):
     ema_warmup: bool
     copy_to: Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
     zero_grads: bool
+    max_grad_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +46,11 @@ class Phase:
         ema_warmup: the decay is at most ``(1 + t) / (10 + t)`` at the parameter's step t.
         copy_to: tensors that the parameter is written to as it is updated, each rounded to its own dtype: one for
             each parameter, in order, or by parameter.
-        zero_grads: sets every gradient to zero once it was read; its memory stays.
+        zero_grads: sets every gradient to zero once it was read; its memory stays. Also in a step that is skipped.
+        max_grad_norm: scales all gradients of the optimizer as ``torch.nn.utils.clip_grad_norm_`` does, so that their
+            norm is at most this; the gradients themselves stay as they are.
+        norm_type: 2, or infinity: the largest magnitude.
+        skip_nonfinite: a step with an infinite or NaN gradient changes no parameter, state or count.
 
     Example:
         >>> Phase(ema_decay=0.999).flags == AVERAGES
@@ -48,6 +61,9 @@ class Phase:
     ema_warmup: bool = False
     copy_to: Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None = None
     zero_grads: bool = False
+    max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    skip_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no step could use."""
@@ -59,6 +75,10 @@ class Phase:
             raise ValueError(f"Invalid ema_decay: {decay}")
         if self.ema_warmup and decay is None:
             raise ValueError("ema_warmup needs ema_decay: it is how that starts")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}")
+        if float(self.norm_type) not in (2.0, math.inf):
+            raise ValueError(f"norm_type must be 2 or infinity, but it is {self.norm_type}")
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Phase:
@@ -79,7 +99,30 @@ class Phase:
     def flags(self) -> int:
         """Bits of ``enum PhaseFlag``."""
         averages = AVERAGES * (self.ema_decay is not None) + WARMS_UP * self.ema_warmup
-        return averages + COPIES * (self.copy_to is not None) + CLEARS_GRADS * self.zero_grads
+        sides = averages + COPIES * (self.copy_to is not None) + CLEARS_GRADS * self.zero_grads
+        norm = CLIPS * (self.max_grad_norm is not None) + SKIPS_NONFINITE * self.skip_nonfinite
+        return sides + norm + LARGEST_NORM * (norm != 0 and self.is_largest)
+
+    @property
+    def is_largest(self) -> bool:
+        """Whether the norm is the largest magnitude."""
+        return math.isinf(self.norm_type)
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether a step reads all gradients before it updates anything."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def coefficient(self, norm: float) -> float:
+        """What gradients of a norm are multiplied by."""
+        if self.max_grad_norm is None:
+            return 1.0
+        coefficient = self.max_grad_norm / (norm + 1e-6)
+        return 1.0 if coefficient >= 1.0 else coefficient
+
+    def refuses(self, norm: float) -> bool:
+        """Whether a step with gradients of a norm changes nothing."""
+        return self.skip_nonfinite and not math.isfinite(norm)
 
     @property
     def states(self) -> tuple[str, ...]:

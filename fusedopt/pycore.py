@@ -168,6 +168,11 @@ class PyTable:
         return next(variant.name for variant in VARIANTS if variant.covers(param, state, features))
 
     @property
+    def leaves(self) -> int:
+        """How many leaves all rows have."""
+        return sum(-(-numel // LEAF) for numel in self._numel)
+
+    @property
     def chunk_count(self) -> int:
         """How many chunks the plan has."""
         return len(self._chunks) // 2
@@ -228,13 +233,18 @@ class PyTable:
         self._state[row] = (state, dict(entries))
         self._state_addresses[row] = _addresses(entries)
 
-    def set_phase(self, flags: int, ema_decay: float, ema_decay_tensor: int) -> None:
+    def set_phase(
+        self, flags: int, ema_decay: float, ema_decay_tensor: int, max_norm: float, leaf_sums: int, results: int
+    ) -> None:
         """What else a launch does.
 
         Args:
             flags: bits of ``enum PhaseFlag``.
             ema_decay: the decay of the average.
             ema_decay_tensor: where to read it instead; 0: nowhere.
+            max_norm: what gradients are clipped to.
+            leaf_sums: where one number for each leaf goes.
+            results: where the norm and the count of skipped steps go.
         """
         if flags != self._phase:
             self._phase = flags

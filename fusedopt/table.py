@@ -6,6 +6,7 @@ in between, the compiled table only reads gradients again. All checks happen her
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +27,7 @@ from .check import (
 )
 from .core import STORAGES, Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
-from .phase import EMA, Phase, average_dtype, check_cleared
+from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared
 from .rules import Rule
 from .sharded import is_sharded, settled
 
@@ -52,6 +53,8 @@ class Row:
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
         addresses: of the state tensors, when the row was made.
         copy: what the parameter is written to as it is updated; None: nothing.
+        is_dense: whether all slots are dense and in the same order.
+        leaves: that its elements make; 0: it never had a gradient.
     """
 
     index: int
@@ -64,6 +67,8 @@ class Row:
     stand_in: Tensor | None = None
     addresses: list[int] = field(default_factory=list)
     copy: Tensor | None = None
+    is_dense: bool = True
+    leaves: int = 0
 
     @property
     def gradient(self) -> Tensor | None:
@@ -84,6 +89,7 @@ class Table:
         launcher: what the backend kept for the table that this one takes the place of: device memory, which a
             captured graph may still read.
         phase: what else a step does.
+        results: float64 [3] on the device: where the norm goes, and the count of skipped steps; and max_grad_norm.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class Table:
         hidden_steps: dict[Tensor, Tensor],
         launcher: Any = None,
         phase: Phase = NOTHING,
+        results: Tensor | None = None,
     ) -> None:
         """See the class."""
         self.rule = rule
@@ -104,6 +111,8 @@ class Table:
         self.rows = rows
         self.launcher = launcher
         self.phase = phase
+        self.results = results
+        self.leaf_sums: Tensor | None = None
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
         self._names = (*rule.states, *phase.states)
         self._state = state
@@ -143,7 +152,22 @@ class Table:
         decay = self.ema_decay
         is_tensor = isinstance(decay, Tensor)
         address = decay.data_ptr() if isinstance(decay, Tensor) else 0
-        self.core.set_phase(self.phase.flags, 0.0 if decay is None or is_tensor else float(decay), address)
+        self._make_room_for_norm()
+        self.core.set_phase(
+            self.phase.flags,
+            0.0 if decay is None or is_tensor else float(decay),
+            address,
+            math.inf if self.phase.max_grad_norm is None else self.phase.max_grad_norm,
+            0 if self.leaf_sums is None else self.leaf_sums.data_ptr(),
+            0 if self.results is None else self.results.data_ptr(),
+        )
+
+    def _make_room_for_norm(self) -> None:
+        leaves = self.core.leaves if self.phase.reads_twice else 0
+        if leaves > MOST_LEAVES:
+            raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
+        if self.phase.reads_twice and (self.leaf_sums is None or self.leaf_sums.numel() != leaves):
+            self.leaf_sums = torch.empty(leaves, dtype=torch.float64, device=self.device)
 
     def decay_at(self, step: int) -> float:
         """The decay that averages have at a step."""
@@ -289,6 +313,7 @@ class Table:
 
     def _set_blank_row(self, row: Row) -> None:
         """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
+        row.leaves = 0
         addresses, storages = [0] * (ELEMENT_SLOTS + 1), [0] * ELEMENT_SLOTS
         self.core.set_row(row.index, addresses, storages, 0, row.group, [], row.param, None, False, [])
 
@@ -302,7 +327,9 @@ class Table:
         slots = [None if tensor is None else real_view(local(tensor)) for tensor in tensors]
         param = slots[0]
         assert param is not None  # the parameter is always there
+        row.leaves = -(-param.numel() // LEAF)
         layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])
+        row.is_dense = not layout
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
         storages = [0 if slot is None else STORAGES[slot.dtype] for slot in slots]

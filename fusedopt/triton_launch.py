@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .phase import LEAF
 from .table import Table
 
 _DTYPES = {
@@ -70,7 +71,16 @@ class Launcher:
             found_inf=found_inf,
             phase_flags=table.phase.flags,
             ema_decay=self._decay(table.ema_decay),
+            **self._measured(table),
         )
+
+    def _measured(self, table: Table) -> dict[str, Any]:
+        """What the launch of the norm needs; nothing where there is none."""
+        if table.leaf_sums is None or table.results is None:
+            return {}
+        leaves = torch.div(self.columns.numel + (LEAF - 1), LEAF, rounding_mode="floor")
+        first_leaf = torch.cumsum(leaves, 0) - leaves
+        return {"first_leaf": first_leaf, "leaf_sums": table.leaf_sums, "results": table.results}
 
     def _decay(self, decay: float | Tensor | None) -> Tensor | None:
         """The decay of averages, on the device."""

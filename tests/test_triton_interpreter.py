@@ -25,6 +25,7 @@ MODULES = [
     pytest.param("test_layouts.py", "", id="test_layouts"),
     pytest.param("test_step.py", "", id="test_step"),
     pytest.param("test_phase.py", "", id="test_phase"),
+    pytest.param("test_norm.py", "", id="test_norm"),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 
+from .reduce import measure
 from .rules import RULES
 from .storage import ANY_STORAGE, BFLOAT16, FLOAT32, FLOAT64
 from .sweep import sweep
@@ -188,6 +189,9 @@ def launch(
     found_inf: torch.Tensor | None = None,
     phase_flags: int = 0,
     ema_decay: torch.Tensor | None = None,
+    first_leaf: torch.Tensor | None = None,
+    leaf_sums: torch.Tensor | None = None,
+    results: torch.Tensor | None = None,
     programs: int | None = None,
 ) -> None:
     """Takes a step of every tensor that has a gradient, by one launch on the device's current stream.
@@ -200,6 +204,10 @@ def launch(
         found_inf: float32, one element, on the device: where it is not 0, nothing changes. Default: 0.
         phase_flags: bits of ``enum PhaseFlag`` in csrc/phase.h; the variant admits side outputs. Default: none.
         ema_decay: float32 or float64, one element, on the device: decay of the averages. Default: 0.
+        first_leaf: int64 [rows], how many leaves of 2,048 elements the rows before each have; only where the flags
+            ask for the norm, as the next two, and then there is a launch more.
+        leaf_sums: float64, one for each leaf.
+        results: float64 [3]: norm, skipped launches, largest norm that is wanted.
         programs: Triton programs to run. Default: what the device runs at once; 3 if interpreted.
 
     Raises:
@@ -214,6 +222,24 @@ def launch(
     if programs is None:
         programs = min(resident_programs(variant, columns.device), max(1, chunk_count))
     with _launching_on(columns.device):
+        if leaf_sums is not None:
+            measure[(programs,)](
+                columns.address,
+                columns.grads,
+                columns.numel,
+                columns.storage,
+                columns.layout,
+                columns.layouts,
+                columns.rows,
+                columns.chunks,
+                chunk_count,
+                columns.chunk_elements,
+                0 if grad_scale is None else grad_scale.data_ptr(),
+                phase_flags,
+                first_leaf,
+                leaf_sums,
+                **_device_options(variant, columns.device),
+            )
         sweep[(programs,)](
             columns.address,
             columns.grads,
@@ -236,6 +262,9 @@ def launch(
             phase_flags,
             0 if ema_decay is None else ema_decay.data_ptr(),
             FLOAT64.value if ema_decay is not None and ema_decay.dtype == torch.float64 else FLOAT32.value,
+            columns.arrivals if leaf_sums is None else leaf_sums,
+            0 if leaf_sums is None else leaf_sums.numel(),
+            columns.arrivals if results is None else results,
             **constants,
             **_device_options(variant, columns.device),
         )

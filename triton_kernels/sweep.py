@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .phase import CLEARS_GRADS, side_of, sweep_sides
+from .reduce import CLIPS, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
 from .rules import MAXIMIZE, divide
 from .storage import ANY_STORAGE, decode, fetch, only_if, pointer, storage_bytes, store
 from .table import (
@@ -35,10 +36,12 @@ from .table import (
 
 
 @triton.jit
-def prepare_gradient(g, scale, unscale, negate):
+def prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE: tl.constexpr):
     """What becomes of a gradient before the rule sees it."""
     if unscale:
         g = divide(g, scale.to(g.dtype))
+    if SIDE and clips:
+        g = g * coefficient.to(g.dtype)
     return tl.where(negate, g * -1.0, g)  # Triton's own minus is 0 − g, which loses the sign of zero
 
 
@@ -75,8 +78,8 @@ def sweep_block(
     x = decode(x_bits, storage.state0, SS, C)
     y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
     z = decode(z_bits, storage.state2, SS, C) if STATES > 2 else x
-    scale, unscale, negate = gradient
-    g = prepare_gradient(g, scale, unscale, negate)
+    scale, unscale, negate, clips, coefficient = gradient
+    g = prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE)
     p, x, y, z = UPDATE(p, g, x, y, z, scalars)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
@@ -186,6 +189,9 @@ def clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count,
         "phase_flags",
         "ema_decay",
         "ema_decay_storage",
+        "leaf_sums",
+        "leaves",
+        "results",
     ]
 )
 def sweep(
@@ -210,6 +216,9 @@ def sweep(
     phase_flags: tl.int32,  # csrc/phase.h: PhaseFlag
     ema_decay: tl.int64,  # address of the decay of averages, or 0
     ema_decay_storage: tl.int32,
+    leaf_sums,  # float64 [leaves]: what `measure` has found
+    leaves: tl.int64,
+    results,  # float64 [3]: the norm, how many launches were skipped; max_norm
     SCALARS: tl.constexpr,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -230,7 +239,19 @@ def sweep(
     at a time, in vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out
     alike and shuffles through shared memory.
     """
-    if tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0:
+    admitted = tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0
+    clips = SIDE and (phase_flags & CLIPS) != 0
+    coefficient = tl.full([], 1.0, tl.float64)
+    if SIDE:  # noqa: SIM102 - a branch of the compiler around one of the kernel
+        if admitted & ((phase_flags & (CLIPS | SKIPS_NONFINITE)) != 0):
+            norm = norm_of_leaves(leaf_sums, leaves, phase_flags)
+            if clips:
+                coefficient = clip_coefficient(norm, tl.load(results + 2))
+            admitted = ((phase_flags & SKIPS_NONFINITE) == 0) | (norm - norm == 0.0)
+            if tl.program_id(0) == 0:
+                tl.store(results, norm)
+                tl.store(results + 1, tl.load(results + 1) + tl.where(admitted, 0.0, 1.0))
+    if admitted:
         unscale = grad_scale != 0
         scale = tl.load(pointer(grad_scale.to(tl.int64), tl.float32, False), mask=unscale, other=1.0)
         rows = rows.to(tl.int64)
@@ -251,7 +272,7 @@ def sweep(
                     flags = tl.load(group_flags + group_row)
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     scalars = SCALARS(hypers, flags, next_step(steps), tl.float32)
-                gradient = (scale, unscale, (flags & MAXIMIZE) != 0)
+                gradient = (scale, unscale, (flags & MAXIMIZE) != 0, clips, coefficient)
                 begin = tl.load(chunk + 1).to(tl.int64) * chunk_elements
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
                 at = tl.load(layout + row)
