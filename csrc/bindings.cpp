@@ -216,6 +216,12 @@ class Table {
     return live_params_;
   }
 
+  // What else a launch does: the options of fusedopt/phase.py.
+  void set_phase(u32 flags, double ema_decay, u64 ema_decay_tensor, double max_norm, u64 leaf_sums, u64 results) {
+    host_.set_phase({flags, ema_decay, float_pointer(ema_decay_tensor), max_norm, reinterpret_cast<double*>(leaf_sums),
+                     reinterpret_cast<double*>(results), 1.0});
+  }
+
   void launch_on_cpu(int threads, const std::string& isa, u64 grad_scale, u64 found_inf) {
     host_.plan(threads, kLeaf, kCpuChunk);
     const LaunchParams launch = host_.params(float_pointer(grad_scale), float_pointer(found_inf));
@@ -232,7 +238,8 @@ class Table {
     params.launch = host_.params(float_pointer(grad_scale), float_pointer(found_inf));
     if (inline_columns) fill_inline_columns(host_, params);
     ++launches;
-    run_emulated(emulated_kernel(host_.rule(), host_.variant()), params, {blocks, threads, seed});
+    run_emulated(emulated_kernel(host_.rule(), host_.variant()), params,
+                 {blocks, threads, seed, host_.phase().reads_twice()});
   }
 
   void launch_on_cuda(CudaLaunch& cuda, u64 stream, u64 grad_scale, u64 found_inf) {
@@ -287,6 +294,7 @@ class Table {
     live_params_ = py::none();
   }
 
+  u64 leaves() { return host_.leaves(); }
   u64 revision() const { return host_.revision(); }
   u64 rows() const { return host_.rows(); }
   std::string variant() { return variant_names()[size_t(host_.variant())]; }
@@ -564,6 +572,9 @@ PYBIND11_MODULE(_C, m) {
       .def("resize", &Table::resize, py::arg("rows"), py::arg("group_sizes"))
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("numel"),
            py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"), py::arg("keep"))
+      .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("ema_decay"), py::arg("ema_decay_tensor"),
+           py::arg("max_norm"), py::arg("leaf_sums"), py::arg("results"))
+      .def_property_readonly("leaves", &Table::leaves)
       .def("set_places", &Table::set_places, py::arg("places"))
       .def("watch_states", &Table::watch_states, py::arg("states"))
       .def("watch_state", &Table::watch_state, py::arg("row"), py::arg("state"), py::arg("entries"))

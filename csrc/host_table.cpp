@@ -60,7 +60,16 @@ void HostTable::set_row(u64 row, const RowSpec& spec) {
 
 void HostTable::revise() {
   static std::atomic<u64> revisions{0};
+  first_leaf_.clear();
   revision_ = ++revisions;
+}
+
+void HostTable::set_phase(const Phase& phase) {
+  if (phase.flags != phase_.flags) {
+    variant_ = -1;
+    revise();
+  }
+  phase_ = phase;
 }
 
 void HostTable::resize_groups(u64 groups) { groups_.resize(groups); }
@@ -85,7 +94,7 @@ int HostTable::variant() {
   if (variant_ >= 0) return variant_;
   int param_storage = kNone;
   int state_storage = kNone;
-  u32 features = 0;
+  u32 features = phase_.flags != 0 ? u32(kSideFeature) : 0u;
   for (u64 t = 0; t < rows_; ++t) {
     if (slot(kParam, t) == 0) continue;  // never had a gradient
     if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;
@@ -93,6 +102,7 @@ int HostTable::variant() {
       if (slot(s, t) == 0 && s != kGrad) continue;
       const int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
       if (storage == kFloat64) features |= kDoubleFeature;
+      if (s == kCopy) continue;  // read at run time by every variant
       int& common = s < kState0 ? param_storage : state_storage;
       common = merge(common, storage);
     }
@@ -102,6 +112,15 @@ int HostTable::variant() {
   variant_ = 0;
   while (!kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
   return variant_;
+}
+
+u64 HostTable::leaves() { return first_leaf().back(); }
+
+const std::vector<u64>& HostTable::first_leaf() {
+  if (!first_leaf_.empty()) return first_leaf_;
+  first_leaf_.push_back(0);
+  for (i64 numel : numel_) first_leaf_.push_back(first_leaf_.back() + u64((numel + kLeaf - 1) / kLeaf));
+  return first_leaf_;
 }
 
 const std::vector<i64>& HostTable::layouts() {
@@ -122,8 +141,8 @@ void HostTable::pack_layouts() {
 LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) {
   pack_layouts();
   LaunchParams launch{};
-  launch.table = {rows_,           address_.data(), numel_.data(),  group_.data(),
-                  storage_.data(), layout_.data(),  layouts_.data()};
+  launch.table = {rows_,          address_.data(), numel_.data(),       group_.data(), storage_.data(),
+                  layout_.data(), layouts_.data(), first_leaf().data(), leaves()};
   launch.grads = address_.data() + u64(kGrad) * rows_;
   launch.groups = groups_.data();
   launch.chunks = chunks_.data();
@@ -131,7 +150,8 @@ LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) 
   launch.chunk_elements = chunk_elements_;
   launch.grad_scale = grad_scale;
   launch.found_inf = found_inf;
-  launch.arrivals = &arrivals_;
+  launch.arrivals = arrivals_;
+  launch.phase = phase_;
   return launch;
 }
 

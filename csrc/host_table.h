@@ -30,6 +30,9 @@ class HostTable {
   u64 slot(int s, u64 row) const { return address_[u64(s) * rows_ + row]; }
   i64 numel(u64 row) const { return numel_[row]; }
 
+  // What else a launch does: phase.h.
+  void set_phase(const Phase& phase);
+
   void resize_groups(u64 groups);
   GroupRow& group(u64 index) { return groups_[index]; }
   u64 groups() const { return groups_.size(); }
@@ -42,6 +45,8 @@ class HostTable {
   u64 revision() const {
     return revision_;
   }  // new with every change but of gradients and groups; unique in the process
+  u64 leaves();  // of all rows
+  const std::vector<u64>& first_leaf();
   i64 elements() const { return elements_; }
   i64 chunk_elements() const { return chunk_elements_; }
 
@@ -53,6 +58,8 @@ class HostTable {
   const std::vector<i64>& layouts();
   const std::vector<GroupRow>& group_rows() const { return groups_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
+
+  const Phase& phase() const { return phase_; }
 
   // Parameters that point into this table. Valid until it changes.
   LaunchParams params(const float* grad_scale, const float* found_inf);
@@ -78,7 +85,9 @@ class HostTable {
   int variant_ = -1;
   bool layouts_packed_ = true;
   u64 revision_ = 0;
-  u32 arrivals_ = 0;
+  u32 arrivals_[2] = {};
+  std::vector<u64> first_leaf_;  // and behind the last row's, how many there are; empty: to be counted
+  Phase phase_{};
 };
 
 // Names, in the order of the lists in rules/all.h and variants.h.

@@ -58,7 +58,8 @@ struct ChunkView {
 template <class C>
 struct Gradient {
   C scale = C(1);
-  bool unscale = false, negate = false;
+  C coefficient = C(1);
+  bool unscale = false, negate = false, clips = false;
 
   FUSEDOPT_FN Gradient() {}
   FUSEDOPT_FN Gradient(const LaunchParams& launch, u32 flags)
@@ -73,6 +74,10 @@ struct Gradient {
     if (unscale) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k) g[k] = g[k] / scale;
+    }
+    if (clips) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k) g[k] = g[k] * coefficient;
     }
     if (negate) {
       FUSEDOPT_UNROLL
@@ -104,9 +109,40 @@ struct StridedIndex {
   FUSEDOPT_FN i64 operator()(int slot) const { return offset[slot]; }
 };
 
-template <class Access, class V, class C, class W, class Rule, class Index>
-FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const Index& at,
-                              int count) {
+// A vector of what comes beside the update. The parameter is read back where its storage has rounded it: average and
+// copy are those of the parameter that the next forward pass will see.
+template <class Access, class V, class C, class W, class Index, class X, int M>
+FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const Index& at, X (&p)[M], int count) {
+  typename Access::template Packet<C, W::value> packet = {};
+  const int storage = V::storage(kParam, chunk.storage);
+  if (storage != (sizeof(C) == 8 ? kFloat64 : kFloat32) && (chunk.has(kEma) || chunk.has(kCopy))) {
+    Access::template fetch<W>(packet, storage, chunk.address[kParam], at(kParam), chunk.is_aligned(kParam));
+    Access::template decode<W>(packet, storage, p, count);
+  }
+  if (chunk.has(kEma)) {
+    X ema[M];
+    const int ema_storage = V::storage(kEma, chunk.storage);
+    Access::template fetch<W>(packet, ema_storage, chunk.address[kEma], at(kEma), chunk.is_aligned(kEma));
+    Access::template decode<W>(packet, ema_storage, ema, count);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < M; ++k) ema[k] = side.average(ema[k], p[k]);
+    Access::template store<W>(ema_storage, chunk.address[kEma], at(kEma), chunk.is_aligned(kEma), ema, count);
+  }
+  if (chunk.has(kCopy))
+    Access::template store<W>(V::storage(kCopy, chunk.storage), chunk.address[kCopy], at(kCopy),
+                              chunk.is_aligned(kCopy), p, count);
+  if (side.clears) {
+    const X zero[M] = {};
+    Access::template store<W>(V::storage(kGrad, chunk.storage), chunk.address[kGrad], at(kGrad),
+                              chunk.is_aligned(kGrad), zero, count);
+  }
+}
+template <class Access, class V, class C, class W, class Index, class X, int M>
+FUSEDOPT_FN void sweep_sides(const ChunkView&, const NoSide&, const Index&, X (&)[M], int) {}
+
+template <class Access, class V, class C, class W, class Rule, class Index, class S>
+FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
+                              const Index& at, int count) {
   constexpr int N = W::value;
   using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
   constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
@@ -131,20 +167,33 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     if (s != kGrad && Access::has(chunk, rule, s))
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
                                 count);
+  sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], count);
 }
 
-template <class Access, class V, class C, class Rule>
-FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, int lane,
-                             int lanes) {
+template <class Access, class V, class C, class Rule, class S>
+FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
+                             int lane, int lanes) {
   if (V::kStrided && chunk.layout) {
     FUSEDOPT_LOOP
     for (i32 i = lane; i < chunk.size; i += lanes)
-      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, StridedIndex(chunk.layout, chunk.begin + i), 1);
+      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), 1);
     return;
   }
   Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
-    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, DenseIndex{i}, count);
+    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, count);
   });
+}
+
+// Sets a chunk's gradient to 0: what is left of a step that is skipped, where gradients are to be cleared.
+template <class Access>
+FUSEDOPT_FN void clear_chunk(const ChunkView& chunk, int lane, int lanes) {
+  using X = typename Access::template Lanes<double, 1>;
+  const X zero[1] = {};
+  FUSEDOPT_LOOP
+  for (i32 i = lane; i < chunk.size; i += lanes) {
+    const i64 at = chunk.layout ? StridedIndex(chunk.layout, chunk.begin + i)(kGrad) : i64(i);
+    Access::template store<Width<1>>(chunk.storage_of(kGrad), chunk.address[kGrad], at, false, zero, 1);
+  }
 }
 
 // Hyperparameters of a group, those that are tensors read now.
@@ -174,6 +223,33 @@ FUSEDOPT_FN float* step_of(const LaunchParams& launch, u64 tensor) {
 FUSEDOPT_FN u64 next_step(const LaunchParams& launch, u32 tensor) {
   const float* step = step_of(launch, tensor);
   return step ? u64(*step) + 1 : 1;
+}
+
+// What becomes of the gradients of a group in this launch.
+template <class V, class C>
+FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags) {
+  Gradient<C> gradient(launch, flags);
+  if constexpr (V::kSide) {
+    gradient.coefficient = C(launch.phase.coefficient);
+    gradient.clips = launch.phase.has(kClips);
+  }
+  return gradient;
+}
+
+// A chunk by its place in the order of a launch: from the end where the gradients have just been read once, to meet
+// what the cache still holds.
+template <class V>
+FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c) {
+  return launch.chunks[V::kSide && launch.phase.reads_twice() ? launch.chunk_count - 1 - c : c];
+}
+
+// What side outputs of a tensor's chunk need: nothing in a variant without them.
+template <class V, class C>
+FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor) {
+  if constexpr (V::kSide)
+    return Side<C>(launch.phase, next_step(launch, tensor));
+  else
+    return NoSide{};
 }
 
 // What the last to finish does: every tensor that had a gradient has taken a step.

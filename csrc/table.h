@@ -1,6 +1,7 @@
 // The tensor table, the chunk plan and the parameters of one launch, as the kernels see them: plain arrays.
 #pragma once
 
+#include "phase.h"
 #include "rules/rule.h"
 #include "storage/storage.h"
 
@@ -46,9 +47,11 @@ struct TensorTable {
   const u64* address;  // kSlots columns of `rows`
   const i64* numel;
   const u32* group;
-  const u64* storage;  // kStorageBits per slot
-  const i32* layout;   // kDenseLayout, or where the tensor's strided layout starts in `layouts`
-  const i64* layouts;  // ndim, then sizes[ndim], then strides[ndim] of each element slot, in elements
+  const u64* storage;     // kStorageBits per slot
+  const i32* layout;      // kDenseLayout, or where the tensor's strided layout starts in `layouts`
+  const i64* layouts;     // ndim, then sizes[ndim], then strides[ndim] of each element slot, in elements
+  const u64* first_leaf;  // how many leaves the rows before this one have
+  u64 leaves;
   FUSEDOPT_FN u64 slot(int s, u64 row) const { return address[u64(s) * rows + row]; }
 };
 
@@ -61,7 +64,9 @@ struct LaunchParams {
   i64 chunk_elements;
   const float* grad_scale;  // null, or gradients are divided by it
   const float* found_inf;   // null, or nothing at all changes where it is not 0
-  u32* arrivals;            // blocks that have finished; the last one advances the steps and sets it back to 0
+  u32* arrivals;  // blocks that have finished; the last one advances the steps and sets it back to 0; behind it the
+                  // grid barrier's
+  Phase phase;    // what else happens in the pass; read by variants with kSideFeature only
 };
 
 }  // namespace fusedopt

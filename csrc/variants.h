@@ -8,6 +8,7 @@ namespace fusedopt {
 enum Feature : u32 {
   kStridedFeature = 1u << 0,  // slots that differ in layout, or are not dense
   kDoubleFeature = 1u << 1,   // tensors with a float64 slot, computed in float64
+  kSideFeature = 1u << 2,     // outputs beside the update: phase.h
 };
 
 // kParamStorage holds for parameter and gradient, kStateStorage for the states; kAnyStorage is decided at run time.
@@ -16,6 +17,7 @@ struct Variant {
   static constexpr u32 kFeatures = kFeatures_;
   static constexpr bool kFixed = kParamStorage_ != kAnyStorage;
   static constexpr bool kStrided = (kFeatures & kStridedFeature) != 0;
+  static constexpr bool kSide = (kFeatures & kSideFeature) != 0;
   static constexpr bool kDouble = (kFeatures & kDoubleFeature) != 0;
   // Elements a GPU thread takes at a time: 16 bytes of the narrowest slot, 4 where that is float32.
   static constexpr int kWidth = kParamStorage_ == kFloat32 ? 4 : 8;
@@ -25,7 +27,7 @@ struct Variant {
 
   // The storage of a slot: a constant in a fixed variant, else what the table says.
   FUSEDOPT_FN static int storage(int slot, u64 packed) {
-    if (kFixed) return slot >= kState0 ? kStateStorage_ : kParamStorage_;
+    if (kFixed && slot != kCopy) return slot >= kState0 ? kStateStorage_ : kParamStorage_;
     return int(packed >> (kStorageBits * slot)) & kStorageMask;
   }
   static bool covers(int param_storage, int state_storage, u32 features) {
@@ -35,12 +37,15 @@ struct Variant {
 };
 
 // name, storage of parameter and gradient, storage of states, features; smallest first.
-#define FUSEDOPT_VARIANTS(X)                                                          \
-  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                   \
-  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                \
-  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                             \
-  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                             \
-  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature) \
-  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)
+#define FUSEDOPT_VARIANTS(X)                                                                                  \
+  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                           \
+  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                        \
+  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                     \
+  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                     \
+  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                         \
+  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature) \
+  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                 \
+  X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                  \
+    fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)
 
 }  // namespace fusedopt

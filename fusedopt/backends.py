@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import reference
 from .core import compiled, why_not_compiled
-from .table import Table, local, real_view
+from .phase import EMA
+from .table import Row, Table, local, real_view
 
 # Best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -102,6 +104,8 @@ class Triton:
         from .triton_launch import launch
 
         _count_launch()
+        if table.phase.reads_twice:
+            _count_launch()  # no barrier of all programs: the norm has a launch of its own
         launch(table, grad_scale, found_inf)
 
 
@@ -119,8 +123,16 @@ class Reference:
         """See Backend."""
         _count_launch()
         if found_inf is not None and float(found_inf) != 0.0:
+            _clear_gradients(table)
             return
         scale = None if grad_scale is None else float(grad_scale)
+        coefficient = 1.0
+        if table.phase.reads_twice:
+            norm = _measure(table, scale)
+            coefficient = table.phase.coefficient(norm)
+            if table.phase.refuses(norm):
+                _clear_gradients(table)
+                return
         for row in table.live_rows():
             group = table.groups[row.group]
             step = 1 if row.step is None else int(row.step) + 1
@@ -129,14 +141,64 @@ class Reference:
             assert grad is not None  # a live row has one
             grad = local(grad)
             tensors = {name: local(tensor) for name, tensor in {"param": row.param, **states}.items()}
-            dtype = compute_dtype([grad, *tensors.values()])
+            dtype = _row_dtype(table, row)
             values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
-            updates = table.rule.update(values.pop("param"), real_view(grad).to(dtype), values, step, group, scale)
+            g, rest = real_view(grad).to(dtype), scale
+            if table.phase.max_grad_norm is not None:
+                g, rest = reference.clipped(g, coefficient, scale), None
+            updates = table.rule.update(values.pop("param"), g, values, step, group, rest)
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
+            if table.phase.flags:
+                _write_sides(table, row, step, dtype)
             if row.step is not None:
                 row.step += 1
+
+
+def _row_dtype(table: Table, row: Row) -> torch.dtype:
+    """What the kernels compute a row in: any of its tensors decides."""
+    states = [row.states[name] for name in (*table.rule.states_of(table.groups[row.group]), *table.phase.states)]
+    tensors = [row.param, row.gradient, row.copy, *states]
+    return compute_dtype([local(tensor) for tensor in tensors if tensor is not None])
+
+
+def _clear_gradients(table: Table) -> None:
+    """What a skipped step does: nothing, or it clears the gradients."""
+    for row in table.live_rows() if table.phase.zero_grads else ():
+        if row.param.grad is not None:
+            local(row.param.grad).zero_()
+
+
+def _measure(table: Table, scale: float | None) -> float:
+    """The norm of all gradients of a table; written down, and the step counted where it is to be skipped."""
+    sums = []
+    for row in table.rows:
+        grad = None if row.param.grad is None else row.gradient
+        if grad is None:
+            sums.append(torch.zeros(row.leaves, dtype=torch.float64))
+            continue
+        values = real_view(local(grad))
+        flat = values.as_strided((values.numel(),), (1,)) if row.is_dense else values.reshape(-1)
+        flat = reference.clipped(flat.to(_row_dtype(table, row)), None, scale)
+        sums.append(reference.leaf_sums(flat, largest=table.phase.is_largest).cpu())
+    norm = reference.joined_norm(torch.cat(sums), largest=table.phase.is_largest)
+    assert table.results is not None  # a table whose norm is wanted has room for it
+    table.results[0] = norm
+    table.results[1] += float(table.phase.refuses(norm))
+    return norm
+
+
+def _write_sides(table: Table, row: Row, step: int, dtype: torch.dtype) -> None:
+    """Average, copy and cleared gradient of one row, after its update."""
+    param = real_view(local(row.param))
+    if EMA in table.phase.states:
+        ema = real_view(local(row.states[EMA]))
+        ema.copy_(reference.average(ema.to(dtype), param.to(dtype), step=step, decay=table.decay_at(step)))
+    if row.copy is not None:
+        real_view(local(row.copy)).copy_(param.to(dtype))
+    if table.phase.zero_grads and row.gradient is not None:
+        local(row.gradient).zero_()
 
 
 class Emulated:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
+from .phase import EMA, Phase, check_copy, check_distinct
 from .rules import Rule
 from .sharded import is_sharded
 from .table import Row, Table, separate
@@ -34,16 +37,21 @@ class FusedOptimizer(Optimizer):
     found_inf: Tensor | None
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
-        """Takes parameters and defaults as ``torch.optim.Optimizer``, and the name of a backend or None."""
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], backend: str | None, phase: Phase | None = None
+    ) -> None:
+        """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
         find_backend(backend)
         self._requested_backend = backend
+        self._phase = Phase() if phase is None else phase
+        self._results: Tensor | None = None
         self._hidden_steps: dict[Tensor, Tensor] = {}
         self._forget_tables()
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []
         self._is_sharded = False
         super().__init__(params, defaults)
+        self._copies()  # refuses those that do not fit
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one launch per device.
@@ -66,6 +74,63 @@ class FusedOptimizer(Optimizer):
         else:
             self._launch()
         return loss
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The norm of all gradients before they were clipped, at the last step: float64, on the device, 0-dim.
+
+        To read its number waits for the device; to pass the tensor on does not. The next step overwrites it.
+
+        Raises:
+            RuntimeError: no step has been taken, or neither max_grad_norm nor skip_nonfinite was asked for.
+        """
+        return self._result(0)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps skip_nonfinite has skipped in this process: float64, on the device, 0-dim."""
+        return self._result(1)
+
+    def _result(self, place: int) -> Tensor:
+        if self._results is None:
+            raise RuntimeError("the norm is known after a step with max_grad_norm or skip_nonfinite")
+        return self._results[place]
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Puts the averages in the place of the parameters, for an evaluation, and the parameters back at its end.
+
+        A parameter that has no average yet keeps its value. Values change places, tensors do not: what a CUDA graph or
+        a gradient bucket points to stays valid. No step may be taken within.
+
+        Raises:
+            RuntimeError: no average is kept.
+
+        Example:
+            >>> import torch, fusedopt
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = fusedopt.SGD([weight], lr=0.5, ema_decay=0.5)
+            >>> for _ in range(2):
+            ...     weight.grad = torch.ones(2)
+            ...     optimizer.step()
+            >>> with optimizer.swap_ema():
+            ...     weight.tolist()
+            [0.25, 0.25]
+            >>> weight.tolist()
+            [0.0, 0.0]
+        """
+        if self._phase.ema_decay is None:
+            raise RuntimeError("no average is kept: construct the optimizer with ema_decay")
+        held = [(param, param.detach().clone()) for param, state in self.state.items() if EMA in state]
+        with torch.no_grad():
+            for param, _ in held:
+                param.copy_(self.state[param][EMA])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in held:
+                    param.copy_(value)
 
     def refresh(self) -> None:
         """Looks at all tensors again.
@@ -141,6 +206,7 @@ class FusedOptimizer(Optimizer):
         """What pickle and deepcopy keep: tables are rebuilt when next needed."""
         state: dict[str, Any] = super().__getstate__()
         state["_requested_backend"] = self._requested_backend
+        state["_phase"] = self._phase
         kept = self._hidden_steps.keys() & self.state.keys()
         state["_hidden_steps"] = {param: self._hidden_steps[param] for param in kept}
         return state
@@ -151,6 +217,10 @@ class FusedOptimizer(Optimizer):
         self._number = traced.register(self)
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
+        if not hasattr(self, "_phase"):
+            self._phase = Phase()
+        if not hasattr(self, "_results"):
+            self._results = None
         super().__setstate__(state)
         self._see_params()
         self._forget_tables()
@@ -200,7 +270,44 @@ class FusedOptimizer(Optimizer):
             params = table.live_params()
             if params:
                 _increment_version(params)
+                self._announce(table, params)
                 backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
+
+    def _announce(self, table: Table, params: list[Tensor]) -> None:
+        """Tells a table, and autograd, what else the launch does."""
+        phase = self._phase
+        if not phase.flags:
+            return
+        decay = phase.ema_decay
+        table.ema_decay = _on(table.device, decay) if isinstance(decay, Tensor) else decay
+        table.announce()
+        if phase.zero_grads:
+            _increment_version([param.grad for param in params if param.grad is not None])
+        if phase.copy_to is not None:
+            _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
+
+    def _results_on(self, device: torch.device) -> Tensor | None:
+        if not self._phase.reads_twice:
+            return None
+        if self._results is None or self._results.device != device:
+            wanted = math.inf if self._phase.max_grad_norm is None else self._phase.max_grad_norm
+            self._results = torch.tensor([math.nan, 0.0, wanted], dtype=torch.float64, device=device)
+        return self._results
+
+    def _copies(self) -> dict[Tensor, Tensor]:
+        """The checked copy of each parameter that has one."""
+        copies = self._phase.copies([param for group in self.param_groups for param in group["params"]])
+        for g, group in enumerate(self.param_groups) if copies else ():
+            for k, param in enumerate(group["params"]):
+                if param in copies:
+                    check_copy(self._name_of(g, k), param, copies[param])
+        params = [
+            (self._name_of(g, k), p) for g, group in enumerate(self.param_groups) for k, p in enumerate(group["params"])
+        ]
+        if copies:
+            named = [(f"copy_to of {name}", copies[param]) for name, param in params if param in copies]
+            check_distinct([*named, *params], among=len(named))
+        return copies
 
     @torch.no_grad()
     def _trace_launch(self) -> None:
@@ -242,17 +349,33 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
+        copies = self._copies()
         for g, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):
                 on_device = rows.setdefault(local(param).device, [])
-                on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param))
+                on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param, copy=copies.get(param)))
         tables: list[tuple[Table, Backend]] = []
         for device, device_rows in rows.items():
             for part in separate(device_rows):
                 launcher = self._launchers.get((device, len(tables)))
-                table = Table(self._rule, device, self.param_groups, part, self.state, self._hidden_steps, launcher)
+                table = Table(
+                    self._rule,
+                    device,
+                    self.param_groups,
+                    part,
+                    self.state,
+                    self._hidden_steps,
+                    launcher,
+                    self._phase,
+                    self._results_on(device),
+                )
                 table.refresh()
                 tables.append((table, _backend_for(table, self._requested_backend)))
+        if self._phase.reads_twice and (len(tables) > 1 or self._is_sharded):
+            raise RuntimeError(
+                "max_grad_norm and skip_nonfinite need all parameters on one device, none of them a DTensor and none "
+                "sharing memory with another: their norm is found within one launch"
+            )
         return tables
 
 

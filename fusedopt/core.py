@@ -41,6 +41,10 @@ class Core(Protocol):
         """Changes with anything but gradients and groups."""
 
     @property
+    def leaves(self) -> int:
+        """How many leaves all rows have."""
+
+    @property
     def variant(self) -> str:
         """Name of the smallest variant that covers all rows."""
 
@@ -55,6 +59,11 @@ class Core(Protocol):
 
     def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
+
+    def set_phase(
+        self, flags: int, ema_decay: float, ema_decay_tensor: int, max_norm: float, leaf_sums: int, results: int
+    ) -> None:
+        """What else a launch does: the fields of ``Phase`` in csrc/phase.h."""
 
     def hold_params(self, wanted: bool) -> None:
         """Whether ``refresh`` lets torch's C++ side count a reference to every parameter: see ``fusedopt.holds``."""

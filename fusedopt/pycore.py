@@ -24,7 +24,7 @@ U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
 HYPERS = 8  # hyperparameters a rule may name
 SLOTS = 9  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
-GRAD, STATE0 = 1, 2
+GRAD, STATE0, COPY = 1, 2, 7
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
 STORAGE_BITS = 4  # bits per slot in the storage column
@@ -36,7 +36,7 @@ EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which 
 FLOAT32, BFLOAT16, FLOAT64 = STORAGES[torch.float32], STORAGES[torch.bfloat16], STORAGES[torch.float64]
 ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run time was compiled for
 
-STRIDED_FEATURE, DOUBLE_FEATURE = 1, 2  # enum Feature in csrc/variants.h
+STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE = 1, 2, 4  # enum Feature in csrc/variants.h
 
 
 class Variant(NamedTuple):
@@ -61,6 +61,8 @@ VARIANTS = (
     Variant("any", ANY_STORAGE, ANY_STORAGE, 0),
     Variant("strided", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE),
     Variant("full", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE),
+    Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
+    Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
 )
 
 
@@ -136,6 +138,7 @@ class PyTable:
         self._rule = rule
         self._device = device
         self._revision = 0
+        self._phase = 0
         self._groups: list[GroupRow] = []
         self.resize(0, [])
 
@@ -152,7 +155,7 @@ class PyTable:
     @property
     def variant(self) -> str:
         """Name of the smallest variant that covers all rows."""
-        param, state, features = ANY_STORAGE, ANY_STORAGE, 0
+        param, state, features = ANY_STORAGE, ANY_STORAGE, SIDE_FEATURE if self._phase else 0
         params, states = self._storages_in_use()
         if any(watch is not None and watch.layout for watch in self._watches):
             features |= STRIDED_FEATURE
@@ -163,6 +166,11 @@ class PyTable:
         if len(states or {param}) == 1:
             state = min(states, default=param)
         return next(variant.name for variant in VARIANTS if variant.covers(param, state, features))
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves all rows have."""
+        return sum(-(-numel // LEAF) for numel in self._numel)
 
     @property
     def chunk_count(self) -> int:
@@ -224,6 +232,23 @@ class PyTable:
         """
         self._state[row] = (state, dict(entries))
         self._state_addresses[row] = _addresses(entries)
+
+    def set_phase(
+        self, flags: int, ema_decay: float, ema_decay_tensor: int, max_norm: float, leaf_sums: int, results: int
+    ) -> None:
+        """What else a launch does.
+
+        Args:
+            flags: bits of ``enum PhaseFlag``.
+            ema_decay: the decay of the average.
+            ema_decay_tensor: where to read it instead; 0: nowhere.
+            max_norm: what gradients are clipped to.
+            leaf_sums: where one number for each leaf goes.
+            results: where the norm and the count of skipped steps go.
+        """
+        if flags != self._phase:
+            self._phase = flags
+            self._revision = next(_REVISIONS)
 
     def hold_params(self, wanted: bool) -> None:
         """Has no effect here: there is no C++ side to hold anything."""
@@ -419,6 +444,8 @@ class PyTable:
         params: set[int] = set()
         states: set[int] = set()
         for slot in range(ELEMENT_SLOTS):
+            if slot == COPY:
+                continue  # read at run time by every variant
             found = params if slot < STATE0 else states
             for row in range(self._rows):
                 if not self._address[row]:

@@ -20,6 +20,8 @@ import numpy
 import torch
 from torch import Tensor
 
+LEAF = 2048  # elements; csrc/table.h
+
 
 class SGDUpdate(NamedTuple):
     """What a step of SGD leaves behind: new tensors, in the dtype of the computation."""
@@ -172,6 +174,49 @@ def adam(
     if float(decay) != 0.0:
         update = update + decay * param
     return AdamUpdate(param - update, m, v, v_max)
+
+
+def average(ema: Tensor, param: Tensor, *, step: int, decay: float) -> Tensor:
+    """The average of a parameter after its step: ``decay·ema + (1 − decay)·param``; at step 1 the parameter.
+
+    Args:
+        ema: the average so far, in the dtype of the computation.
+        param: the parameter after the step, the same.
+        step: the count of this step, from 1.
+        decay: share of the old average that stays.
+    """
+    return param.clone() if step <= 1 else lerp(ema, param, 1.0 - decay, decay)
+
+
+def clipped(grad: Tensor, coefficient: float | None, grad_scale: float | None) -> Tensor:
+    """A gradient divided by the scale of ``torch.amp``, then multiplied by what clips it; None: neither."""
+    if grad_scale is not None:
+        grad = grad / _scalar(grad_scale, grad)
+    return grad if coefficient is None else grad * _scalar(coefficient, grad)
+
+
+def leaf_sums(flat: Tensor, *, largest: bool) -> Tensor:
+    """The squares of every 2,048 elements summed in a tree of halves, in float64; or the largest magnitude."""
+    values = torch.zeros(-(-flat.numel() // LEAF) * LEAF, dtype=torch.float64, device=flat.device)
+    values[: flat.numel()] = flat.double().abs() if largest else flat.double() * flat.double()
+    return _join_halves(values.reshape(-1, LEAF), largest)
+
+
+def joined_norm(sums: Tensor, *, largest: bool) -> float:
+    """The norm that leaves join to: groups of 2,048 leaves, then the groups."""
+    for _ in range(2):
+        padded = torch.zeros(max(-(-sums.numel() // LEAF), 1) * LEAF, dtype=torch.float64)
+        padded[: sums.numel()] = sums
+        sums = _join_halves(padded.reshape(-1, LEAF), largest)
+    joined = float(sums)
+    return joined if largest or joined != joined else math.sqrt(joined)
+
+
+def _join_halves(values: Tensor, largest: bool) -> Tensor:
+    while values.shape[1] > 1:
+        low, high = values.chunk(2, dim=1)
+        values = torch.maximum(low, high) if largest else low + high
+    return values[:, 0]
 
 
 def _scalar(x: float, like: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ in between, the compiled table only reads gradients again. All checks happen her
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .check import (
 )
 from .core import STORAGES, Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
+from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared
 from .rules import Rule
 from .sharded import is_sharded, settled
 
@@ -33,6 +35,7 @@ __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATE_SLOTS = 3
+NOTHING = Phase()
 
 
 @dataclass(eq=False)
@@ -49,6 +52,9 @@ class Row:
         step: float32 count of its steps; None for a rule that needs no count here.
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
         addresses: of the state tensors, when the row was made.
+        copy: what the parameter is written to as it is updated; None: nothing.
+        is_dense: whether all slots are dense and in the same order.
+        leaves: that its elements make; 0: it never had a gradient.
     """
 
     index: int
@@ -60,6 +66,9 @@ class Row:
     step: Tensor | None = None
     stand_in: Tensor | None = None
     addresses: list[int] = field(default_factory=list)
+    copy: Tensor | None = None
+    is_dense: bool = True
+    leaves: int = 0
 
     @property
     def gradient(self) -> Tensor | None:
@@ -79,6 +88,8 @@ class Table:
         hidden_steps: counts of rules that keep none in their state.
         launcher: what the backend kept for the table that this one takes the place of: device memory, which a
             captured graph may still read.
+        phase: what else a step does.
+        results: float64 [3] on the device: where the norm goes, and the count of skipped steps; and max_grad_norm.
     """
 
     def __init__(
@@ -90,6 +101,8 @@ class Table:
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
         launcher: Any = None,
+        phase: Phase = NOTHING,
+        results: Tensor | None = None,
     ) -> None:
         """See the class."""
         self.rule = rule
@@ -97,6 +110,11 @@ class Table:
         self.groups = groups
         self.rows = rows
         self.launcher = launcher
+        self.phase = phase
+        self.results = results
+        self.leaf_sums: Tensor | None = None
+        self.ema_decay: float | Tensor | None = None  # as the next launch reads it
+        self._names = (*rule.states, *phase.states)
         self._state = state
         self._hidden_steps = hidden_steps
         self.core: Core = make_core(rule, device)
@@ -104,6 +122,8 @@ class Table:
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
         self.core.set_places([(row.group, row.place) for row in rows])
         self.core.watch_states(state)
+        if phase.flags:
+            self.announce()
         self._adopt([row for row in rows if state.get(row.param)])
         for row in rows:
             self._set_blank_row(row)
@@ -126,6 +146,32 @@ class Table:
             return False
         self._remake(rows)
         return True
+
+    def announce(self) -> None:
+        """Tells the compiled table what else the next launch does."""
+        decay = self.ema_decay
+        is_tensor = isinstance(decay, Tensor)
+        address = decay.data_ptr() if isinstance(decay, Tensor) else 0
+        self._make_room_for_norm()
+        self.core.set_phase(
+            self.phase.flags,
+            0.0 if decay is None or is_tensor else float(decay),
+            address,
+            math.inf if self.phase.max_grad_norm is None else self.phase.max_grad_norm,
+            0 if self.leaf_sums is None else self.leaf_sums.data_ptr(),
+            0 if self.results is None else self.results.data_ptr(),
+        )
+
+    def _make_room_for_norm(self) -> None:
+        leaves = self.core.leaves if self.phase.reads_twice else 0
+        if leaves > MOST_LEAVES:
+            raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
+        if self.phase.reads_twice and (self.leaf_sums is None or self.leaf_sums.numel() != leaves):
+            self.leaf_sums = torch.empty(leaves, dtype=torch.float64, device=self.device)
+
+    def decay_at(self, step: int) -> float:
+        """The decay that averages have at a step."""
+        return replace(self.phase, ema_decay=self.ema_decay).decay_at(step)
 
     def is_current(self) -> bool:
         """Whether the state tensors lie where the rows point. That they are the very ones, ``refresh`` watches."""
@@ -150,7 +196,7 @@ class Table:
         state = self._state.get(row.param, {})
         if self.rule.keeps_step and state.get("step") is not row.step:
             return False
-        if any(state.get(name) is not row.states.get(name) for name in self.rule.states):
+        if any(state.get(name) is not row.states.get(name) for name in self._names):
             return False
         return row.addresses == _state_addresses(row)
 
@@ -170,7 +216,7 @@ class Table:
 
     def _present(self, row: Row) -> dict[str, Tensor]:
         state = self._state.get(row.param, {})
-        return {name: state[name] for name in self.rule.states if isinstance(state.get(name), Tensor)}
+        return {name: state[name] for name in self._names if isinstance(state.get(name), Tensor)}
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
@@ -216,11 +262,20 @@ class Table:
             if row.param.grad is not None:
                 check_parameter(row.name, row.param)
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
+        if self.phase.zero_grads:
+            self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])
         self._create_states([row for row in rows if row.param.grad is not None])
         for row in rows:
             row.stand_in = _stand_in(row.param)
             self._set_row(row)
+
+    def _check_cleared(self, rows: list[Row]) -> None:
+        live = self.live_rows()
+        check_cleared([(row.name, row.param.grad) for row in live if row.param.grad is not None])
+        for row in rows:
+            if _stand_in(row.param) is not None:
+                raise ValueError(f"zero_grads: gradient of {row.name} is not what the kernels read: it lies otherwise")
 
     def _create_states(self, rows: list[Row]) -> None:
         """Zeros for what is missing. The steps of all of these rows are views of one buffer."""
@@ -233,9 +288,14 @@ class Table:
                     dtype = _state_dtype(self.rule, row)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
+            if EMA in self._names and EMA not in row.states:
+                average = row.param.detach().to(
+                    average_dtype(row.param), copy=True, memory_format=torch.preserve_format
+                )
+                row.states[EMA] = self._state[row.param][EMA] = average
 
     def _wants_step(self, row: Row) -> bool:
-        return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]))
+        return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
 
     def _set_row(self, row: Row) -> None:
         grad = row.gradient
@@ -246,13 +306,14 @@ class Table:
         row.addresses = _state_addresses(row)
         state = self._state.get(row.param)
         if state is not None:
-            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self.rule.states}
+            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names}
             if self.rule.keeps_step:
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
 
     def _set_blank_row(self, row: Row) -> None:
         """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
+        row.leaves = 0
         addresses, storages = [0] * (ELEMENT_SLOTS + 1), [0] * ELEMENT_SLOTS
         self.core.set_row(row.index, addresses, storages, 0, row.group, [], row.param, None, False, [])
 
@@ -260,17 +321,20 @@ class Table:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
-        tensors: list[Tensor | None] = [row.param, grad, *states]
-        tensors += [None] * (ELEMENT_SLOTS - len(tensors))
+        ema = row.states.get(EMA) if EMA in self._names else None
+        tensors: list[Tensor | None] = [row.param, grad, *states, None, ema, row.copy]
+        assert len(tensors) == ELEMENT_SLOTS  # in the order of csrc/table.h
         slots = [None if tensor is None else real_view(local(tensor)) for tensor in tensors]
         param = slots[0]
         assert param is not None  # the parameter is always there
+        row.leaves = -(-param.numel() // LEAF)
         layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])
+        row.is_dense = not layout
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
         storages = [0 if slot is None else STORAGES[slot.dtype] for slot in slots]
         # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
-        keep = [tensor.detach() for tensor in (*states, row.step, row.stand_in) if tensor is not None]
+        keep = [tensor.detach() for tensor in (*states, ema, row.copy, row.step, row.stand_in) if tensor is not None]
         self.core.set_row(
             row.index,
             addresses,

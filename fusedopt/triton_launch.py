@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .phase import LEAF
 from .table import Table
 
 _DTYPES = {
@@ -41,6 +42,7 @@ class Launcher:
         self.revision = -1
         self.columns: Any = None
         self._sent: dict[str, bytes] = {}
+        self._sent_decay: tuple[float, Tensor] | None = None
         self._tensors: dict[str, Tensor] = {}
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -61,7 +63,32 @@ class Launcher:
             self.columns = Columns(
                 device=self.device, rows=len(table.rows), chunk_elements=self._chunk_elements, **self._tensors
             )
-        launch(table.rule.stem, core.variant, self.columns, grad_scale=grad_scale, found_inf=found_inf)
+        launch(
+            table.rule.stem,
+            core.variant,
+            self.columns,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            phase_flags=table.phase.flags,
+            ema_decay=self._decay(table.ema_decay),
+            **self._measured(table),
+        )
+
+    def _measured(self, table: Table) -> dict[str, Any]:
+        """What the launch of the norm needs; nothing where there is none."""
+        if table.leaf_sums is None or table.results is None:
+            return {}
+        leaves = torch.div(self.columns.numel + (LEAF - 1), LEAF, rounding_mode="floor")
+        first_leaf = torch.cumsum(leaves, 0) - leaves
+        return {"first_leaf": first_leaf, "leaf_sums": table.leaf_sums, "results": table.results}
+
+    def _decay(self, decay: float | Tensor | None) -> Tensor | None:
+        """The decay of averages, on the device."""
+        if decay is None or isinstance(decay, Tensor):
+            return decay
+        if self._sent_decay is None or self._sent_decay[0] != decay:
+            self._sent_decay = decay, torch.tensor(decay, dtype=torch.float64, device=self.device)
+        return self._sent_decay[1]
 
     def _send(self, name: str, data: bytes) -> Tensor:
         column = torch.frombuffer(bytearray(data), dtype=_DTYPES[name]) if data else torch.empty(0, dtype=_DTYPES[name])

@@ -200,4 +200,8 @@ def test_values_hold_denormals_signed_zeros_infinities_and_nan() -> None:
 def test_every_variant_is_in_the_matrix() -> None:
     compiled = pytest.importorskip("fusedopt._C")
     for rule in ("SGD", "Adam"):
-        assert {name.split("-")[1] for name in batches() if name.startswith(rule)} == set(compiled.variants())
+        assert {name.split("-")[1] for name in batches() if name.startswith(rule)} == {
+            name
+            for name in compiled.variants()
+            if not name.endswith("_side")  # tests/test_phase.py
+        }

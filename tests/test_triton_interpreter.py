@@ -24,6 +24,8 @@ MODULES = [
     pytest.param("test_codecs.py", "", id="test_codecs"),
     pytest.param("test_layouts.py", "", id="test_layouts"),
     pytest.param("test_step.py", "", id="test_step"),
+    pytest.param("test_phase.py", "", id="test_phase"),
+    pytest.param("test_norm.py", "", id="test_norm"),
 ]
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import triton
 
+from .reduce import measure
 from .rules import RULES
-from .storage import ANY_STORAGE, BFLOAT16, FLOAT32
+from .storage import ANY_STORAGE, BFLOAT16, FLOAT32, FLOAT64
 from .sweep import sweep
 
 THREADS = 128  # of a program
@@ -34,6 +35,7 @@ class Variant:
         width: elements a thread takes at a time: 16 bytes of the widest slot but float64, as Triton stores no
             more at once and lays all slots of a block out alike.
         programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
+        side: admits outputs beside the update: csrc/phase.h.
     """
 
     param_storage: int
@@ -42,6 +44,7 @@ class Variant:
     double: bool
     width: int
     programs: int
+    side: bool = False
 
 
 _F32, _BF16, _ANY = FLOAT32.value, BFLOAT16.value, ANY_STORAGE.value
@@ -53,6 +56,8 @@ VARIANTS = {
     "any": Variant(_ANY, _ANY, strided=False, double=False, width=4, programs=4),
     "strided": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4),
     "full": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4),
+    "f32_side": Variant(_F32, _F32, strided=False, double=False, width=4, programs=4, side=True),
+    "full_side": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4, side=True),
 }
 
 
@@ -132,6 +137,7 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
         "SS": v.state_storage,
         "STRIDED": v.strided,
         "DOUBLE": v.double,
+        "SIDE": v.side,
         "BLOCK": THREADS * v.width,
         "EDGES": THREADS if v.double else THREADS * v.width // 2,
         "WIDTH": v.width,
@@ -181,6 +187,11 @@ def launch(
     *,
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
+    phase_flags: int = 0,
+    ema_decay: torch.Tensor | None = None,
+    first_leaf: torch.Tensor | None = None,
+    leaf_sums: torch.Tensor | None = None,
+    results: torch.Tensor | None = None,
     programs: int | None = None,
 ) -> None:
     """Takes a step of every tensor that has a gradient, by one launch on the device's current stream.
@@ -191,6 +202,12 @@ def launch(
         columns: the table. What its addresses point to must outlive the launch.
         grad_scale: float32, one element, on the device: gradients are divided by it. Default: they are not.
         found_inf: float32, one element, on the device: where it is not 0, nothing changes. Default: 0.
+        phase_flags: bits of ``enum PhaseFlag`` in csrc/phase.h; the variant admits side outputs. Default: none.
+        ema_decay: float32 or float64, one element, on the device: decay of the averages. Default: 0.
+        first_leaf: int64 [rows], how many leaves of 2,048 elements the rows before each have; only where the flags
+            ask for the norm, as the next two, and then there is a launch more.
+        leaf_sums: float64, one for each leaf.
+        results: float64 [3]: norm, skipped launches, largest norm that is wanted.
         programs: Triton programs to run. Default: what the device runs at once; 3 if interpreted.
 
     Raises:
@@ -205,6 +222,24 @@ def launch(
     if programs is None:
         programs = min(resident_programs(variant, columns.device), max(1, chunk_count))
     with _launching_on(columns.device):
+        if leaf_sums is not None:
+            measure[(programs,)](
+                columns.address,
+                columns.grads,
+                columns.numel,
+                columns.storage,
+                columns.layout,
+                columns.layouts,
+                columns.rows,
+                columns.chunks,
+                chunk_count,
+                columns.chunk_elements,
+                0 if grad_scale is None else grad_scale.data_ptr(),
+                phase_flags,
+                first_leaf,
+                leaf_sums,
+                **_device_options(variant, columns.device),
+            )
         sweep[(programs,)](
             columns.address,
             columns.grads,
@@ -224,6 +259,12 @@ def launch(
             0 if grad_scale is None else grad_scale.data_ptr(),
             0 if found_inf is None else found_inf.data_ptr(),
             columns.arrivals,
+            phase_flags,
+            0 if ema_decay is None else ema_decay.data_ptr(),
+            FLOAT64.value if ema_decay is not None and ema_decay.dtype == torch.float64 else FLOAT32.value,
+            columns.arrivals if leaf_sums is None else leaf_sums,
+            0 if leaf_sums is None else leaf_sums.numel(),
+            columns.arrivals if results is None else results,
             **constants,
             **_device_options(variant, columns.device),
         )

@@ -11,10 +11,13 @@ compile-time arguments; everything that changes from step to step is read at run
 import triton
 import triton.language as tl
 
+from .phase import CLEARS_GRADS, side_of, sweep_sides
+from .reduce import CLIPS, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
 from .rules import MAXIMIZE, divide
-from .storage import decode, fetch, only_if, pointer, storage_bytes, store
+from .storage import ANY_STORAGE, decode, fetch, only_if, pointer, storage_bytes, store
 from .table import (
     DENSE_LAYOUT,
+    GRAD,
     STEP,
     advance_all,
     advance_steps,
@@ -27,15 +30,18 @@ from .table import (
     slot_addresses,
     slot_storages,
     steps_taken,
+    storage_of,
     strided_offsets,
 )
 
 
 @triton.jit
-def prepare_gradient(g, scale, unscale, negate):
+def prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE: tl.constexpr):
     """What becomes of a gradient before the rule sees it."""
     if unscale:
         g = divide(g, scale.to(g.dtype))
+    if SIDE and clips:
+        g = g * coefficient.to(g.dtype)
     return tl.where(negate, g * -1.0, g)  # Triton's own minus is 0 − g, which loses the sign of zero
 
 
@@ -47,10 +53,12 @@ def sweep_block(
     storage,
     scalars,
     gradient,
+    side,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    SIDE: tl.constexpr,
     C: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -70,8 +78,8 @@ def sweep_block(
     x = decode(x_bits, storage.state0, SS, C)
     y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
     z = decode(z_bits, storage.state2, SS, C) if STATES > 2 else x
-    scale, unscale, negate = gradient
-    g = prepare_gradient(g, scale, unscale, negate)
+    scale, unscale, negate, clips, coefficient = gradient
+    g = prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE)
     p, x, y, z = UPDATE(p, g, x, y, z, scalars)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
@@ -79,6 +87,8 @@ def sweep_block(
         store(address.state1, at.state1, has1, y, storage.state1, SS, C, ALIGNED)
     if STATES > 2:
         store(address.state2, at.state2, has2, z, storage.state2, SS, C, ALIGNED)
+    if SIDE:
+        sweep_sides(p, address, at, mask, storage, side, PS, SS, C, ALIGNED)
 
 
 @triton.jit
@@ -91,11 +101,13 @@ def sweep_chunk(
     size,
     scalars,
     gradient,
+    side,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
     STRIDED: tl.constexpr,
+    SIDE: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
@@ -116,10 +128,10 @@ def sweep_chunk(
         i = tl.arange(0, BLOCK)
         block = advance_all(address, storage, start)
         mask = i < count - start
-        sweep_block(block, all_slots(i), mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, C, True)
-    for side in range(0, 2):
-        first = tl.where(side == 0, 0, head + count)
-        last = tl.where(side == 0, head, size)
+        sweep_block(block, all_slots(i), mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, SIDE, C, True)
+    for edge in range(0, 2):
+        first = tl.where(edge == 0, 0, head + count)
+        last = tl.where(edge == 0, head, size)
         for start in range(first, last, EDGES):
             i = tl.arange(0, EDGES)
             at = all_slots(i)
@@ -131,7 +143,27 @@ def sweep_chunk(
                     offset = 0
             block = advance_all(address, storage, offset)
             mask = i < last - start
-            sweep_block(block, at, mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, C, False)
+            sweep_block(block, at, mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, SIDE, C, False)
+
+
+@triton.jit
+def clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count, chunk_elements, BLOCK: tl.constexpr):
+    """Sets every gradient to 0: what is left of a step that is skipped, where gradients are to be cleared."""
+    for c in range(tl.program_id(0), chunk_count.to(tl.int32), tl.num_programs(0)):
+        row = tl.load(chunks + 2 * c)
+        grad = tl.load(grads + row)
+        if grad != 0:
+            begin = tl.load(chunks + 2 * c + 1).to(tl.int64) * chunk_elements
+            size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
+            where = storage_of(tl.load(storage + row), GRAD, ANY_STORAGE)
+            lies = tl.load(layout + row)
+            for start in range(0, size, BLOCK):
+                i = begin + start + tl.arange(0, BLOCK)
+                at = i
+                if lies != DENSE_LAYOUT:
+                    at = strided_offsets(layouts + lies, i).grad
+                zero = tl.full([BLOCK], 0.0, tl.float64)
+                store(grad, at, i < begin + size, zero, where, ANY_STORAGE, tl.float64, False)
 
 
 @triton.jit(
@@ -154,6 +186,12 @@ def sweep_chunk(
         "grad_scale",
         "found_inf",
         "arrivals",
+        "phase_flags",
+        "ema_decay",
+        "ema_decay_storage",
+        "leaf_sums",
+        "leaves",
+        "results",
     ]
 )
 def sweep(
@@ -175,6 +213,12 @@ def sweep(
     grad_scale: tl.int64,  # address of a float32 that gradients are divided by, or 0
     found_inf: tl.int64,  # address of a float32, or 0: nothing at all changes where it is not 0
     arrivals,  # int32 [1]: programs that have finished; the last one advances the steps and sets it back to 0
+    phase_flags: tl.int32,  # csrc/phase.h: PhaseFlag
+    ema_decay: tl.int64,  # address of the decay of averages, or 0
+    ema_decay_storage: tl.int32,
+    leaf_sums,  # float64 [leaves]: what `measure` has found
+    leaves: tl.int64,
+    results,  # float64 [3]: the norm, how many launches were skipped; max_norm
     SCALARS: tl.constexpr,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -182,6 +226,7 @@ def sweep(
     SS: tl.constexpr,
     STRIDED: tl.constexpr,
     DOUBLE: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -190,10 +235,23 @@ def sweep(
 
     The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
     parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
-    tensors and float64 are admitted. A program takes BLOCK elements at a time, in vectors of WIDTH, where it
-    can, else EDGES; the two differ, or the compiler lays both out alike and shuffles through shared memory.
+    tensors and float64 are admitted; SIDE: there are outputs beside the update. A program takes BLOCK elements
+    at a time, in vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out
+    alike and shuffles through shared memory.
     """
-    if tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0:
+    admitted = tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0
+    clips = SIDE and (phase_flags & CLIPS) != 0
+    coefficient = tl.full([], 1.0, tl.float64)
+    if SIDE:  # noqa: SIM102 - a branch of the compiler around one of the kernel
+        if admitted & ((phase_flags & (CLIPS | SKIPS_NONFINITE)) != 0):
+            norm = norm_of_leaves(leaf_sums, leaves, phase_flags)
+            if clips:
+                coefficient = clip_coefficient(norm, tl.load(results + 2))
+            admitted = ((phase_flags & SKIPS_NONFINITE) == 0) | (norm - norm == 0.0)
+            if tl.program_id(0) == 0:
+                tl.store(results, norm)
+                tl.store(results + 1, tl.load(results + 1) + tl.where(admitted, 0.0, 1.0))
+    if admitted:
         unscale = grad_scale != 0
         scale = tl.load(pointer(grad_scale.to(tl.int64), tl.float32, False), mask=unscale, other=1.0)
         rows = rows.to(tl.int64)
@@ -214,27 +272,32 @@ def sweep(
                     flags = tl.load(group_flags + group_row)
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     scalars = SCALARS(hypers, flags, next_step(steps), tl.float32)
-                gradient = (scale, unscale, (flags & MAXIMIZE) != 0)
+                gradient = (scale, unscale, (flags & MAXIMIZE) != 0, clips, coefficient)
                 begin = tl.load(chunk + 1).to(tl.int64) * chunk_elements
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
                 at = tl.load(layout + row)
                 s = slot_storages(tl.load(storage + row), PS, SS)
-                a = slot_addresses(address, grads, rows, row)
+                a = slot_addresses(address, grads, rows, row, SIDE)
                 a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
+                t = next_step(steps)
                 if DOUBLE and computes_in_double(a, s):
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
+                    side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
                     sweep_chunk(
-                        a, s, layouts, at, begin, size, exact, gradient,
-                        UPDATE, STATES, PS, SS, STRIDED, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                        a, s, layouts, at, begin, size, exact, gradient, side,
+                        UPDATE, STATES, PS, SS, STRIDED, SIDE, tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:
+                    side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float32, SIDE)
                     sweep_chunk(
-                        a, s, layouts, at, begin, size, scalars, gradient,
-                        UPDATE, STATES, PS, SS, STRIDED, tl.float32, BLOCK, EDGES, WIDTH,
+                        a, s, layouts, at, begin, size, scalars, gradient, side,
+                        UPDATE, STATES, PS, SS, STRIDED, SIDE, tl.float32, BLOCK, EDGES, WIDTH,
                     )  # fmt: skip
         # Every thread has read the step counts it needs before the last program to arrive writes them.
         tl.debug_barrier()
         if tl.atomic_add(arrivals, 1) == tl.num_programs(0) - 1:
             advance_steps(address + STEP * rows, grads, rows, EDGES)
             tl.store(arrivals, 0)
+    elif SIDE and (phase_flags & CLEARS_GRADS) != 0:
+        clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count, chunk_elements, EDGES)

@@ -36,12 +36,14 @@ class Slots(NamedTuple):
     state0: Any
     state1: Any
     state2: Any
+    ema: Any
+    copy: Any
 
 
 @triton.jit
 def all_slots(x):
     """The same value for every slot."""
-    return Slots(x, x, x, x, x)
+    return Slots(x, x, x, x, x, x, x)
 
 
 @triton.jit
@@ -63,19 +65,28 @@ def slot_storages(packed, PS: tl.constexpr, SS: tl.constexpr):
         storage_of(packed, STATE0, SS),
         storage_of(packed, STATE1, SS),
         storage_of(packed, STATE2, SS),
+        storage_of(packed, EMA, SS),
+        storage_of(packed, COPY, ANY_STORAGE),
     )
 
 
 @triton.jit
-def slot_addresses(address, grads, rows, row):
+def slot_addresses(address, grads, rows, row, SIDE: tl.constexpr):
     """The addresses of a row, 0 where the tensor lacks the slot."""
     column = address + row
+    ema = tl.full([], 0, tl.int64)
+    copy = ema
+    if SIDE:
+        ema = tl.load(column + EMA * rows)
+        copy = tl.load(column + COPY * rows)
     return Slots(
         tl.load(column + PARAM * rows),
         tl.load(grads + row),
         tl.load(column + STATE0 * rows),
         tl.load(column + STATE1 * rows),
         tl.load(column + STATE2 * rows),
+        ema,
+        copy,
     )
 
 
@@ -94,13 +105,15 @@ def advance_all(a, storages, elements):
         advance(a.state0, storages.state0, elements),
         advance(a.state1, storages.state1, elements),
         advance(a.state2, storages.state2, elements),
+        advance(a.ema, storages.ema, elements),
+        advance(a.copy, storages.copy, elements),
     )
 
 
 @triton.jit
 def all_aligned(a):
     """True where every slot lies on 16 bytes. A slot that is absent is never accessed: it counts."""
-    return ((a.param | a.grad | a.state0 | a.state1 | a.state2) & 15) == 0
+    return ((a.param | a.grad | a.state0 | a.state1 | a.state2 | a.ema | a.copy) & 15) == 0
 
 
 @triton.jit
@@ -118,6 +131,8 @@ def computes_in_double(a, s):
         | is_double(a.state0, s.state0)
         | is_double(a.state1, s.state1)
         | is_double(a.state2, s.state2)
+        | is_double(a.ema, s.ema)
+        | is_double(a.copy, s.copy)
     )
 
 
@@ -142,6 +157,8 @@ def strided_offsets(layout, i):
             offsets.state0 + coordinate * tl.load(stride + STATE0 * ndim),
             offsets.state1 + coordinate * tl.load(stride + STATE1 * ndim),
             offsets.state2 + coordinate * tl.load(stride + STATE2 * ndim),
+            offsets.ema + coordinate * tl.load(stride + EMA * ndim),
+            offsets.copy + coordinate * tl.load(stride + COPY * ndim),
         )
     return offsets
 

@@ -3,11 +3,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <stdexcept>
 
 #include "cpu/engine.h"
 #include "cpu/team.h"
-#include "sweep.h"
+#include "norm.h"
 
 namespace fusedopt {
 namespace {
@@ -19,6 +20,7 @@ using Engine = SweepChunks (*)(int rule, int variant);
 struct InstructionSet {
   const char* name;
   Engine engine;
+  MeasureChunks (*measure)();
 };
 
 std::vector<InstructionSet> find_instruction_sets() {
@@ -27,13 +29,13 @@ std::vector<InstructionSet> find_instruction_sets() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", avx512::engine});
-  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::engine});
-  found.push_back({"baseline", baseline::engine});
+    found.push_back({"avx512", avx512::engine, avx512::measure_engine});
+  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::engine, avx2::measure_engine});
+  found.push_back({"baseline", baseline::engine, baseline::measure_engine});
 #elif defined(__aarch64__)
-  found.push_back({"neon", neon::engine});
+  found.push_back({"neon", neon::engine, neon::measure_engine});
 #else
-  found.push_back({"baseline", baseline::engine});
+  found.push_back({"baseline", baseline::engine, baseline::measure_engine});
 #endif
   return found;
 }
@@ -43,15 +45,60 @@ const std::vector<InstructionSet>& instruction_sets() {
   return sets;
 }
 
-Engine find_engine(const std::string& isa) {
+const InstructionSet& find_set(const std::string& isa) {
   for (const InstructionSet& set : instruction_sets())
-    if (isa == set.name) return set.engine;
+    if (isa == set.name) return set;
   throw std::invalid_argument("instruction set '" + isa + "' is not in this build or not in this processor");
 }
 
 int count_workers(const LaunchParams& launch, int threads) {
   const i64 most = i64(launch.chunk_count) * launch.chunk_elements / kElementsPerWorker;
   return int(std::clamp<i64>(std::min<i64>(most, launch.chunk_count), 1, std::max(threads, 1)));
+}
+
+// What all leaves join to: groups of 2,048 leaves, then the groups.
+template <bool kLargest>
+double join_leaves(const LaunchParams& launch) {
+  const u64 leaves = launch.table.leaves;
+  double groups[kJoined] = {};
+  for (u64 first = 0; first < leaves; first += kJoined) {
+    double values[kJoined] = {};
+    std::copy_n(launch.phase.leaf_sums + first, std::min<u64>(kJoined, leaves - first), values);
+    join_halves<kLargest>(values, kJoined, 0, 1, [] {});
+    groups[first / kJoined] = values[0];
+  }
+  join_halves<kLargest>(groups, kJoined, 0, 1, [] {});
+  return groups[0];
+}
+
+// Sets what the measured gradients are multiplied by. False: the launch is to change nothing.
+bool admit_gradients(LaunchParams& launch) {
+  Phase& phase = launch.phase;
+  const double norm = norm_of(phase, phase.has(kLargestNorm) ? join_leaves<true>(launch) : join_leaves<false>(launch));
+  phase.coefficient = coefficient_of(phase, norm);
+  phase.results[0] = norm;
+  if (!is_refused(phase, norm)) return true;
+  phase.results[1] += 1.0;
+  return false;
+}
+
+// What a skipped step does: nothing, or it clears the gradients.
+void clear_gradients(const LaunchParams& launch) {
+  if (!launch.phase.has(kClearsGrads)) return;
+  for (u32 c = 0; c < launch.chunk_count; ++c) {
+    const Chunk& chunk = launch.chunks[c];
+    if (launch.grads[chunk.tensor] == 0) continue;
+    const ChunkView view(launch, chunk);
+    const u64 bytes = u64(storage_bytes(view.storage_of(kGrad)));
+    if (view.layout == nullptr) {
+      std::memset(reinterpret_cast<void*>(view.address[kGrad]), 0, u64(view.size) * bytes);
+      continue;
+    }
+    for (i32 i = 0; i < view.size; ++i) {
+      const i64 at = StridedIndex(view.layout, view.begin + i)(kGrad);
+      std::memset(reinterpret_cast<void*>(view.address[kGrad] + u64(at) * bytes), 0, bytes);
+    }
+  }
 }
 
 }  // namespace
@@ -65,16 +112,25 @@ const std::vector<std::string>& cpu_instruction_sets() {
   return names;
 }
 
-void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa) {
-  if (is_skipped(launch)) return;
-  const SweepChunks sweep = find_engine(isa)(rule, variant);
+void launch_cpu(const LaunchParams& given, int rule, int variant, int threads, const std::string& isa) {
+  LaunchParams launch = given;
+  if (is_skipped(launch)) return clear_gradients(launch);
+  const InstructionSet& set = find_set(isa);
+  const SweepChunks sweep = set.engine(rule, variant);
   const int workers = count_workers(launch, threads);
   const u32 turn = std::max<u32>(1, launch.chunk_count / (u32(workers) * kTurnsPerWorker));
-  std::atomic<u64> next{0};
-  run_team(workers, [&](int) {
-    for (u64 first = next.fetch_add(turn); first < launch.chunk_count; first = next.fetch_add(turn))
-      sweep(launch, u32(first), u32(std::min<u64>(first + turn, launch.chunk_count)));
-  });
+  const auto share = [&](SweepChunks work) {
+    std::atomic<u64> next{0};
+    run_team(workers, [&](int) {
+      for (u64 first = next.fetch_add(turn); first < launch.chunk_count; first = next.fetch_add(turn))
+        work(launch, u32(first), u32(std::min<u64>(first + turn, launch.chunk_count)));
+    });
+  };
+  if (launch.phase.reads_twice()) {
+    share(set.measure());
+    if (!admit_gradients(launch)) return clear_gradients(launch);
+  }
+  share(sweep);
   advance_steps(launch, 0, 1);
 }
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/access.h"
+#include "norm.h"
 #include "rules/all.h"
 
 namespace fusedopt {
@@ -17,7 +18,7 @@ using Access = HostAccess<Isa>;
 // covers all gives the same bits and a third of the build time.
 #ifdef FUSEDOPT_ONE_VARIANT
 template <class V>
-using Compiled = Variant<kAnyStorage, kAnyStorage, kStridedFeature | kDoubleFeature>;
+using Compiled = Variant<kAnyStorage, kAnyStorage, kStridedFeature | kDoubleFeature | kSideFeature>;
 #else
 template <class V>
 using Compiled = V;
@@ -49,26 +50,31 @@ class RuleCache {
 
 // The rule with branches that the compiler knows: a loop without tests, its values in registers from load to store.
 // False where these are not the rule's branches.
-template <class V, u32 kBranches, class Rule>
-FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient) {
+template <class V, u32 kBranches, class Rule, class S>
+FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side) {
   if (rule.branches != kBranches || !gradient.is_plain()) return false;
   Rule usual = rule;
   usual.branches = kBranches;
-  sweep_chunk<Access, V>(view, usual, Gradient<float>(), 0, 1);
+  Gradient<float> plain;
+  if (V::kSide) {
+    plain.clips = gradient.clips;
+    plain.coefficient = gradient.coefficient;
+  }
+  sweep_chunk<Access, V>(view, usual, plain, side, 0, 1);
   return true;
 }
 
-template <class V, class Rule, std::size_t... kCases>
-FUSEDOPT_FN bool sweep_usual(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient,
+template <class V, class Rule, class S, std::size_t... kCases>
+FUSEDOPT_FN bool sweep_usual(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
                              std::index_sequence<kCases...>) {
-  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient) || ...);
+  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient, side) || ...);
 }
 
-template <class V, class Rule>
-FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient) {
+template <class V, class Rule, class S>
+FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side) {
   using Cases = std::make_index_sequence<std::size(Rule::kUsual)>;
-  if (V::kFixed && sweep_usual<V>(view, rule, gradient, Cases{})) return;
-  sweep_chunk<Access, V>(view, rule, gradient, 0, 1);
+  if (V::kFixed && sweep_usual<V>(view, rule, gradient, side, Cases{})) return;
+  sweep_chunk<Access, V>(view, rule, gradient, side, 0, 1);
 }
 
 // Small tensors lie scattered over memory: the first line of each slot is asked for while earlier chunks are swept.
@@ -85,16 +91,70 @@ template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
   for (u32 c = first; c < last; ++c) {
-    const Chunk chunk = launch.chunks[c];
-    if (c + kChunksAhead < last) prefetch(launch, launch.chunks[c + kChunksAhead]);
+    const Chunk chunk = chunk_at<V>(launch, c);
+    if (c + kChunksAhead < last) prefetch(launch, chunk_at<V>(launch, c + kChunksAhead));
     if (launch.grads[chunk.tensor] == 0) continue;
     ChunkView view(launch, chunk);
     const bool use_double = V::kDouble && view.computes_in_double();
     rule.prepare(launch, launch.table.group[chunk.tensor], next_step(launch, chunk.tensor), use_double);
     if (use_double)
-      sweep_chunk<Access, V>(view, rule.in_double, Gradient<double>(launch, rule.flags()), 0, 1);
+      sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags()),
+                             side_of<V, double>(launch, chunk.tensor), 0, 1);
     else
-      sweep_float<V>(view, rule.in_float, Gradient<float>(launch, rule.flags()));
+      sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags()),
+                     side_of<V, float>(launch, chunk.tensor));
+  }
+}
+
+// The terms of a leaf's gradient, joined. A leaf is gathered in the compute type first: then every loop is a vector
+// loop.
+template <class V, class C, bool kLargest>
+double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient) {
+  C gathered[kJoined];
+  const auto fetch = [&](auto width, i64 at, i32 to, int count) {
+    using W = decltype(width);
+    using X = typename Access::template Lanes<C, W::value>;
+    constexpr int M = W::value * int(sizeof(C)) / int(sizeof(X));
+    X x[M];
+    typename Access::template Packet<C, W::value> packet = {};
+    Access::template fetch<W>(packet, V::storage(kGrad, leaf.storage), leaf.address[kGrad], at, false);
+    Access::template decode<W>(packet, V::storage(kGrad, leaf.storage), x, count);
+    __builtin_memcpy(gathered + to, x, u64(count) * sizeof(C));
+  };
+  if (V::kStrided && leaf.layout)
+    for (i32 i = 0; i < leaf.size; ++i) fetch(Width<1>{}, StridedIndex(leaf.layout, leaf.begin + i)(kGrad), i, 1);
+  else
+    Access::template walk<V, C>(leaf, 0, 1, [&](auto width, i32 i, int count) { fetch(width, i, i, count); });
+  if (gradient.unscale)
+    for (i32 i = 0; i < leaf.size; ++i) gathered[i] = gathered[i] / gradient.scale;
+  double terms[kJoined];
+  for (i32 i = 0; i < leaf.size; ++i) terms[i] = term<kLargest>(double(gathered[i]));
+  for (i32 i = leaf.size; i < kJoined; ++i) terms[i] = 0.0;
+  join_halves<kLargest>(terms, kJoined, 0, 1, [] {});
+  return terms[0];
+}
+
+template <bool kLargest>
+double measure_leaf(const LaunchParams& launch, const ChunkView& leaf) {
+  using Any = Variant<kAnyStorage, kAnyStorage, kStridedFeature | kDoubleFeature>;
+  using F32 = Variant<kFloat32, kFloat32, 0>;
+  if (leaf.computes_in_double()) return join_leaf<Any, double, kLargest>(leaf, Gradient<double>(launch, 0));
+  const Gradient<float> gradient(launch, 0);
+  if (leaf.layout == nullptr && leaf.storage_of(kGrad) == kFloat32)
+    return join_leaf<F32, float, kLargest>(leaf, gradient);
+  return join_leaf<Any, float, kLargest>(leaf, gradient);
+}
+
+void measure_chunks(const LaunchParams& launch, u32 first, u32 last) {
+  for (u32 c = first; c < last; ++c) {
+    const Chunk chunk = launch.chunks[c];
+    const bool live = launch.grads[chunk.tensor] != 0;
+    for_each_leaf(launch, chunk, [&](u64 index, const ChunkView& leaf) {
+      double& sum = launch.phase.leaf_sums[index];
+      sum = 0.0;
+      if (live)
+        sum = launch.phase.has(kLargestNorm) ? measure_leaf<true>(launch, leaf) : measure_leaf<false>(launch, leaf);
+    });
   }
 }
 
@@ -109,6 +169,8 @@ SweepChunks variant_engine(int variant) {
 }  // namespace
 
 namespace FUSEDOPT_ISA {
+MeasureChunks measure_engine() { return measure_chunks; }
+
 SweepChunks engine(int rule, int variant) {
   using Select = SweepChunks (*)(int);
 #define FUSEDOPT_SELECT(stem, Rule) variant_engine<Rule>,

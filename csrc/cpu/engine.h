@@ -8,9 +8,13 @@ namespace fusedopt {
 // Sweeps chunks [first, last) of a launch.
 using SweepChunks = void (*)(const LaunchParams& launch, u32 first, u32 last);
 
+// Joins the gradients of the leaves of chunks [first, last): see norm.h. `largest`: of phase flags.
+using MeasureChunks = void (*)(const LaunchParams& launch, u32 first, u32 last);
+
 #define FUSEDOPT_DECLARE_ENGINE(isa)         \
   namespace isa {                            \
   SweepChunks engine(int rule, int variant); \
+  MeasureChunks measure_engine();            \
   }
 FUSEDOPT_DECLARE_ENGINE(baseline)
 FUSEDOPT_DECLARE_ENGINE(avx2)

@@ -48,6 +48,8 @@ constexpr int kCaptureRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor, occupancy, (int*, Function, int, std::size_t))               \
   X(cuLaunchKernel, launch,                                                                                   \
     (Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**, void**)) \
+  X(cuLaunchCooperativeKernel, launch_cooperative,                                                            \
+    (Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**))         \
   X(cuMemAlloc_v2, allocate, (Pointer*, std::size_t))                                                         \
   X(cuMemFree_v2, release, (Pointer))                                                                         \
   X(cuMemHostAlloc, allocate_host, (void**, std::size_t, unsigned))                                           \

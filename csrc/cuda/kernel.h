@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/access.h"
+#include "norm.h"
 
 namespace fusedopt {
 
@@ -66,15 +67,120 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
   BuiltRule built;
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
-    const Chunk chunk = launch.chunks[c];
+    const Chunk chunk = chunk_at<V>(launch, c);
     if (launch.grads[chunk.tensor] == 0) continue;
     device::barrier();  // all are done with the last chunk
     if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
     device::barrier();
     if (V::kDouble && block.view.computes_in_double())
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_double, Gradient<double>(launch, block.flags), lane, lanes);
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_double, gradient_of<V, double>(launch, block.flags),
+                                   side_of<V, double>(launch, chunk.tensor), lane, lanes);
     else
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_float, Gradient<float>(launch, block.flags), lane, lanes);
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_float, gradient_of<V, float>(launch, block.flags),
+                                   side_of<V, float>(launch, chunk.tensor), lane, lanes);
+  }
+}
+
+// The joined values of a block: in shared memory.
+struct BlockTree {
+  double values[kJoined];
+};
+
+FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
+  const int lane = device::thread_index(), lanes = device::block_threads();
+  const auto barrier = [] { device::barrier(); };
+  barrier();
+  if (largest)
+    join_halves<true>(values, count, lane, lanes, barrier);
+  else
+    join_halves<false>(values, count, lane, lanes, barrier);
+}
+
+template <class V, class C>
+FUSEDOPT_FN void fill_leaf(const ChunkView& leaf, const Gradient<C>& gradient, double* values, bool largest) {
+  FUSEDOPT_LOOP
+  for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
+    C g[1] = {};
+    if (k < leaf.size) {
+      const i64 at = leaf.layout ? StridedIndex(leaf.layout, leaf.begin + k)(kGrad) : i64(k);
+      const int storage = V::storage(kGrad, leaf.storage);
+      DeviceAccess::Packet<C, 1> packet = {};
+      DeviceAccess::fetch<Width<1>>(packet, storage, leaf.address[kGrad], at, false);
+      DeviceAccess::decode<Width<1>>(packet, storage, g, 1);
+      gradient.prepare(g);
+    }
+    values[k] = largest ? term<true>(double(g[0])) : term<false>(double(g[0]));
+  }
+}
+
+// The first pass: every block joins the leaves of its chunks.
+template <class V>
+FUSEDOPT_FN void measure_block(const LaunchParams& launch, BlockTree& tree) {
+  const bool largest = launch.phase.has(kLargestNorm);
+  FUSEDOPT_LOOP
+  for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
+    const Chunk chunk = launch.chunks[c];
+    const bool live = launch.grads[chunk.tensor] != 0;
+    for_each_leaf(launch, chunk, [&](u64 index, const ChunkView& leaf) {
+      if (live) {
+        if (V::kDouble && leaf.computes_in_double())
+          fill_leaf<V>(leaf, Gradient<double>(launch, 0), tree.values, largest);
+        else
+          fill_leaf<V>(leaf, Gradient<float>(launch, 0), tree.values, largest);
+        join_block(tree.values, kJoined, largest);
+      }
+      if (device::thread_index() == 0) launch.phase.leaf_sums[index] = live ? tree.values[0] : 0.0;
+      device::barrier();
+    });
+  }
+}
+
+// What all leaves join to: every block finds it by itself, in the same order. Groups of 2,048 leaves, then the groups.
+FUSEDOPT_FN double join_leaves(const LaunchParams& launch, BlockTree& tree) {
+  const bool largest = launch.phase.has(kLargestNorm);
+  const u64 leaves = launch.table.leaves;
+  struct Groups {
+    double values[kJoined];
+  };
+  Groups& groups = device::shared<Groups>();
+  for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) groups.values[k] = 0.0;
+  for (u64 group = 0; group * kJoined < leaves; ++group) {
+    device::barrier();
+    for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
+      const u64 leaf = group * kJoined + u64(k);
+      tree.values[k] = leaf < leaves ? launch.phase.leaf_sums[leaf] : 0.0;
+    }
+    join_block(tree.values, kJoined, largest);
+    if (device::thread_index() == 0) groups.values[group] = tree.values[0];
+  }
+  join_block(groups.values, kJoined, largest);
+  return groups.values[0];
+}
+
+// Measures all gradients and sets what they are multiplied by. False: the launch is to change nothing.
+template <class V>
+FUSEDOPT_FN bool admit_gradients(LaunchParams& launch) {
+  BlockTree& tree = device::shared<BlockTree>();
+  measure_block<V>(launch, tree);
+  device::grid_barrier(launch.arrivals + 1);
+  const double norm = norm_of(launch.phase, join_leaves(launch, tree));
+  const bool refused = is_refused(launch.phase, norm);
+  launch.phase.coefficient = coefficient_of(launch.phase, norm);
+  if (device::block_index() == 0 && device::thread_index() == 0) {
+    launch.phase.results[0] = norm;
+    if (refused) launch.phase.results[1] += 1.0;
+  }
+  return !refused;
+}
+
+// What a skipped step does: nothing, or it clears the gradients.
+FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
+  if (!launch.phase.has(kClearsGrads)) return;
+  FUSEDOPT_LOOP
+  for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
+    const Chunk chunk = launch.chunks[c];
+    if (launch.grads[chunk.tensor] == 0) continue;
+    clear_chunk<DeviceAccess>(ChunkView(launch, chunk), device::thread_index(), device::block_threads());
   }
 }
 
@@ -98,7 +204,11 @@ FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
   LaunchParams launch = params.launch;
   if (params.inline_groups != 0) launch.groups = params.groups;
   if (params.inline_grads != 0) launch.grads = params.grads;
-  if (is_skipped(launch)) return;
+  if (is_skipped(launch)) {
+    if (V::kSide) skip_block(launch);
+    return;
+  }
+  if (V::kSide && launch.phase.reads_twice() && !admit_gradients<V>(launch)) return skip_block(launch);
   BlockState<Rule>& block = device::shared<BlockState<Rule>>();
   sweep_block<Rule, V>(launch, block);
   finish(launch, block);

@@ -298,6 +298,7 @@ struct CudaLaunch::State {
     const size_t layout = packer.add(host.layout_of());
     const size_t layouts = packer.add(host.layouts());
     const size_t chunks = packer.add(host.chunks());
+    const size_t first_leaf = packer.add(host.first_leaf());
     table->send(packer.bytes().data(), packer.bytes().size(), stream);
     const driver::Pointer base = table->device();
     params.launch = here;
@@ -307,7 +308,9 @@ struct CudaLaunch::State {
                            device_pointer<u32>(base, group),
                            device_pointer<u64>(base, storage),
                            device_pointer<i32>(base, layout),
-                           device_pointer<i64>(base, layouts)};
+                           device_pointer<i64>(base, layouts),
+                           device_pointer<u64>(base, first_leaf),
+                           host.leaves()};
     params.launch.chunks = device_pointer<Chunk>(base, chunks);
     revision = host.revision();
   }
@@ -358,8 +361,8 @@ struct CudaLaunch::State {
 
   void send_arrivals(driver::Stream stream) {
     if (has_arrivals) return;
-    const u32 zero = 0;
-    arrivals.send(&zero, sizeof(zero), stream);
+    const u32 zero[2] = {};  // and the grid barrier's counter
+    arrivals.send(zero, sizeof(zero), stream);
     has_arrivals = true;
   }
 
@@ -410,11 +413,16 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   state.params.launch.chunk_elements = host.chunk_elements();
   state.params.launch.grad_scale = reinterpret_cast<const float*>(grad_scale);
   state.params.launch.found_inf = reinterpret_cast<const float*>(found_inf);
+  state.params.launch.phase = host.phase();
   state.params.launch.arrivals = reinterpret_cast<u32*>(state.arrivals.device());
   const unsigned blocks = unsigned(std::clamp<i64>(i64(host.chunks().size()), 1, kernel.blocks));
   void* arguments[] = {&state.params};
-  check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr),
-        "cuLaunchKernel");
+  if (host.phase().reads_twice())  // a barrier of the whole grid, which the occupancy query has bounded
+    check(api().launch_cooperative(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments),
+          "cuLaunchCooperativeKernel");
+  else
+    check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr),
+          "cuLaunchKernel");
   if (!capturing) check(api().record_event(state.finished, stream), "cuEventRecord");
   state.last_stream = stream;
 }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from .. import reference
 from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_betas, check_flags, check_lr
+from ..phase import Phase, PhaseOptions
 from ..rules import MAXIMIZE, Group, Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _update(
@@ -70,6 +74,7 @@ class Adam(FusedOptimizer):
             With ``foreach`` it is refused, as by torch.
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
+        phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -112,6 +117,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         backend: str | None = None,
+        **phase: Unpack[PhaseOptions],
     ) -> None:
         """See the class."""
         check_lr(lr, foreach=foreach, capturable=capturable)
@@ -132,7 +138,7 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, Phase.of(phase))
 
 
 class AdamW(Adam):
@@ -165,6 +171,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        **phase: Unpack[PhaseOptions],
     ) -> None:
         """See :class:`Adam`."""
         super().__init__(
@@ -181,6 +188,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             backend=backend,
+            **phase,
         )
 
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from .. import reference
 from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_flags, check_lr
+from ..phase import Phase, PhaseOptions
 from ..rules import MAXIMIZE, Group, Rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _update(
@@ -72,6 +76,7 @@ class SGD(FusedOptimizer):
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
+        phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 
     Raises:
         ValueError: a hyperparameter is out of its range.
@@ -111,6 +116,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         backend: str | None = None,
+        **phase: Unpack[PhaseOptions],
     ) -> None:
         """See the class."""
         check_lr(lr, foreach=foreach, capturable=True)
@@ -130,4 +136,4 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, Phase.of(phase))

@@ -89,7 +89,8 @@ int main(int argc, char** argv) {
     }
   }
   for (size_t v = 0; v < variants.size(); ++v)
-    if (variants[v] == 0 && tables >= 100) fail("no table needed variant " + variant_names()[v]);
+    if (variants[v] == 0 && tables >= 100 && variant_names()[v].find("_side") == std::string::npos)
+      fail("no table needed variant " + variant_names()[v]);
   std::printf("%d tables, %llu launches: same bits\n", tables, launches);
   return 0;
 }

@@ -1,0 +1,57 @@
+// What a launch does beside the update: norm and check of all gradients before it; in its pass the average of the
+// parameter, its copy, the cleared gradient.
+#pragma once
+
+#include "rules/rule.h"
+
+namespace fusedopt {
+
+enum PhaseFlag : u32 {
+  kAverages = 1u << 0,       // tensors with a kEma slot have it moved towards the parameter
+  kWarmsUp = 1u << 1,        // the decay of the average is at most (1 + t) / (10 + t)
+  kCopies = 1u << 2,         // tensors with a kCopy slot have the parameter written to it
+  kClearsGrads = 1u << 3,    // every gradient that was read is set to 0
+  kClips = 1u << 4,          // gradients are scaled down so that their norm is at most max_norm
+  kLargestNorm = 1u << 5,    // the norm is that of the largest magnitude, not of the squares
+  kSkipsNonfinite = 1u << 6  // nothing at all changes where a gradient is not finite
+};
+
+// The same for all tensors of a launch.
+struct Phase {
+  u32 flags;
+  double ema_decay;
+  const float* ema_decay_tensor;  // null, or the decay is read from there at run time
+  double max_norm;
+  double* leaf_sums;   // room for one number for each leaf of the table
+  double* results;     // the norm before clipping; how many launches were skipped
+  double coefficient;  // of the gradients in this launch: found in the launch itself
+  FUSEDOPT_FN bool has(u32 flag) const { return (flags & flag) != 0; }
+  FUSEDOPT_FN bool reads_twice() const { return has(kClips | kSkipsNonfinite); }
+};
+
+// What the side outputs of one tensor need to know at its step t. The first average is the parameter itself, as that
+// of torch.optim.swa_utils.AveragedModel is.
+template <class C>
+struct Side {
+  C decay, one_minus_decay;
+  bool first, nearer_to_param, clears;
+
+  FUSEDOPT_FN Side(const Phase& phase, u64 t) : first(t <= 1), clears(phase.has(kClearsGrads)) {
+    double d = phase.ema_decay_tensor ? double(*phase.ema_decay_tensor) : phase.ema_decay;
+    const double most = (1.0 + double(t)) / (10.0 + double(t));
+    if (phase.has(kWarmsUp) && most < d) d = most;
+    decay = C(d);
+    one_minus_decay = C(1.0 - d);
+    nearer_to_param = !(one_minus_decay < C(0.5));
+  }
+
+  template <class X>
+  FUSEDOPT_FN X average(X ema, X param) const {
+    return first ? param : lerp(ema, param, one_minus_decay, decay, nearer_to_param);
+  }
+};
+
+// Stands for Side in a variant without side outputs.
+struct NoSide {};
+
+}  // namespace fusedopt

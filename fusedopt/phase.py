@@ -1,0 +1,194 @@
+"""The options of the phase around an update: what else a step does in the pass that reads the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from .check import local, real_dtype
+from .layout import may_share_memory, neighbours, overlaps_itself
+from .storages import STORAGES
+
+EMA = "ema"  # the key of the average in a parameter's state
+LEAF = 2048  # elements: csrc/table.h
+MOST_LEAVES = 2048 * 2048  # that are joined to one norm: csrc/rules/reduce.h
+
+AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE = (
+    1 << bit for bit in range(7)
+)  # enum PhaseFlag in csrc/phase.h
+
+
+class PhaseOptions(TypedDict, total=False):
+    """Keyword arguments that all optimizers take; see :class:`Phase`."""
+
+    ema_decay: float | Tensor | None
+    ema_warmup: bool
+    copy_to: Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
+    zero_grads: bool
+    max_grad_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """What a step does beside the update. By default nothing.
+
+    Attributes:
+        ema_decay: keeps an average of every parameter in its state under "ema", moved at each of its steps by
+            ``ema = decay * ema + (1 - decay) * parameter``; the first is the parameter itself. A float, or a tensor of
+            one element, read anew at every step. In float32 where the parameter has 16 bits.
+        ema_warmup: the decay is at most ``(1 + t) / (10 + t)`` at the parameter's step t.
+        copy_to: tensors that the parameter is written to as it is updated, each rounded to its own dtype: one for
+            each parameter, in order, or by parameter.
+        zero_grads: sets every gradient to zero once it was read; its memory stays. Also in a step that is skipped.
+        max_grad_norm: scales all gradients of the optimizer as ``torch.nn.utils.clip_grad_norm_`` does, so that their
+            norm is at most this; the gradients themselves stay as they are.
+        norm_type: 2, or infinity: the largest magnitude.
+        skip_nonfinite: a step with an infinite or NaN gradient changes no parameter, state or count.
+
+    Example:
+        >>> Phase(ema_decay=0.999).flags == AVERAGES
+        True
+    """
+
+    ema_decay: float | Tensor | None = None
+    ema_warmup: bool = False
+    copy_to: Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None = None
+    zero_grads: bool = False
+    max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no step could use."""
+        decay = self.ema_decay
+        if isinstance(decay, Tensor):
+            if decay.numel() != 1:
+                raise ValueError(f"Tensor ema_decay must be 1-element, but it has {decay.numel()} elements")
+        elif decay is not None and not 0.0 <= decay <= 1.0:
+            raise ValueError(f"Invalid ema_decay: {decay}")
+        if self.ema_warmup and decay is None:
+            raise ValueError("ema_warmup needs ema_decay: it is how that starts")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}")
+        if float(self.norm_type) not in (2.0, math.inf):
+            raise ValueError(f"norm_type must be 2 or infinity, but it is {self.norm_type}")
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> Phase:
+        """Reads keyword arguments.
+
+        Raises:
+            TypeError: one of them is not an option.
+        """
+        known = [field.name for field in fields(Phase)]
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"got an unexpected keyword argument '{name}'; beside torch's there are {', '.join(known)}"
+                )
+        return Phase(**options)
+
+    @property
+    def flags(self) -> int:
+        """Bits of ``enum PhaseFlag``."""
+        averages = AVERAGES * (self.ema_decay is not None) + WARMS_UP * self.ema_warmup
+        sides = averages + COPIES * (self.copy_to is not None) + CLEARS_GRADS * self.zero_grads
+        norm = CLIPS * (self.max_grad_norm is not None) + SKIPS_NONFINITE * self.skip_nonfinite
+        return sides + norm + LARGEST_NORM * (norm != 0 and self.is_largest)
+
+    @property
+    def is_largest(self) -> bool:
+        """Whether the norm is the largest magnitude."""
+        return math.isinf(self.norm_type)
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether a step reads all gradients before it updates anything."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def coefficient(self, norm: float) -> float:
+        """What gradients of a norm are multiplied by."""
+        if self.max_grad_norm is None:
+            return 1.0
+        coefficient = self.max_grad_norm / (norm + 1e-6)
+        return 1.0 if coefficient >= 1.0 else coefficient
+
+    def refuses(self, norm: float) -> bool:
+        """Whether a step with gradients of a norm changes nothing."""
+        return self.skip_nonfinite and not math.isfinite(norm)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the states that it adds to every parameter's."""
+        return () if self.ema_decay is None else (EMA,)
+
+    def copies(self, params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+        """The copy of each parameter that has one.
+
+        Args:
+            params: all parameters of the optimizer, in order.
+
+        Raises:
+            ValueError: there is not one for each.
+        """
+        if self.copy_to is None:
+            return {}
+        if isinstance(self.copy_to, Mapping):
+            return dict(self.copy_to)
+        if len(self.copy_to) != len(params):
+            raise ValueError(
+                f"copy_to has {len(self.copy_to)} tensors, where the optimizer has {len(params)} parameters"
+            )
+        pairs = zip(params, self.copy_to, strict=True)
+        return {param: copy for param, copy in pairs if copy is not None}
+
+    def decay_at(self, step: int) -> float:
+        """The decay that the average of a parameter has at its step ``step``, from 1."""
+        decay = 0.0 if self.ema_decay is None else float(self.ema_decay)
+        return min(decay, (1.0 + step) / (10.0 + step)) if self.ema_warmup else decay
+
+
+def average_dtype(param: Tensor) -> torch.dtype:
+    """What the average of a parameter is kept in: its own dtype, at least float32."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def check_copy(name: str, param: Tensor, copy: Tensor) -> None:
+    """Refuses a copy that does not fit its parameter, by name and with both values."""
+    what = f"copy_to of {name}"
+    if copy.shape != param.shape:
+        raise ValueError(f"{what} has shape {tuple(copy.shape)}, the parameter {tuple(param.shape)}")
+    if copy.device != param.device:
+        raise ValueError(f"{what} is on {copy.device}, the parameter on {param.device}")
+    if real_dtype(copy) not in STORAGES or copy.is_complex() != param.is_complex():
+        raise TypeError(f"{what} has dtype {copy.dtype}, the parameter {param.dtype}")
+    if overlaps_itself(local(copy)):
+        raise ValueError(f"{what} has elements that share memory")
+
+
+def check_cleared(grads: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuses to clear gradients, by the names of their parameters, that have no memory of their own."""
+    named = []
+    for name, grad in grads:
+        what = f"zero_grads: gradient of {name}"
+        if grad.is_sparse or grad.is_conj() or grad.is_neg():
+            raise ValueError(f"{what} is sparse or a lazy view, which can not be cleared in place")
+        if overlaps_itself(local(grad)):
+            raise ValueError(f"{what} has elements that share memory, as an expanded tensor has")
+        named.append((what, grad))
+    check_distinct(named, among=len(named))
+
+
+def check_distinct(named: Sequence[tuple[str, Tensor]], among: int) -> None:
+    """Refuses tensors of which two share memory, at least one of them among the first ``among``."""
+    tensors = [local(tensor) for _, tensor in named]
+    for one, other in neighbours(tensors):
+        if one < among and may_share_memory(tensors[one], tensors[other]):
+            raise ValueError(f"{named[one][0]} and {named[other][0]} share memory")

@@ -1,0 +1,171 @@
+"""Clipping by the norm of all gradients, and skipping where one is not finite, have the bits of the reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+
+from .running import ONE_RUN_EACH, Run, as_params
+from .tensors import same_bits
+from .test_phase import DTYPES, LAYOUTS, assert_same_bits, make, set_gradients, tensors_of
+
+NORMS = {
+    "clipped": {"max_grad_norm": 0.5},
+    "not clipped": {"max_grad_norm": 1e9},
+    "largest": {"max_grad_norm": 0.5, "norm_type": math.inf},
+    "skip": {"skip_nonfinite": True},
+    "all": {
+        "max_grad_norm": 0.5,
+        "skip_nonfinite": True,
+        "ema_decay": 0.9,
+        "copies": True,
+        "zero_grads": True,
+    },
+}
+
+each_run = pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+each_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+def launches_of(run: Run) -> int:
+    return 2 if run.backend == "triton" else 1
+
+
+def step_both(made: Any, truth: Any, run: Run, step: int, layout: str, scale: float | None = None) -> None:
+    for optimizer, params in (made, truth):
+        set_gradients(params, step, layout)
+        if scale is not None:
+            optimizer.grad_scale = torch.tensor(scale, device=params[0].device)
+            optimizer.found_inf = torch.tensor(0.0, device=params[0].device)
+    before = fusedopt.launch_count()
+    made[0].step()
+    assert fusedopt.launch_count() == before + launches_of(run)
+    truth[0].step()
+    assert_same_bits(tensors_of(*made), tensors_of(*truth))
+    assert bool(same_bits(made[0].grad_norm.cpu()[None], truth[0].grad_norm.cpu()[None]))
+
+
+@each_run
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_everything_at_once_has_the_bits_of_the_reference(dtype: str, layout: str, run: Run, settings: Run) -> None:
+    made = make("AdamW", run, DTYPES[dtype], layout, **NORMS["all"])
+    truth = make("AdamW", Run("reference"), DTYPES[dtype], layout, **NORMS["all"])
+    for step in range(2):
+        step_both(made, truth, run, step, layout)
+
+
+@each_run
+@each_norm
+@pytest.mark.parametrize("optimizer", ["SGD-momentum", "Adam"])
+def test_each_norm_has_the_bits_of_the_reference(optimizer: str, norm: str, run: Run, settings: Run) -> None:
+    made = make(optimizer, run, torch.float32, **NORMS[norm])
+    truth = make(optimizer, Run("reference"), torch.float32, **NORMS[norm])
+    for step, scale in enumerate((None, 3.0)):
+        step_both(made, truth, run, step, "dense", scale)
+
+
+THREADS = tuple(Run("cpu", threads=threads) for threads in (1, 2, 3))
+GRIDS = tuple(Run("emulated", grid=grid, seed=k) for k, grid in enumerate(((1, 32), (5, 96))))
+
+
+@pytest.mark.parametrize("run", as_params((*THREADS, *GRIDS)))
+def test_threads_and_grids_change_no_bit_of_the_norm(run: Run, settings: Run) -> None:
+    norms = []
+    for backend in (run, Run("reference")):
+        params = [torch.nn.Parameter(torch.ones(n)) for n in (70_001, 3, 4096)]
+        optimizer = fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0, backend=backend.backend)
+        set_gradients(params, 3)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(5))
+        optimizer.step()
+        norms.append((optimizer.grad_norm.clone(), [param.detach().clone() for param in params]))
+    assert torch.equal(norms[0][0], norms[1][0])
+    assert all(torch.equal(one, other) for one, other in zip(norms[0][1], norms[1][1], strict=True))
+
+
+@each_run
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.25, 1e6])
+def test_clipping_is_that_of_clip_grad_norm(max_norm: float, norm_type: float, run: Run, settings: Run) -> None:
+    optimizer, params = make("SGD", run, torch.float32, max_grad_norm=max_norm, norm_type=norm_type)
+    plain, others = make("SGD", run, torch.float32)
+    for own in (params, others):
+        set_gradients(own, 0)
+    expected = torch.nn.utils.clip_grad_norm_([param for param in others if param.numel()], max_norm, norm_type)
+    before = [param.grad.clone() for param in params]
+    optimizer.step()
+    plain.step()
+    torch.testing.assert_close(optimizer.grad_norm.float(), expected, rtol=1e-6, atol=0)
+    for param, other, grad in zip(params, others, before, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-7)
+        assert torch.equal(param.grad, grad)  # it is not written, as torch writes it
+
+
+@each_run
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@each_norm
+def test_a_gradient_that_is_not_finite_is_skipped_or_goes_through_as_in_torch(
+    norm: str, bad: float, run: Run, settings: Run
+) -> None:
+    made = make("AdamW", run, torch.float32, **NORMS[norm])
+    truth = make("AdamW", Run("reference"), torch.float32, **NORMS[norm])
+    step_both(made, truth, run, 0, "dense")
+    before = {name: tensor.clone() for name, tensor in tensors_of(*made).items()}
+    for optimizer, params in (made, truth):
+        set_gradients(params, 2)
+        params[3].grad[1234] = bad
+        optimizer.step()
+    assert_same_bits(tensors_of(*made), tensors_of(*truth))
+    if NORMS[norm].get("skip_nonfinite"):
+        assert not math.isfinite(float(made[0].grad_norm))
+        assert float(made[0].skipped_steps) == 1.0
+        after = tensors_of(*made)
+        kept = {name for name, tensor in before.items() if same_bits(tensor.cpu(), after[name].cpu()).all()}
+        assert {name for name in before if not name.startswith("grad")} <= kept
+
+
+def test_the_norm_of_large_finite_gradients_does_not_overflow() -> None:
+    param = torch.nn.Parameter(torch.ones(3000))
+    optimizer = fusedopt.SGD([param], lr=0.0, max_grad_norm=1.0, skip_nonfinite=True)
+    param.grad = torch.full((3000,), 3e38)
+    optimizer.step()
+    assert float(optimizer.grad_norm) == pytest.approx(3e38 * math.sqrt(3000))
+    assert float(optimizer.skipped_steps) == 0.0
+
+
+def test_the_norm_is_a_tensor_that_the_next_step_overwrites() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fusedopt.SGD([param], lr=0.0, max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="max_grad_norm"):
+        _ = optimizer.grad_norm
+    for scale in (1.0, 2.0):
+        param.grad = scale * torch.tensor([3.0, 4.0])
+        optimizer.step()
+        assert float(optimizer.grad_norm) == 5.0 * scale
+    twin = copy.deepcopy(optimizer)
+    with pytest.raises(RuntimeError, match="max_grad_norm"):
+        _ = twin.grad_norm
+
+
+def test_norms_over_parameters_that_share_memory_are_refused_before_anything_changes() -> None:
+    values = torch.ones(4)
+    params = [torch.nn.Parameter(values), torch.nn.Parameter(values)]
+    optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1.0)
+    for param in params:
+        param.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="sharing memory"):
+        optimizer.step()
+    assert values.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"norm_type": 1.0}])
+def test_bad_norms_are_refused_when_the_optimizer_is_made(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        fusedopt.AdamW([torch.nn.Parameter(torch.ones(1))], **options)

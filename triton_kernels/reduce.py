@@ -1,0 +1,112 @@
+"""The norm of all gradients, twin of csrc/rules/reduce.h and csrc/norm.h: a launch of its own before the update's.
+
+A spin barrier between two passes needs all programs to run at once, which an ordinary launch does not promise. So the
+first launch joins every leaf, and every program of the second joins the leaves, in the same order.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+# Kernel code: its types are Triton's, and Triton writes compile-time arguments in capitals.
+
+import triton
+import triton.language as tl
+
+from .rules import divide, maximum, square_root
+from .storage import ANY_STORAGE, decode, fetch, pointer
+from .table import DENSE_LAYOUT, computes_in_double, slot_addresses, slot_storages, strided_offsets
+
+JOINED = tl.constexpr(2048)  # csrc/rules/reduce.h: kJoined
+
+# csrc/phase.h: PhaseFlag
+CLIPS = tl.constexpr(16)
+LARGEST_NORM = tl.constexpr(32)
+SKIPS_NONFINITE = tl.constexpr(64)
+
+
+@triton.jit
+def join_halves(x, largest):
+    """Joins 2,048 values: value k with value k + half, for every k below half, until one is left."""
+    for level in tl.static_range(11):
+        low, high = tl.split(tl.trans(tl.reshape(x, [2, 1024 >> level])))
+        x = tl.where(largest, maximum(low, high), low + high)
+    return tl.sum(x)
+
+
+@triton.jit
+def leaf_terms(address, at, mask, storage, scale, unscale, largest, C: tl.constexpr):
+    """What the elements of a leaf contribute, in float64."""
+    g = decode(fetch(address, at, mask, storage, ANY_STORAGE, C, False), storage, ANY_STORAGE, C)
+    if unscale:
+        g = divide(g, scale.to(g.dtype))
+    g = g.to(tl.float64)
+    return tl.where(mask, tl.where(largest, tl.abs(g), g * g), 0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "address", "grads", "numel", "storage", "layout", "layouts", "rows", "chunks", "chunk_count",
+        "chunk_elements", "grad_scale", "phase_flags", "first_leaf", "leaf_sums",
+    ]
+)  # fmt: skip
+def measure(
+    address,
+    grads,
+    numel,
+    storage,
+    layout,
+    layouts,
+    rows: tl.int64,
+    chunks,
+    chunk_count: tl.int64,
+    chunk_elements: tl.int64,
+    grad_scale: tl.int64,
+    phase_flags: tl.int32,
+    first_leaf,  # int64 [rows]: how many leaves the rows before this one have
+    leaf_sums,  # float64 [leaves]
+):
+    """Joins the gradients of every leaf. The arguments are those of `sweep`."""
+    largest = (phase_flags & LARGEST_NORM) != 0
+    unscale = grad_scale != 0
+    scale = tl.load(pointer(grad_scale.to(tl.int64), tl.float32, False), mask=unscale, other=1.0)
+    rows = rows.to(tl.int64)
+    for c in range(tl.program_id(0), chunk_count.to(tl.int32), tl.num_programs(0)):
+        row = tl.load(chunks + 2 * c)
+        begin = tl.load(chunks + 2 * c + 1).to(tl.int64) * chunk_elements
+        end = tl.minimum(tl.load(numel + row), begin + chunk_elements)
+        s = slot_storages(tl.load(storage + row), ANY_STORAGE, ANY_STORAGE)
+        a = slot_addresses(address, grads, rows, row, True)
+        lies = tl.load(layout + row)
+        in_double = computes_in_double(a, s)
+        for start in range(0, (end - begin).to(tl.int32), JOINED):
+            i = begin + start + tl.arange(0, JOINED)
+            at = i
+            if lies != DENSE_LAYOUT:
+                at = strided_offsets(layouts + lies, i).grad
+            joined = tl.full([], 0.0, tl.float64)
+            if a.grad != 0:
+                if in_double:
+                    terms = leaf_terms(a.grad, at, i < end, s.grad, scale, unscale, largest, tl.float64)
+                else:
+                    terms = leaf_terms(a.grad, at, i < end, s.grad, scale, unscale, largest, tl.float32)
+                joined = join_halves(terms, largest)
+            tl.store(leaf_sums + tl.load(first_leaf + row) + (begin + start) // JOINED, joined)
+
+
+@triton.jit
+def norm_of_leaves(leaf_sums, leaves, phase_flags):
+    """The norm: groups of 2,048 leaves joined, then the groups."""
+    largest = (phase_flags & LARGEST_NORM) != 0
+    k = tl.arange(0, JOINED)
+    groups = tl.zeros([JOINED], tl.float64)
+    for first in range(0, leaves.to(tl.int32), JOINED):
+        joined = join_halves(tl.load(leaf_sums + first + k, mask=first + k < leaves, other=0.0), largest)
+        groups = tl.where(k == first // JOINED, joined, groups)
+    joined = join_halves(groups, largest)
+    return tl.where(largest, joined, square_root(joined))
+
+
+@triton.jit
+def clip_coefficient(norm, max_norm):
+    """What the gradients are multiplied by so that their norm is at most max_norm."""
+    coefficient = max_norm / (norm + 1e-6)
+    return tl.where(coefficient >= 1.0, 1.0, coefficient)
