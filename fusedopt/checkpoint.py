@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
+from .precision import MODE_KEYS, STATE_DTYPES, keep_modes
 from .rules import Rule
 
 StateDict = dict[str, Any]
@@ -50,6 +51,7 @@ def read(
     place_of = dict(zip(ids, places, strict=True))
     for group, saved in zip(groups, saved_groups, strict=True):
         saved["params"] = group["params"]
+        keep_modes(saved, group)
         if "param_names" in group:
             saved.setdefault("param_names", group["param_names"])
     fill(saved_groups)
@@ -62,6 +64,15 @@ def read(
         g, k = place_of[key]
         state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], value)
     return {"state": state, "param_groups": saved_groups}
+
+
+def without_modes(rule: Rule, state_dict: StateDict) -> StateDict:
+    """A state_dict as ``torch.optim`` keeps it: states in float32 at least, groups without the keys of modes."""
+    groups = [
+        {key: value for key, value in group.items() if key not in MODE_KEYS} for group in state_dict["param_groups"]
+    ]
+    state = {param: _widened(rule, value) for param, value in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def as_step(step: Any, device: torch.device) -> Tensor:
@@ -111,6 +122,15 @@ def _fitted(rule: Rule, name: str, param: Tensor, value: Mapping[str, Any]) -> d
         return fitted
     step = as_step(value["step"], device) if rule.keeps_step else _moved(value["step"], device)
     return {key: step if key == "step" else fitted[key] for key in value}
+
+
+def _widened(rule: Rule, state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    wide = {
+        name: state[name].float() for name in rule.states if getattr(state.get(name), "dtype", None) in STATE_DTYPES
+    }
+    return {**state, **wide}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

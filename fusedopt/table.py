@@ -26,7 +26,8 @@ from .check import (
 )
 from .core import STORAGES, Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
-from .rules import Rule
+from .precision import as_asked, state_dtype_of, takes_modes
+from .rules import Group, Rule
 from .sharded import is_sharded, settled
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
@@ -175,6 +176,7 @@ class Table:
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
         usable = settled(resolved(tensor).to(local(row.param).device), row.param)
+        usable = as_asked(usable, row.param, self.groups[row.group], name)
         if usable is not tensor:
             self._state[row.param][name] = usable
         return usable
@@ -230,7 +232,7 @@ class Table:
         for row in rows:
             for name in self.rule.states_of(self.groups[row.group]):
                 if name not in row.states:
-                    dtype = _state_dtype(self.rule, row)
+                    dtype = _state_dtype(self.rule, row, self.groups[row.group], name)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
 
@@ -390,8 +392,11 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
-def _state_dtype(rule: Rule, row: Row) -> torch.dtype:
-    """The parameter's; for SGD what torch's first velocity has, which is a decayed gradient."""
+def _state_dtype(rule: Rule, row: Row, group: Group, name: str) -> torch.dtype:
+    """What the group asks for; else the parameter's; for SGD torch's first velocity's, which is a decayed gradient."""
+    asked = state_dtype_of(group, name)
+    if asked is not None and takes_modes(row.param):
+        return asked
     if rule.keeps_step or row.param.grad is None:
         return row.param.dtype
     return row.param.grad.dtype

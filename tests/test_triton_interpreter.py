@@ -24,6 +24,7 @@ MODULES = [
     pytest.param("test_codecs.py", "", id="test_codecs"),
     pytest.param("test_layouts.py", "", id="test_layouts"),
     pytest.param("test_step.py", "", id="test_step"),
+    pytest.param("test_precision.py", "", id="test_precision"),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_betas, check_flags, check_lr
+from ..precision import StateDtype, modes
 from ..rules import MAXIMIZE, Group, Rule
 
 
@@ -49,6 +50,7 @@ RULE = Rule(
     keeps_step=True,
     takes_sparse=False,
     update=_update,
+    squares=("exp_avg_sq", "max_exp_avg_sq"),
 )
 
 
@@ -69,6 +71,8 @@ class Adam(FusedOptimizer):
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
+        state_dtype: dtype of the moments, one or by name: float32, bfloat16, or float16 for ``exp_avg``; None: the
+            parameter's.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
 
     Raises:
@@ -111,6 +115,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
         """See the class."""
@@ -131,6 +136,7 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            **modes(state_dtype),
         }
         super().__init__(params, defaults, backend)
 
@@ -164,6 +170,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
         """See :class:`Adam`."""
@@ -180,6 +187,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            state_dtype=state_dtype,
             backend=backend,
         )
 

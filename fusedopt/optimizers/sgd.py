@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_flags, check_lr
+from ..precision import StateDtype, modes
 from ..rules import MAXIMIZE, Group, Rule
 
 
@@ -71,6 +72,7 @@ class SGD(FusedOptimizer):
         differentiable: must be False: a fused update has no derivative.
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
+        state_dtype: dtype of the velocity: float32, bfloat16 or float16; None: the gradient's.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
 
     Raises:
@@ -110,6 +112,7 @@ class SGD(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: StateDtype = None,
         backend: str | None = None,
     ) -> None:
         """See the class."""
@@ -129,5 +132,6 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            **modes(state_dtype),
         }
         super().__init__(params, defaults, backend)
