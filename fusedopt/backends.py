@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import exact
 from .core import compiled, why_not_compiled
+from .precision import master_key
 from .table import Table, local, real_view
 
 # Best first.
@@ -131,7 +133,12 @@ class Reference:
             tensors = {name: local(tensor) for name, tensor in {"param": row.param, **states}.items()}
             dtype = compute_dtype([grad, *tensors.values()])
             values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
+            key = master_key(row.param, group)
+            if key is not None:
+                values["param"] = exact.join(tensors["param"], key, local(row.states[key]))
             updates = table.rule.update(values.pop("param"), real_view(grad).to(dtype), values, step, group, scale)
+            if key is not None:
+                _keep_exact(tensors["param"], key, local(row.states[key]), updates)
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
@@ -158,6 +165,13 @@ class Emulated:
         core.launch_emulated(
             self.blocks, self.threads, self.seed, self.inline_columns, _pointer(grad_scale), _pointer(found_inf)
         )
+
+
+def _keep_exact(param: Tensor, key: str, kept: Tensor, updates: dict[str, Tensor | None]) -> None:
+    """Writes what is kept beside a parameter, and leaves in the updates what it is stored as."""
+    assert updates["param"] is not None  # every rule updates it
+    updates["param"], rest = exact.split(updates["param"], key, param.dtype)
+    kept.copy_(rest)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

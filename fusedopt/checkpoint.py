@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
-from .precision import MODE_KEYS, STATE_DTYPES, keep_modes
+from .precision import MASTER_KEYS, MODE_KEYS, STATE_DTYPES, check_master, keep_modes
 from .rules import Rule
 
 StateDict = dict[str, Any]
@@ -62,7 +62,7 @@ def read(
             state[key] = value  # not of a parameter: kept as it is, as torch does
             continue
         g, k = place_of[key]
-        state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], value)
+        state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], groups[g], value)
     return {"state": state, "param_groups": saved_groups}
 
 
@@ -109,13 +109,14 @@ def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
             raise RuntimeError(f"group {index} of the loaded state dict: {error}") from error
 
 
-def _fitted(rule: Rule, name: str, param: Tensor, value: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(rule: Rule, name: str, param: Tensor, group: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """The state of one parameter, on its device."""
     if rule.keeps_step:
         check_step(name, value, rule.states)
     for key in rule.states:
         if isinstance(value.get(key), Tensor):
             check_state(name, param, key, value[key])
+    check_master(name, param, group, value)
     device = local(param).device
     fitted: dict[str, Any] = {key: _moved(item, device) for key, item in value.items() if key != "step"}
     if "step" not in value:
@@ -130,7 +131,7 @@ def _widened(rule: Rule, state: Any) -> Any:
     wide = {
         name: state[name].float() for name in rule.states if getattr(state.get(name), "dtype", None) in STATE_DTYPES
     }
-    return {**state, **wide}
+    return {key: value for key, value in {**state, **wide}.items() if key not in MASTER_KEYS}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

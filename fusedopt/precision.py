@@ -5,7 +5,7 @@ A mode is a storage of a slot: the rule does not know of it. A group has the key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,16 +16,28 @@ from .rules import Group, Rule
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODE_KEYS = ("state_dtype",)  # of a group; they stay what they are where a checkpoint is loaded
+MODE_KEYS = ("state_dtype", "master")  # of a group; they stay what they are where a checkpoint is loaded
 
 
-def modes(state_dtype: StateDtype) -> dict[str, Any]:
+# What each mode of ``master`` keeps: its key in the state, and its dtype; None: the parameter's.
+MASTERS: dict[str, tuple[str, torch.dtype | None]] = {
+    "fp32": ("master", torch.float32),
+    "split": ("low_bits", torch.int16),
+    "kahan": ("compensation", None),
+}
+MASTER_KEYS = tuple(key for key, _ in MASTERS.values())
+
+
+def modes(state_dtype: StateDtype, master: str | None) -> dict[str, Any]:
     """The keys of the modes that were asked for, as an optimizer's defaults want them."""
-    return {} if state_dtype is None else {"state_dtype": state_dtype}
+    asked = {"state_dtype": state_dtype, "master": master}
+    return {key: value for key, value in asked.items() if value is not None}
 
 
 def check_modes(rule: Rule, group: Group) -> None:
     """Refuses modes that the rule cannot have."""
+    if group.get("master") not in (None, *MASTERS):
+        raise ValueError(f"master is {group['master']!r}; it must be {', '.join(map(repr, MASTERS))} or None")
     wanted = group.get("state_dtype")
     by_name = wanted if isinstance(wanted, Mapping) else dict.fromkeys(rule.states, wanted)
     for name, dtype in by_name.items():
@@ -60,6 +72,55 @@ def as_asked(tensor: Tensor, param: Tensor, group: Group, name: str) -> Tensor:
 def takes_modes(param: Tensor) -> bool:
     """Whether a parameter's states may be of another dtype: float64 and complex ones are left as they are."""
     return param.dtype in STATE_DTYPES
+
+
+def master_key(param: Tensor, group: Group) -> str | None:
+    """What a parameter's state calls what is kept beside it; None: nothing is, as for every float32 parameter."""
+    mode = group.get("master")
+    return MASTERS[mode][0] if mode and param.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def master_dtype(param: Tensor, key: str) -> torch.dtype:
+    """The dtype of what is kept beside a parameter."""
+    return dict(MASTERS.values())[key] or param.dtype
+
+
+def make_master(param: Tensor, key: str) -> Tensor:
+    """What is kept beside a parameter before its first step."""
+    if key == "master":
+        return param.detach().to(torch.float32)
+    return torch.zeros_like(param, dtype=master_dtype(param, key), memory_format=torch.preserve_format).detach()
+
+
+def check_master(name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    """Refuses a mode that a parameter's dtype cannot have, and what another mode has kept."""
+    key = master_key(param, group)
+    if key == "low_bits" and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"{name} has dtype {param.dtype}, which is no half of a float32: master='split' is for bfloat16"
+        )
+    for other in MASTER_KEYS:
+        kept = state.get(other)
+        if kept is None:
+            continue
+        if other != key:
+            raise ValueError(
+                f"the state of {name} has '{other}', but master is {group.get('master')!r}; "
+                "state_dict_torch() of the optimizer that saved it is free of modes"
+            )
+        if kept.shape != param.shape or kept.dtype != master_dtype(param, key):
+            raise ValueError(
+                f"{other} of {name} has shape {tuple(kept.shape)} and dtype {kept.dtype}; it must have "
+                f"{tuple(param.shape)} and {master_dtype(param, key)}"
+            )
+
+
+def check_no_double(name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:
+    """Refuses float64 beside what is kept of a parameter, whose bits are those of a float32."""
+    if master_key(param, group) and any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        raise TypeError(
+            f"{name} has a gradient or a state of torch.float64, which master={group['master']!r} cannot have"
+        )
 
 
 def keep_modes(saved: dict[str, Any], group: Group) -> None:

@@ -24,11 +24,20 @@ from .check import (
     local,
     real_dtype,
 )
-from .core import STORAGES, Core, make_core
+from .core import Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
-from .precision import as_asked, state_dtype_of, takes_modes
+from .precision import (
+    as_asked,
+    check_master,
+    check_no_double,
+    make_master,
+    master_key,
+    state_dtype_of,
+    takes_modes,
+)
 from .rules import Group, Rule
 from .sharded import is_sharded, settled
+from .storages import KEPT_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
@@ -151,20 +160,23 @@ class Table:
         state = self._state.get(row.param, {})
         if self.rule.keeps_step and state.get("step") is not row.step:
             return False
-        if any(state.get(name) is not row.states.get(name) for name in self.rule.states):
+        if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
             return False
         return row.addresses == _state_addresses(row)
 
     def _adopt(self, rows: list[Row]) -> None:
         """Takes over what the optimizer's state already has: after a load, a move, or an outside change."""
         found = [self._present(row) for row in rows]
+        kept = [self._kept(row) for row in rows]
         for row, present in zip(rows, found, strict=True):
             for name, tensor in present.items():
                 check_state(row.name, row.param, name, tensor)
+            check_master(row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
             if self.rule.keeps_step:
                 check_step(row.name, self._state.get(row.param, {}), self.rule.states)
-        _check_apart(rows, found)
-        for row, present in zip(rows, found, strict=True):
+        everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
+        _check_apart(rows, everything)
+        for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
             row.addresses = _state_addresses(row)
         self._adopt_steps(rows)
@@ -173,10 +185,22 @@ class Table:
         state = self._state.get(row.param, {})
         return {name: state[name] for name in self.rule.states if isinstance(state.get(name), Tensor)}
 
+    def _kept(self, row: Row) -> dict[str, Tensor]:
+        """What is kept beside the parameter, where its group asks for it."""
+        key = master_key(row.param, self.groups[row.group])
+        kept = None if key is None else self._state.get(row.param, {}).get(key)
+        return {} if key is None or kept is None else {key: kept}
+
+    def _names(self, row: Row) -> tuple[str, ...]:
+        """All that the state holds for a row but its step."""
+        key = master_key(row.param, self.groups[row.group])
+        return self.rule.states if key is None else (*self.rule.states, key)
+
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
         usable = settled(resolved(tensor).to(local(row.param).device), row.param)
-        usable = as_asked(usable, row.param, self.groups[row.group], name)
+        if name in self.rule.states:
+            usable = as_asked(usable, row.param, self.groups[row.group], name)
         if usable is not tensor:
             self._state[row.param][name] = usable
         return usable
@@ -218,6 +242,10 @@ class Table:
             if row.param.grad is not None:
                 check_parameter(row.name, row.param)
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
+                group, state = self.groups[row.group], self._state.get(row.param, {})
+                check_master(row.name, row.param, group, state)
+                wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
+                check_no_double(row.name, row.param, group, [row.param.grad, *wanted])
         self._adopt([row for row in rows if not self._holds(row)])
         self._create_states([row for row in rows if row.param.grad is not None])
         for row in rows:
@@ -230,6 +258,9 @@ class Table:
         for row, step in zip(with_step, make_steps([0.0] * len(with_step), self.device), strict=True):
             self._keep_step(row, step)
         for row in rows:
+            key = master_key(row.param, self.groups[row.group])
+            if key is not None and key not in row.states:
+                row.states[key] = self._state[row.param][key] = make_master(row.param, key)
             for name in self.rule.states_of(self.groups[row.group]):
                 if name not in row.states:
                     dtype = _state_dtype(self.rule, row, self.groups[row.group], name)
@@ -248,7 +279,7 @@ class Table:
         row.addresses = _state_addresses(row)
         state = self._state.get(row.param)
         if state is not None:
-            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self.rule.states}
+            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
             if self.rule.keeps_step:
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
@@ -262,6 +293,8 @@ class Table:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
+        key = master_key(row.param, self.groups[row.group])
+        states.append(None if key is None else row.states.get(key))
         tensors: list[Tensor | None] = [row.param, grad, *states]
         tensors += [None] * (ELEMENT_SLOTS - len(tensors))
         slots = [None if tensor is None else real_view(local(tensor)) for tensor in tensors]
@@ -270,7 +303,7 @@ class Table:
         layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
-        storages = [0 if slot is None else STORAGES[slot.dtype] for slot in slots]
+        storages = [0 if slot is None else KEPT_STORAGES[slot.dtype] for slot in slots]
         # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
         keep = [tensor.detach() for tensor in (*states, row.step, row.stand_in) if tensor is not None]
         self.core.set_row(

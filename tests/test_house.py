@@ -120,7 +120,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "storage": ("types.h",),
     "table.h": ("types.h", "rules", "storage"),
     "variants.h": ("table.h",),
-    "sweep.h": ("variants.h",),
+    "sweep.h": ("variants.h", "storage"),
     "host_table": ("table.h", "variants.h", "rules"),
     "cpu": ("sweep.h", "table.h", "types.h", "rules"),
     "cuda": ("sweep.h", "types.h", "rules", "host_table"),

@@ -24,7 +24,8 @@ MODULES = [
     pytest.param("test_codecs.py", "", id="test_codecs"),
     pytest.param("test_layouts.py", "", id="test_layouts"),
     pytest.param("test_step.py", "", id="test_step"),
-    pytest.param("test_precision.py", "", id="test_precision"),
+    pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
+    pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]
 
 

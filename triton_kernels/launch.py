@@ -34,6 +34,7 @@ class Variant:
         width: elements a thread takes at a time: 16 bytes of the widest slot but float64, as Triton stores no
             more at once and lays all slots of a block out alike.
         programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
+        mastered: admits what is kept beside a 16-bit parameter; never with float64.
     """
 
     param_storage: int
@@ -42,6 +43,7 @@ class Variant:
     double: bool
     width: int
     programs: int
+    mastered: bool = False
 
 
 _F32, _BF16, _ANY = FLOAT32.value, BFLOAT16.value, ANY_STORAGE.value
@@ -53,6 +55,8 @@ VARIANTS = {
     "any": Variant(_ANY, _ANY, strided=False, double=False, width=4, programs=4),
     "strided": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4),
     "full": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4),
+    "bf16_f32_master": Variant(_BF16, _F32, strided=False, double=False, width=4, programs=4, mastered=True),
+    "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
 }
 
 
@@ -130,6 +134,7 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
         "STATES": it.states,
         "PS": v.param_storage,
         "SS": v.state_storage,
+        "MASTERED": v.mastered,
         "STRIDED": v.strided,
         "DOUBLE": v.double,
         "BLOCK": THREADS * v.width,

@@ -11,6 +11,7 @@ compile-time arguments; everything that changes from step to step is read at run
 import triton
 import triton.language as tl
 
+from .master import exact_param, fetch_master, keep_master, stored_param
 from .rules import MAXIMIZE, divide
 from .storage import decode, fetch, only_if, pointer, storage_bytes, store
 from .table import (
@@ -51,6 +52,7 @@ def sweep_block(
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    MASTERED: tl.constexpr,
     C: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -65,7 +67,11 @@ def sweep_block(
         y_bits = fetch(address.state1, at.state1, has1, storage.state1, SS, C, ALIGNED)
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
+    if MASTERED:
+        m_bits = fetch_master(address.master, at.master, mask, storage.master, ALIGNED)
     p = decode(p_bits, storage.param, PS, C)
+    if MASTERED:
+        p = exact_param(p, m_bits, address.master, storage.master, storage.param)
     g = decode(g_bits, storage.grad, PS, C)
     x = decode(x_bits, storage.state0, SS, C)
     y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
@@ -73,6 +79,9 @@ def sweep_block(
     scale, unscale, negate = gradient
     g = prepare_gradient(g, scale, unscale, negate)
     p, x, y, z = UPDATE(p, g, x, y, z, scalars)
+    if MASTERED:
+        keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
+        p = stored_param(p, address.master, storage.master)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
     if STATES > 1:
@@ -95,6 +104,7 @@ def sweep_chunk(
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    MASTERED: tl.constexpr,
     STRIDED: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -116,7 +126,7 @@ def sweep_chunk(
         i = tl.arange(0, BLOCK)
         block = advance_all(address, storage, start)
         mask = i < count - start
-        sweep_block(block, all_slots(i), mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, C, True)
+        sweep_block(block, all_slots(i), mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, MASTERED, C, True)
     for side in range(0, 2):
         first = tl.where(side == 0, 0, head + count)
         last = tl.where(side == 0, head, size)
@@ -131,7 +141,7 @@ def sweep_chunk(
                     offset = 0
             block = advance_all(address, storage, offset)
             mask = i < last - start
-            sweep_block(block, at, mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, C, False)
+            sweep_block(block, at, mask, storage, scalars, gradient, UPDATE, STATES, PS, SS, MASTERED, C, False)
 
 
 @triton.jit(
@@ -180,6 +190,7 @@ def sweep(
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    MASTERED: tl.constexpr,
     STRIDED: tl.constexpr,
     DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -189,9 +200,10 @@ def sweep(
     """Updates every tensor that has a gradient.
 
     The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
-    parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
-    tensors and float64 are admitted. A program takes BLOCK elements at a time, in vectors of WIDTH, where it
-    can, else EDGES; the two differ, or the compiler lays both out alike and shuffles through shared memory.
+    parameter and gradient and of the states (ANY_STORAGE: what the table says), MASTERED, STRIDED and DOUBLE:
+    what is kept beside a 16-bit parameter, strided tensors and float64 are admitted. A program takes BLOCK elements
+    at a time, in vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out alike
+    and shuffles through shared memory.
     """
     if tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0:
         unscale = grad_scale != 0
@@ -219,19 +231,19 @@ def sweep(
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
                 at = tl.load(layout + row)
                 s = slot_storages(tl.load(storage + row), PS, SS)
-                a = slot_addresses(address, grads, rows, row)
+                a = slot_addresses(address, grads, rows, row, MASTERED)
                 a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
                 if DOUBLE and computes_in_double(a, s):
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
                     sweep_chunk(
                         a, s, layouts, at, begin, size, exact, gradient,
-                        UPDATE, STATES, PS, SS, STRIDED, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:
                     sweep_chunk(
                         a, s, layouts, at, begin, size, scalars, gradient,
-                        UPDATE, STATES, PS, SS, STRIDED, tl.float32, BLOCK, EDGES, WIDTH,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, tl.float32, BLOCK, EDGES, WIDTH,
                     )  # fmt: skip
         # Every thread has read the step counts it needs before the last program to arrive writes them.
         tl.debug_barrier()

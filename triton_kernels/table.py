@@ -36,12 +36,13 @@ class Slots(NamedTuple):
     state0: Any
     state1: Any
     state2: Any
+    master: Any
 
 
 @triton.jit
 def all_slots(x):
     """The same value for every slot."""
-    return Slots(x, x, x, x, x)
+    return Slots(x, x, x, x, x, x)
 
 
 @triton.jit
@@ -63,19 +64,24 @@ def slot_storages(packed, PS: tl.constexpr, SS: tl.constexpr):
         storage_of(packed, STATE0, SS),
         storage_of(packed, STATE1, SS),
         storage_of(packed, STATE2, SS),
+        storage_of(packed, MASTER, ANY_STORAGE),
     )
 
 
 @triton.jit
-def slot_addresses(address, grads, rows, row):
-    """The addresses of a row, 0 where the tensor lacks the slot."""
+def slot_addresses(address, grads, rows, row, MASTERED: tl.constexpr):
+    """The addresses of a row, 0 where the tensor lacks the slot. MASTERED: the variant admits a master."""
     column = address + row
+    master = tl.full([], 0, tl.int64)
+    if MASTERED:
+        master = tl.load(column + MASTER * rows)
     return Slots(
         tl.load(column + PARAM * rows),
         tl.load(grads + row),
         tl.load(column + STATE0 * rows),
         tl.load(column + STATE1 * rows),
         tl.load(column + STATE2 * rows),
+        master,
     )
 
 
@@ -94,13 +100,14 @@ def advance_all(a, storages, elements):
         advance(a.state0, storages.state0, elements),
         advance(a.state1, storages.state1, elements),
         advance(a.state2, storages.state2, elements),
+        advance(a.master, storages.master, elements),
     )
 
 
 @triton.jit
 def all_aligned(a):
     """True where every slot lies on 16 bytes. A slot that is absent is never accessed: it counts."""
-    return ((a.param | a.grad | a.state0 | a.state1 | a.state2) & 15) == 0
+    return ((a.param | a.grad | a.state0 | a.state1 | a.state2 | a.master) & 15) == 0
 
 
 @triton.jit
@@ -142,6 +149,7 @@ def strided_offsets(layout, i):
             offsets.state0 + coordinate * tl.load(stride + STATE0 * ndim),
             offsets.state1 + coordinate * tl.load(stride + STATE1 * ndim),
             offsets.state2 + coordinate * tl.load(stride + STATE2 * ndim),
+            offsets.master + coordinate * tl.load(stride + MASTER * ndim),
         )
     return offsets
 

@@ -73,6 +73,8 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
         state_dtype: dtype of the moments, one or by name: float32, bfloat16, or float16 for ``exp_avg``; None: the
             parameter's.
+        master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
+            the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
 
     Raises:
@@ -116,6 +118,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: StateDtype = None,
+        master: str | None = None,
         backend: str | None = None,
     ) -> None:
         """See the class."""
@@ -136,7 +139,7 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            **modes(state_dtype),
+            **modes(state_dtype, master),
         }
         super().__init__(params, defaults, backend)
 
@@ -171,6 +174,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: StateDtype = None,
+        master: str | None = None,
         backend: str | None = None,
     ) -> None:
         """See :class:`Adam`."""
@@ -188,6 +192,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             state_dtype=state_dtype,
+            master=master,
             backend=backend,
         )
 

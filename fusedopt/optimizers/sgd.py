@@ -73,6 +73,8 @@ class SGD(FusedOptimizer):
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
         state_dtype: dtype of the velocity: float32, bfloat16 or float16; None: the gradient's.
+        master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
+            the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
 
     Raises:
@@ -113,6 +115,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: StateDtype = None,
+        master: str | None = None,
         backend: str | None = None,
     ) -> None:
         """See the class."""
@@ -132,6 +135,6 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
-            **modes(state_dtype),
+            **modes(state_dtype, master),
         }
         super().__init__(params, defaults, backend)
