@@ -102,7 +102,8 @@ int HostTable::variant() {
       if (slot(s, t) == 0 && s != kGrad) continue;
       const int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
       if (storage == kFloat64) features |= kDoubleFeature;
-      if (s == kCopy) continue;  // read at run time by every variant
+      if (s == kMaster) features |= kMasterFeature;
+      if (s == kMaster || s == kCopy) continue;  // read at run time by every variant
       int& common = s < kState0 ? param_storage : state_storage;
       common = merge(common, storage);
     }
@@ -110,7 +111,11 @@ int HostTable::variant() {
   if (param_storage == kNone) param_storage = kFloat32;
   if (state_storage == kNone) state_storage = param_storage;
   variant_ = 0;
-  while (!kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
+  while (variant_ < kVariantCount && !kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
+  if (variant_ == kVariantCount) {
+    variant_ = -1;
+    throw std::invalid_argument("no variant has float64 and kept bits of a 16-bit parameter at once");
+  }
   return variant_;
 }
 

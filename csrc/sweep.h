@@ -4,6 +4,7 @@
 // the variant; C the compute type.
 #pragma once
 
+#include "storage/master.h"
 #include "variants.h"
 
 namespace fusedopt {
@@ -140,6 +141,52 @@ FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const 
 template <class Access, class V, class C, class W, class Index, class X, int M>
 FUSEDOPT_FN void sweep_sides(const ChunkView&, const NoSide&, const Index&, X (&)[M], int) {}
 
+// The master slot of one vector: from the stored parameter to the exact one, and back.
+template <class Access, class V, class C, class W>
+struct Master {
+  static constexpr bool kThere = V::kMastered && sizeof(C) == 4;
+  typename Access::template Packet<C, kThere ? W::value : 1> packet = {};
+
+  template <class Index>
+  FUSEDOPT_FN void fetch(const ChunkView& chunk, const Index& at) {
+    if constexpr (kThere)
+      if (chunk.has(kMaster))
+        Access::template fetch<W>(packet, chunk.storage_of(kMaster), chunk.address[kMaster], at(kMaster),
+                                  chunk.is_aligned(kMaster));
+  }
+  template <class X, int M>
+  FUSEDOPT_FN void join(const ChunkView& chunk, X (&p)[M], int count) const {
+    if constexpr (kThere) {
+      if (!chunk.has(kMaster)) return;
+      const int storage = chunk.storage_of(kMaster);
+      X kept[M];
+      if (storage == kLowBits)
+        Access::template decode_low<W>(packet, kept, count);
+      else
+        Access::template decode<W>(packet, storage, kept, count);
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k)
+        p[k] =
+            exact_param<typename Access::template Bits<X>>(V::storage(kParam, chunk.storage), storage, p[k], kept[k]);
+    }
+  }
+  template <class X, int M, class Index>
+  FUSEDOPT_FN static void keep(const ChunkView& chunk, X (&p)[M], const Index& at, int count) {
+    if constexpr (kThere) {
+      if (!chunk.has(kMaster)) return;
+      const int storage = chunk.storage_of(kMaster);
+      X kept[M];
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k)
+        kept[k] = split_param<typename Access::template Bits<X>>(V::storage(kParam, chunk.storage), storage, p[k]);
+      if (storage == kLowBits)
+        Access::template store_low<W>(chunk.address[kMaster], at(kMaster), chunk.is_aligned(kMaster), kept, count);
+      else
+        Access::template store<W>(storage, chunk.address[kMaster], at(kMaster), chunk.is_aligned(kMaster), kept, count);
+    }
+  }
+};
+
 template <class Access, class V, class C, class W, class Rule, class Index, class S>
 FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
                               const Index& at, int count) {
@@ -153,15 +200,19 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   for (int s = 0; s < kUsed; ++s)
     if (Access::has(chunk, rule, s))
       Access::template fetch<W>(packet[s], V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s));
+  Master<Access, V, C, W> master;
+  master.fetch(chunk, at);
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (Access::has(chunk, rule, s))
       Access::template decode<W>(packet[s], V::storage(s, chunk.storage), x[s], count);
     else
       for (int k = 0; k < M; ++k) x[s][k] = X{};
+  master.join(chunk, x[kParam], count);
   gradient.prepare(x[kGrad]);
   FUSEDOPT_UNROLL
   for (int k = 0; k < M; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
+  master.keep(chunk, x[kParam], at, count);
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (s != kGrad && Access::has(chunk, rule, s))

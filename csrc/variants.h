@@ -9,6 +9,8 @@ enum Feature : u32 {
   kStridedFeature = 1u << 0,  // slots that differ in layout, or are not dense
   kDoubleFeature = 1u << 1,   // tensors with a float64 slot, computed in float64
   kSideFeature = 1u << 2,     // outputs beside the update: phase.h
+  kMasterFeature = 1u << 3,   // 16-bit parameters that keep what rounding takes
+  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature,
 };
 
 // kParamStorage holds for parameter and gradient, kStateStorage for the states; kAnyStorage is decided at run time.
@@ -19,15 +21,16 @@ struct Variant {
   static constexpr bool kStrided = (kFeatures & kStridedFeature) != 0;
   static constexpr bool kSide = (kFeatures & kSideFeature) != 0;
   static constexpr bool kDouble = (kFeatures & kDoubleFeature) != 0;
+  static constexpr bool kMastered = (kFeatures & kMasterFeature) != 0;
   // Elements a GPU thread takes at a time: 16 bytes of the narrowest slot, 4 where that is float32.
   static constexpr int kWidth = kParamStorage_ == kFloat32 ? 4 : 8;
   // Blocks of 256 threads that should fit on a multiprocessor at once: it bounds the registers (64, 80, 128). Two
   // are enough to keep 16 KB of loads in flight where a thread loads 8 elements of four slots.
-  static constexpr int kMinBlocks = !kFixed ? 2 : kWidth == 4 ? 4 : 3;
+  static constexpr int kMinBlocks = !kFixed || kMastered ? 2 : kWidth == 4 ? 4 : 3;
 
   // The storage of a slot: a constant in a fixed variant, else what the table says.
   FUSEDOPT_FN static int storage(int slot, u64 packed) {
-    if (kFixed && slot != kCopy) return slot >= kState0 ? kStateStorage_ : kParamStorage_;
+    if (kFixed && slot != kCopy && slot != kMaster) return slot >= kState0 ? kStateStorage_ : kParamStorage_;
     return int(packed >> (kStorageBits * slot)) & kStorageMask;
   }
   static bool covers(int param_storage, int state_storage, u32 features) {
@@ -37,15 +40,17 @@ struct Variant {
 };
 
 // name, storage of parameter and gradient, storage of states, features; smallest first.
-#define FUSEDOPT_VARIANTS(X)                                                                                  \
-  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                           \
-  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                        \
-  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                     \
-  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                     \
-  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                         \
-  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature) \
-  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                 \
-  X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                  \
+#define FUSEDOPT_VARIANTS(X)                                                                                    \
+  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                             \
+  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                          \
+  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                       \
+  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                       \
+  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                           \
+  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)   \
+  X(bf16_f32_master, fusedopt::kBFloat16, fusedopt::kFloat32, fusedopt::kMasterFeature)                         \
+  X(master, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kMasterFeature) \
+  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                   \
+  X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                    \
     fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)
 
 }  // namespace fusedopt

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import reference
+from . import exact, reference
 from .core import compiled, why_not_compiled
 from .phase import EMA
+from .precision import master_key
 from .table import Row, Table, local, real_view
 
 # Best first.
@@ -143,10 +144,15 @@ class Reference:
             tensors = {name: local(tensor) for name, tensor in {"param": row.param, **states}.items()}
             dtype = _row_dtype(table, row)
             values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
+            key = master_key(row.param, group)
+            if key is not None:
+                values["param"] = exact.join(tensors["param"], key, local(row.states[key]))
             g, rest = real_view(grad).to(dtype), scale
             if table.phase.max_grad_norm is not None:
                 g, rest = reference.clipped(g, coefficient, scale), None
             updates = table.rule.update(values.pop("param"), g, values, step, group, rest)
+            if key is not None:
+                _keep_exact(tensors["param"], key, local(row.states[key]), updates)
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
@@ -220,6 +226,13 @@ class Emulated:
         core.launch_emulated(
             self.blocks, self.threads, self.seed, self.inline_columns, _pointer(grad_scale), _pointer(found_inf)
         )
+
+
+def _keep_exact(param: Tensor, key: str, kept: Tensor, updates: dict[str, Tensor | None]) -> None:
+    """Writes what is kept beside a parameter, and leaves in the updates what it is stored as."""
+    assert updates["param"] is not None  # every rule updates it
+    updates["param"], rest = exact.split(updates["param"], key, param.dtype)
+    kept.copy_(rest)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

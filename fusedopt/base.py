@@ -15,6 +15,7 @@ from . import checkpoint, hooks, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
 from .phase import EMA, Phase, check_copy, check_distinct
+from .precision import check_modes
 from .rules import Rule
 from .sharded import is_sharded
 from .table import Row, Table, separate
@@ -166,6 +167,12 @@ class FusedOptimizer(Optimizer):
         """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``."""
         if isinstance(param_group, dict):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
+            group = {**self.defaults, **param_group}
+            check_modes(self._rule, group)
+            if group.get("master") is not None and self._phase.flags:
+                raise ValueError(
+                    f"master={group['master']!r} and {self._phase} can not work together yet: no kernel has both"
+                )
         super().add_param_group(param_group)
         self._see_params()
         self._forget_tables()
@@ -184,6 +191,10 @@ class FusedOptimizer(Optimizer):
             return super().state_dict()
         finally:
             self.state.update(held)
+
+    def state_dict_torch(self) -> dict[str, Any]:
+        """The state as ``torch.optim`` keeps it, to leave a precision mode by: no state below float32, no mode."""
+        return checkpoint.without_modes(self._rule, self.state_dict())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

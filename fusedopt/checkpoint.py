@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
+from .precision import MASTER_KEYS, MODE_KEYS, STATE_DTYPES, check_master, keep_modes
 from .rules import Rule
 
 StateDict = dict[str, Any]
@@ -51,6 +52,7 @@ def read(
     place_of = dict(zip(ids, places, strict=True))
     for group, saved in zip(groups, saved_groups, strict=True):
         saved["params"] = group["params"]
+        keep_modes(saved, group)
         if "param_names" in group:
             saved.setdefault("param_names", group["param_names"])
     fill(saved_groups)
@@ -61,8 +63,17 @@ def read(
             state[key] = value  # not of a parameter: kept as it is, as torch does
             continue
         g, k = place_of[key]
-        state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], value)
+        state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], groups[g], value)
     return {"state": state, "param_groups": saved_groups}
+
+
+def without_modes(rule: Rule, state_dict: StateDict) -> StateDict:
+    """A state_dict as ``torch.optim`` keeps it: states in float32 at least, groups without the keys of modes."""
+    groups = [
+        {key: value for key, value in group.items() if key not in MODE_KEYS} for group in state_dict["param_groups"]
+    ]
+    state = {param: _widened(rule, value) for param, value in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def as_step(step: Any, device: torch.device) -> Tensor:
@@ -125,7 +136,7 @@ def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
             raise RuntimeError(f"group {index} of the loaded state dict: {error}") from error
 
 
-def _fitted(rule: Rule, name: str, param: Tensor, value: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(rule: Rule, name: str, param: Tensor, group: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """The state of one parameter, on its device."""
     _expect(f"loaded state of {name}", value, Mapping)
     if rule.keeps_step:
@@ -133,12 +144,22 @@ def _fitted(rule: Rule, name: str, param: Tensor, value: Mapping[str, Any]) -> d
     for key in rule.states:
         if isinstance(value.get(key), Tensor):
             check_state(name, param, key, value[key])
+    check_master(name, param, group, value)
     device = local(param).device
     fitted: dict[str, Any] = {key: _moved(item, device) for key, item in value.items() if key != "step"}
     if "step" not in value:
         return fitted
     step = as_step(value["step"], device) if rule.keeps_step else _moved(value["step"], device)
     return {key: step if key == "step" else fitted[key] for key in value}
+
+
+def _widened(rule: Rule, state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    wide = {
+        name: state[name].float() for name in rule.states if getattr(state.get(name), "dtype", None) in STATE_DTYPES
+    }
+    return {key: value for key, value in {**state, **wide}.items() if key not in MASTER_KEYS}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

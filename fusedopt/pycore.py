@@ -24,7 +24,7 @@ U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
 HYPERS = 8  # hyperparameters a rule may name
 SLOTS = 9  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
-GRAD, STATE0, COPY = 1, 2, 7
+GRAD, STATE0, MASTER, COPY = 1, 2, 5, 7
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
 STORAGE_BITS = 4  # bits per slot in the storage column
@@ -36,7 +36,7 @@ EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which 
 FLOAT32, BFLOAT16, FLOAT64 = STORAGES[torch.float32], STORAGES[torch.bfloat16], STORAGES[torch.float64]
 ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run time was compiled for
 
-STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE = 1, 2, 4  # enum Feature in csrc/variants.h
+STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE = 1, 2, 4, 8  # enum Feature in csrc/variants.h
 
 
 class Variant(NamedTuple):
@@ -61,6 +61,8 @@ VARIANTS = (
     Variant("any", ANY_STORAGE, ANY_STORAGE, 0),
     Variant("strided", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE),
     Variant("full", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE),
+    Variant("bf16_f32_master", BFLOAT16, FLOAT32, MASTER_FEATURE),
+    Variant("master", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE),
     Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
 )
@@ -161,11 +163,16 @@ class PyTable:
             features |= STRIDED_FEATURE
         if FLOAT64 in params | states:
             features |= DOUBLE_FEATURE
+        if any(self._address[MASTER * self._rows : (MASTER + 1) * self._rows]):
+            features |= MASTER_FEATURE
         if len(params or {FLOAT32}) == 1:
             param = min(params, default=FLOAT32)
         if len(states or {param}) == 1:
             state = min(states, default=param)
-        return next(variant.name for variant in VARIANTS if variant.covers(param, state, features))
+        found = next((variant.name for variant in VARIANTS if variant.covers(param, state, features)), None)
+        if found is None:
+            raise ValueError("no variant has float64 and kept bits of a 16-bit parameter at once")
+        return found
 
     @property
     def leaves(self) -> int:
@@ -444,7 +451,7 @@ class PyTable:
         params: set[int] = set()
         states: set[int] = set()
         for slot in range(ELEMENT_SLOTS):
-            if slot == COPY:
+            if slot in (MASTER, COPY):
                 continue  # read at run time by every variant
             found = params if slot < STATE0 else states
             for row in range(self._rows):

@@ -27,6 +27,7 @@ class Rule:
         keeps_step: whether the state has a ``step``; else the count is kept beside it, out of the state.
         takes_sparse: whether torch takes sparse gradients for it; they are made dense, one parameter at a time.
         update: the rule in ``fusedopt.reference``, called with tensors, states by name, and hyperparameters.
+        squares: names of the states that are means of squares: their range is twice a gradient's.
     """
 
     stem: str
@@ -37,6 +38,7 @@ class Rule:
     keeps_step: bool
     takes_sparse: bool
     update: Callable[[Tensor, Tensor, Mapping[str, Tensor], int, Group, float | None], dict[str, Tensor | None]]
+    squares: tuple[str, ...] = ()
 
     def states_of(self, group: Group) -> tuple[str, ...]:
         """Names of the states that a group's tensors need."""

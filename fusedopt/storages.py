@@ -11,3 +11,7 @@ STORAGES: dict[torch.dtype, int] = {
     torch.float16: 2,
     torch.float64: 3,
 }
+
+# What is kept beside a 16-bit parameter may also be the low bits of its float32.
+LOW_BITS = 4
+KEPT_STORAGES: dict[torch.dtype, int] = {**STORAGES, torch.int16: LOW_BITS}

@@ -25,11 +25,21 @@ from .check import (
     local,
     real_dtype,
 )
-from .core import STORAGES, Core, make_core
+from .core import Core, make_core
 from .layout import may_share_memory, neighbours, strided_layout
 from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared
-from .rules import Rule
+from .precision import (
+    as_asked,
+    check_master,
+    check_no_double,
+    make_master,
+    master_key,
+    state_dtype_of,
+    takes_modes,
+)
+from .rules import Group, Rule
 from .sharded import is_sharded, settled
+from .storages import KEPT_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
@@ -114,7 +124,6 @@ class Table:
         self.results = results
         self.leaf_sums: Tensor | None = None
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
-        self._names = (*rule.states, *phase.states)
         self._state = state
         self._hidden_steps = hidden_steps
         self.core: Core = make_core(rule, device)
@@ -196,31 +205,49 @@ class Table:
         state = self._state.get(row.param, {})
         if self.rule.keeps_step and state.get("step") is not row.step:
             return False
-        if any(state.get(name) is not row.states.get(name) for name in self._names):
+        if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
             return False
         return row.addresses == _state_addresses(row)
 
     def _adopt(self, rows: list[Row]) -> None:
         """Takes over what the optimizer's state already has: after a load, a move, or an outside change."""
         found = [self._present(row) for row in rows]
+        kept = [self._kept(row) for row in rows]
         for row, present in zip(rows, found, strict=True):
             for name, tensor in present.items():
                 check_state(row.name, row.param, name, tensor)
+            check_master(row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
             if self.rule.keeps_step:
                 check_step(row.name, self._state.get(row.param, {}), self.rule.states)
-        _check_apart(rows, found)
-        for row, present in zip(rows, found, strict=True):
+        everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
+        _check_apart(rows, everything)
+        for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
             row.addresses = _state_addresses(row)
         self._adopt_steps(rows)
 
     def _present(self, row: Row) -> dict[str, Tensor]:
         state = self._state.get(row.param, {})
-        return {name: state[name] for name in self._names if isinstance(state.get(name), Tensor)}
+        return {
+            name: state[name] for name in (*self.rule.states, *self.phase.states) if isinstance(state.get(name), Tensor)
+        }
+
+    def _kept(self, row: Row) -> dict[str, Tensor]:
+        """What is kept beside the parameter, where its group asks for it."""
+        key = master_key(row.param, self.groups[row.group])
+        kept = None if key is None else self._state.get(row.param, {}).get(key)
+        return {} if key is None or kept is None else {key: kept}
+
+    def _names(self, row: Row) -> tuple[str, ...]:
+        """All that the state holds for a row but its step."""
+        key = master_key(row.param, self.groups[row.group])
+        return (*self.rule.states, *self.phase.states, *(() if key is None else (key,)))
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
         usable = settled(resolved(tensor).to(local(row.param).device), row.param)
+        if name in self.rule.states:
+            usable = as_asked(usable, row.param, self.groups[row.group], name)
         if usable is not tensor:
             self._state[row.param][name] = usable
         return usable
@@ -262,6 +289,10 @@ class Table:
             if row.param.grad is not None:
                 check_parameter(row.name, row.param)
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
+                group, state = self.groups[row.group], self._state.get(row.param, {})
+                check_master(row.name, row.param, group, state)
+                wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
+                check_no_double(row.name, row.param, group, [row.param.grad, *wanted])
         if self.phase.zero_grads:
             self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])
@@ -283,12 +314,15 @@ class Table:
         for row, step in zip(with_step, make_steps([0.0] * len(with_step), self.device), strict=True):
             self._keep_step(row, step)
         for row in rows:
+            key = master_key(row.param, self.groups[row.group])
+            if key is not None and key not in row.states:
+                row.states[key] = self._state[row.param][key] = make_master(row.param, key)
             for name in self.rule.states_of(self.groups[row.group]):
                 if name not in row.states:
-                    dtype = _state_dtype(self.rule, row)
+                    dtype = _state_dtype(self.rule, row, self.groups[row.group], name)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
-            if EMA in self._names and EMA not in row.states:
+            if EMA in self.phase.states and EMA not in row.states:
                 average = row.param.detach().to(
                     average_dtype(row.param), copy=True, memory_format=torch.preserve_format
                 )
@@ -306,7 +340,7 @@ class Table:
         row.addresses = _state_addresses(row)
         state = self._state.get(row.param)
         if state is not None:
-            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names}
+            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
             if self.rule.keeps_step:
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
@@ -321,8 +355,10 @@ class Table:
         needed = self.rule.states_of(self.groups[row.group])
         states = [row.states.get(name) if name in needed else None for name in self.rule.states]
         states += [None] * (STATE_SLOTS - len(states))
-        ema = row.states.get(EMA) if EMA in self._names else None
-        tensors: list[Tensor | None] = [row.param, grad, *states, None, ema, row.copy]
+        key = master_key(row.param, self.groups[row.group])
+        states.append(None if key is None else row.states.get(key))
+        ema = row.states.get(EMA) if EMA in self.phase.states else None
+        tensors: list[Tensor | None] = [row.param, grad, *states, ema, row.copy]
         assert len(tensors) == ELEMENT_SLOTS  # in the order of csrc/table.h
         slots = [None if tensor is None else real_view(local(tensor)) for tensor in tensors]
         param = slots[0]
@@ -332,7 +368,7 @@ class Table:
         row.is_dense = not layout
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
-        storages = [0 if slot is None else STORAGES[slot.dtype] for slot in slots]
+        storages = [0 if slot is None else KEPT_STORAGES[slot.dtype] for slot in slots]
         # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
         keep = [tensor.detach() for tensor in (*states, ema, row.copy, row.step, row.stand_in) if tensor is not None]
         self.core.set_row(
@@ -454,8 +490,11 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
-def _state_dtype(rule: Rule, row: Row) -> torch.dtype:
-    """The parameter's; for SGD what torch's first velocity has, which is a decayed gradient."""
+def _state_dtype(rule: Rule, row: Row, group: Group, name: str) -> torch.dtype:
+    """What the group asks for; else the parameter's; for SGD torch's first velocity's, which is a decayed gradient."""
+    asked = state_dtype_of(group, name)
+    if asked is not None and takes_modes(row.param):
+        return asked
     if rule.keeps_step or row.param.grad is None:
         return row.param.dtype
     return row.param.grad.dtype

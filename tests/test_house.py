@@ -121,7 +121,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "phase.h": ("types.h", "rules"),
     "table.h": ("types.h", "rules", "storage", "phase.h"),
     "variants.h": ("table.h",),
-    "sweep.h": ("variants.h",),
+    "sweep.h": ("variants.h", "storage"),
     "norm.h": ("rules", "sweep.h"),
     "host_table": ("table.h", "variants.h", "rules"),
     "cpu": ("sweep.h", "norm.h", "table.h", "types.h", "rules"),

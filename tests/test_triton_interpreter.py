@@ -26,6 +26,8 @@ MODULES = [
     pytest.param("test_step.py", "", id="test_step"),
     pytest.param("test_phase.py", "", id="test_phase"),
     pytest.param("test_norm.py", "", id="test_norm"),
+    pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
+    pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]
 
 

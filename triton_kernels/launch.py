@@ -36,6 +36,7 @@ class Variant:
             more at once and lays all slots of a block out alike.
         programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
         side: admits outputs beside the update: csrc/phase.h.
+        mastered: admits what is kept beside a 16-bit parameter; never with float64.
     """
 
     param_storage: int
@@ -45,6 +46,7 @@ class Variant:
     width: int
     programs: int
     side: bool = False
+    mastered: bool = False
 
 
 _F32, _BF16, _ANY = FLOAT32.value, BFLOAT16.value, ANY_STORAGE.value
@@ -58,6 +60,8 @@ VARIANTS = {
     "full": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4),
     "f32_side": Variant(_F32, _F32, strided=False, double=False, width=4, programs=4, side=True),
     "full_side": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4, side=True),
+    "bf16_f32_master": Variant(_BF16, _F32, strided=False, double=False, width=4, programs=4, mastered=True),
+    "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
 }
 
 
@@ -135,6 +139,7 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
         "STATES": it.states,
         "PS": v.param_storage,
         "SS": v.state_storage,
+        "MASTERED": v.mastered,
         "STRIDED": v.strided,
         "DOUBLE": v.double,
         "SIDE": v.side,

@@ -16,6 +16,7 @@ FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
 FLOAT16 = tl.constexpr(2)
 FLOAT64 = tl.constexpr(3)
+LOW_BITS = tl.constexpr(4)
 ANY_STORAGE = tl.constexpr(-1)  # a variant that reads the storage of each slot at run time
 
 

@@ -11,6 +11,7 @@ compile-time arguments; everything that changes from step to step is read at run
 import triton
 import triton.language as tl
 
+from .master import exact_param, fetch_master, keep_master, stored_param
 from .phase import CLEARS_GRADS, side_of, sweep_sides
 from .reduce import CLIPS, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
 from .rules import MAXIMIZE, divide
@@ -58,6 +59,7 @@ def sweep_block(
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    MASTERED: tl.constexpr,
     SIDE: tl.constexpr,
     C: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -73,7 +75,11 @@ def sweep_block(
         y_bits = fetch(address.state1, at.state1, has1, storage.state1, SS, C, ALIGNED)
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
+    if MASTERED:
+        m_bits = fetch_master(address.master, at.master, mask, storage.master, ALIGNED)
     p = decode(p_bits, storage.param, PS, C)
+    if MASTERED:
+        p = exact_param(p, m_bits, address.master, storage.master, storage.param)
     g = decode(g_bits, storage.grad, PS, C)
     x = decode(x_bits, storage.state0, SS, C)
     y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
@@ -81,6 +87,9 @@ def sweep_block(
     scale, unscale, negate, clips, coefficient = gradient
     g = prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE)
     p, x, y, z = UPDATE(p, g, x, y, z, scalars)
+    if MASTERED:
+        keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
+        p = stored_param(p, address.master, storage.master)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
     if STATES > 1:
@@ -106,6 +115,7 @@ def sweep_chunk(
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    MASTERED: tl.constexpr,
     STRIDED: tl.constexpr,
     SIDE: tl.constexpr,
     C: tl.constexpr,
@@ -128,7 +138,9 @@ def sweep_chunk(
         i = tl.arange(0, BLOCK)
         block = advance_all(address, storage, start)
         mask = i < count - start
-        sweep_block(block, all_slots(i), mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, SIDE, C, True)
+        sweep_block(
+            block, all_slots(i), mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, MASTERED, SIDE, C, True
+        )
     for edge in range(0, 2):
         first = tl.where(edge == 0, 0, head + count)
         last = tl.where(edge == 0, head, size)
@@ -143,7 +155,9 @@ def sweep_chunk(
                     offset = 0
             block = advance_all(address, storage, offset)
             mask = i < last - start
-            sweep_block(block, at, mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, SIDE, C, False)
+            sweep_block(
+                block, at, mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, MASTERED, SIDE, C, False
+            )
 
 
 @triton.jit
@@ -224,6 +238,7 @@ def sweep(
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
+    MASTERED: tl.constexpr,
     STRIDED: tl.constexpr,
     DOUBLE: tl.constexpr,
     SIDE: tl.constexpr,
@@ -235,9 +250,9 @@ def sweep(
 
     The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
     parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
-    tensors and float64 are admitted; SIDE: there are outputs beside the update. A program takes BLOCK elements
-    at a time, in vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out
-    alike and shuffles through shared memory.
+    tensors and float64 are admitted; MASTERED: something is kept beside 16-bit parameters; SIDE: there are outputs
+    beside the update. A program takes BLOCK elements at a time, in vectors of WIDTH, where it can, else EDGES; the
+    two differ, or the compiler lays both out alike and shuffles through shared memory.
     """
     admitted = tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0
     clips = SIDE and (phase_flags & CLIPS) != 0
@@ -277,7 +292,7 @@ def sweep(
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
                 at = tl.load(layout + row)
                 s = slot_storages(tl.load(storage + row), PS, SS)
-                a = slot_addresses(address, grads, rows, row, SIDE)
+                a = slot_addresses(address, grads, rows, row, MASTERED, SIDE)
                 a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
                 t = next_step(steps)
                 if DOUBLE and computes_in_double(a, s):
@@ -286,13 +301,13 @@ def sweep(
                     side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
                     sweep_chunk(
                         a, s, layouts, at, begin, size, exact, gradient, side,
-                        UPDATE, STATES, PS, SS, STRIDED, SIDE, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:
                     side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float32, SIDE)
                     sweep_chunk(
                         a, s, layouts, at, begin, size, scalars, gradient, side,
-                        UPDATE, STATES, PS, SS, STRIDED, SIDE, tl.float32, BLOCK, EDGES, WIDTH,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float32, BLOCK, EDGES, WIDTH,
                     )  # fmt: skip
         # Every thread has read the step counts it needs before the last program to arrive writes them.
         tl.debug_barrier()

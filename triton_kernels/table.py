@@ -36,6 +36,7 @@ class Slots(NamedTuple):
     state0: Any
     state1: Any
     state2: Any
+    master: Any
     ema: Any
     copy: Any
 
@@ -43,7 +44,7 @@ class Slots(NamedTuple):
 @triton.jit
 def all_slots(x):
     """The same value for every slot."""
-    return Slots(x, x, x, x, x, x, x)
+    return Slots(x, x, x, x, x, x, x, x)
 
 
 @triton.jit
@@ -65,17 +66,21 @@ def slot_storages(packed, PS: tl.constexpr, SS: tl.constexpr):
         storage_of(packed, STATE0, SS),
         storage_of(packed, STATE1, SS),
         storage_of(packed, STATE2, SS),
+        storage_of(packed, MASTER, ANY_STORAGE),
         storage_of(packed, EMA, SS),
         storage_of(packed, COPY, ANY_STORAGE),
     )
 
 
 @triton.jit
-def slot_addresses(address, grads, rows, row, SIDE: tl.constexpr):
-    """The addresses of a row, 0 where the tensor lacks the slot."""
+def slot_addresses(address, grads, rows, row, MASTERED: tl.constexpr, SIDE: tl.constexpr):
+    """The addresses of a row, 0 where the tensor lacks the slot. MASTERED, SIDE: the variant admits those slots."""
     column = address + row
-    ema = tl.full([], 0, tl.int64)
-    copy = ema
+    master = tl.full([], 0, tl.int64)
+    ema = master
+    copy = master
+    if MASTERED:
+        master = tl.load(column + MASTER * rows)
     if SIDE:
         ema = tl.load(column + EMA * rows)
         copy = tl.load(column + COPY * rows)
@@ -85,6 +90,7 @@ def slot_addresses(address, grads, rows, row, SIDE: tl.constexpr):
         tl.load(column + STATE0 * rows),
         tl.load(column + STATE1 * rows),
         tl.load(column + STATE2 * rows),
+        master,
         ema,
         copy,
     )
@@ -105,6 +111,7 @@ def advance_all(a, storages, elements):
         advance(a.state0, storages.state0, elements),
         advance(a.state1, storages.state1, elements),
         advance(a.state2, storages.state2, elements),
+        advance(a.master, storages.master, elements),
         advance(a.ema, storages.ema, elements),
         advance(a.copy, storages.copy, elements),
     )
@@ -113,7 +120,7 @@ def advance_all(a, storages, elements):
 @triton.jit
 def all_aligned(a):
     """True where every slot lies on 16 bytes. A slot that is absent is never accessed: it counts."""
-    return ((a.param | a.grad | a.state0 | a.state1 | a.state2 | a.ema | a.copy) & 15) == 0
+    return ((a.param | a.grad | a.state0 | a.state1 | a.state2 | a.master | a.ema | a.copy) & 15) == 0
 
 
 @triton.jit
@@ -157,6 +164,7 @@ def strided_offsets(layout, i):
             offsets.state0 + coordinate * tl.load(stride + STATE0 * ndim),
             offsets.state1 + coordinate * tl.load(stride + STATE1 * ndim),
             offsets.state2 + coordinate * tl.load(stride + STATE2 * ndim),
+            offsets.master + coordinate * tl.load(stride + MASTER * ndim),
             offsets.ema + coordinate * tl.load(stride + EMA * ndim),
             offsets.copy + coordinate * tl.load(stride + COPY * ndim),
         )

@@ -23,6 +23,10 @@ struct HostAccess {
     return slot < kState0 + rule.states();
   }
 
+  // The bits of what is computed in.
+  template <class X>
+  using Bits = Like<u32, X>;
+
   // Elements at a time. Where the storage is known, one AVX-512 vector per slot: values stay in registers from load to
   // store. Where the conversion is a call, a longer block pays for it.
   template <class V>
@@ -57,6 +61,16 @@ struct HostAccess {
       store_as<W>(storage, address, in, count);
     else
       store_called<W>(storage, address, in, count);
+  }
+
+  // 16 bits that are no number: sign-extended, in the bits of a float.
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void decode_low(const Packet<float, W::value>& packet, X (&out)[M], int count) {
+    read<u16, W>(packet.address, out, count, [](auto x) { return bit_cast<X>((widen(x) ^ 0x8000u) - 0x8000u); });
+  }
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void store_low(u64 address, i64 index, bool, const X (&in)[M], int count) {
+    write<u16, W>(address + u64(index) * 2, in, count, [](X x) { return narrow(bit_cast<Bits<X>>(x) & 0xFFFFu); });
   }
 
   template <class V, class C, class Visit>

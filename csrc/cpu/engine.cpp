@@ -18,7 +18,7 @@ using Access = HostAccess<Isa>;
 // covers all gives the same bits and a third of the build time.
 #ifdef FUSEDOPT_ONE_VARIANT
 template <class V>
-using Compiled = Variant<kAnyStorage, kAnyStorage, kStridedFeature | kDoubleFeature | kSideFeature>;
+using Compiled = Variant<kAnyStorage, kAnyStorage, kEveryFeature>;
 #else
 template <class V>
 using Compiled = V;

@@ -19,6 +19,9 @@ struct DeviceAccess {
     return slot == kState0 + Rule::kRuleStates - 1 ? chunk.has(slot) : slot < kState0 + rule.states();
   }
 
+  template <class X>
+  using Bits = u32;
+
   // The bits of N elements as they lie in memory: room for the widest storage of the compute type.
   template <class C, int N>
   struct Packet {
@@ -72,6 +75,23 @@ struct DeviceAccess {
       }
       store_bytes<W, 2>(address, packet.words, aligned);
     }
+  }
+
+  // 16 bits that are no number: sign-extended, in the bits of a float.
+  template <class W>
+  FUSEDOPT_FN static void decode_low(const Packet<float, W::value>& packet, float (&out)[W::value], int) {
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k) {
+      const u32 bits = packet.words[k / 2] >> (16 * (k % 2)) & 0xFFFFu;
+      out[k] = bit_cast<float>((bits ^ 0x8000u) - 0x8000u);
+    }
+  }
+  template <class W>
+  FUSEDOPT_FN static void store_low(u64 address, i64 index, bool aligned, const float (&in)[W::value], int) {
+    Packet<float, W::value> packet = {};
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k) packet.words[k / 2] |= (bit_cast<u32>(in[k]) & 0xFFFFu) << (16 * (k % 2));
+    store_bytes<W, 2>(address + u64(index) * 2, packet.words, aligned);
   }
 
   // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.

@@ -6,7 +6,7 @@
 
 namespace fusedopt {
 
-enum Storage : u8 { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kStorages = 4 };
+enum Storage : u8 { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kLowBits = 4, kStorages = 5 };
 
 constexpr int kAnyStorage = -1;  // a variant that reads the storage of each slot at run time
 

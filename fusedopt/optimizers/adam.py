@@ -11,6 +11,7 @@ from .. import reference
 from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_betas, check_flags, check_lr
 from ..phase import Phase, PhaseOptions
+from ..precision import StateDtype, modes
 from ..rules import MAXIMIZE, Group, Rule
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ RULE = Rule(
     keeps_step=True,
     takes_sparse=False,
     update=_update,
+    squares=("exp_avg_sq", "max_exp_avg_sq"),
 )
 
 
@@ -73,6 +75,10 @@ class Adam(FusedOptimizer):
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
+        state_dtype: dtype of the moments, one or by name: float32, bfloat16, or float16 for ``exp_avg``; None: the
+            parameter's.
+        master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
+            the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
         phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 
@@ -116,6 +122,8 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        state_dtype: StateDtype = None,
+        master: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
     ) -> None:
@@ -137,6 +145,7 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            **modes(state_dtype, master),
         }
         super().__init__(params, defaults, backend, Phase.of(phase))
 
@@ -170,6 +179,8 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: StateDtype = None,
+        master: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
     ) -> None:
@@ -187,6 +198,8 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            state_dtype=state_dtype,
+            master=master,
             backend=backend,
             **phase,
         )

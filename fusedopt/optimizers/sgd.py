@@ -11,6 +11,7 @@ from .. import reference
 from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_flags, check_lr
 from ..phase import Phase, PhaseOptions
+from ..precision import StateDtype, modes
 from ..rules import MAXIMIZE, Group, Rule
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class SGD(FusedOptimizer):
         differentiable: must be False: a fused update has no derivative.
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
+        state_dtype: dtype of the velocity: float32, bfloat16 or float16; None: the gradient's.
+        master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
+            the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
         phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 
@@ -115,6 +119,8 @@ class SGD(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        state_dtype: StateDtype = None,
+        master: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
     ) -> None:
@@ -135,5 +141,6 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            **modes(state_dtype, master),
         }
         super().__init__(params, defaults, backend, Phase.of(phase))
