@@ -58,8 +58,8 @@ VARIANTS = {
     "any": Variant(_ANY, _ANY, strided=False, double=False, width=4, programs=4),
     "strided": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4),
     "full": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4),
-    "f32_side": Variant(_F32, _F32, strided=False, double=False, width=4, programs=4, side=True),
-    "full_side": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4, side=True),
+    "f32_side": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True),
+    "full_side": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=3, side=True),
     "bf16_f32_master": Variant(_BF16, _F32, strided=False, double=False, width=4, programs=4, mastered=True),
     "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
 }

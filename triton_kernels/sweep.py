@@ -298,9 +298,9 @@ def sweep(
                 if DOUBLE and computes_in_double(a, s):
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
-                    side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
+                    exact_side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
                     sweep_chunk(
-                        a, s, layouts, at, begin, size, exact, gradient, side,
+                        a, s, layouts, at, begin, size, exact, gradient, exact_side,
                         UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:

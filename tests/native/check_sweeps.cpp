@@ -56,7 +56,7 @@ void run_plainly(RandomTable& table) {
   launch.chunks = chunks.data();
   launch.chunk_count = u32(chunks.size());
   launch.chunk_elements = (largest + kLeaf - 1) / kLeaf * kLeaf;
-  const int full = int(variant_names().size()) - 1;
+  const int full = full_variant();
   launch_cpu(launch, table.host.rule(), full, 1, cpu_instruction_sets().back());
 }
 
