@@ -34,9 +34,10 @@ struct Phase {
 template <class C>
 struct Side {
   C decay, one_minus_decay;
-  bool first, nearer_to_param, clears;
+  bool averages, copies, first, nearer_to_param, clears;
 
-  FUSEDOPT_FN Side(const Phase& phase, u64 t) : first(t <= 1), clears(phase.has(kClearsGrads)) {
+  FUSEDOPT_FN Side(const Phase& phase, u64 t)
+      : averages(phase.has(kAverages)), copies(phase.has(kCopies)), first(t <= 1), clears(phase.has(kClearsGrads)) {
     double d = phase.ema_decay_tensor ? double(*phase.ema_decay_tensor) : phase.ema_decay;
     const double most = (1.0 + double(t)) / (10.0 + double(t));
     if (phase.has(kWarmsUp) && most < d) d = most;

@@ -116,11 +116,11 @@ template <class Access, class V, class C, class W, class Index, class X, int M>
 FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const Index& at, X (&p)[M], int count) {
   typename Access::template Packet<C, W::value> packet = {};
   const int storage = V::storage(kParam, chunk.storage);
-  if (storage != (sizeof(C) == 8 ? kFloat64 : kFloat32) && (chunk.has(kEma) || chunk.has(kCopy))) {
+  if (storage != (sizeof(C) == 8 ? kFloat64 : kFloat32) && (side.averages || side.copies)) {
     Access::template fetch<W>(packet, storage, chunk.address[kParam], at(kParam), chunk.is_aligned(kParam));
     Access::template decode<W>(packet, storage, p, count);
   }
-  if (chunk.has(kEma)) {
+  if (side.averages && chunk.has(kEma)) {
     X ema[M];
     const int ema_storage = V::storage(kEma, chunk.storage);
     Access::template fetch<W>(packet, ema_storage, chunk.address[kEma], at(kEma), chunk.is_aligned(kEma));
@@ -129,7 +129,7 @@ FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const 
     for (int k = 0; k < M; ++k) ema[k] = side.average(ema[k], p[k]);
     Access::template store<W>(ema_storage, chunk.address[kEma], at(kEma), chunk.is_aligned(kEma), ema, count);
   }
-  if (chunk.has(kCopy))
+  if (side.copies && chunk.has(kCopy))
     Access::template store<W>(V::storage(kCopy, chunk.storage), chunk.address[kCopy], at(kCopy),
                               chunk.is_aligned(kCopy), p, count);
   if (side.clears) {
