@@ -26,7 +26,7 @@ struct Variant {
   static constexpr int kWidth = kParamStorage_ == kFloat32 ? 4 : 8;
   // Blocks of 256 threads that should fit on a multiprocessor at once: it bounds the registers (64, 80, 128). Two
   // are enough to keep 16 KB of loads in flight where a thread loads 8 elements of four slots.
-  static constexpr int kMinBlocks = !kFixed || kMastered ? 2 : kWidth == 4 ? 4 : 3;
+  static constexpr int kMinBlocks = !kFixed || kMastered || kSide ? 2 : kWidth == 4 ? 4 : 3;
 
   // The storage of a slot: a constant in a fixed variant, else what the table says.
   FUSEDOPT_FN static int storage(int slot, u64 packed) {

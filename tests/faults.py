@@ -141,7 +141,13 @@ FAULTS: tuple[Fault, ...] = (
         "last tensor's step not advanced", SWEEP, "t < launch.table.rows; t", "t + 1 < launch.table.rows; t", (BITS,)
     ),
     Fault("strides of the parameter for every slot", SWEEP, "strides[s * ndim + d]", "strides[d]", (LAYOUTS,)),
-    Fault("strided chunks begin at 0", SWEEP, "chunk.begin + i)", "i)", (LAYOUTS, CHUNKS)),
+    Fault(
+        "strided chunks begin at 0",
+        SWEEP,
+        "side, StridedIndex(chunk.layout, chunk.begin + i)",
+        "side, StridedIndex(chunk.layout, i)",
+        (LAYOUTS, CHUNKS),
+    ),
     Fault(
         "chunk index off",
         SWEEP,
@@ -317,8 +323,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "triton: found_inf ignored",
         TRITON_SWEEP,
-        "mask=found_inf != 0, other=0.0) == 0.0:",
-        "mask=found_inf != 0, other=0.0) >= 0.0:",
+        "mask=found_inf != 0, other=0.0) == 0.0",
+        "mask=found_inf != 0, other=0.0) >= 0.0",
         (INTERPRETED_STEP,),
     ),
     Fault(

@@ -224,7 +224,7 @@ struct RandomTable {
     std::vector<Slab> tensor;
     for (int s = 0; s < kElementSlots; ++s) {
       spec.storage[s] = u8(storage_of(s, family));
-      if (s >= kState0 && !has_state(s - kState0, group)) continue;
+      if (s > kState2 || (s >= kState0 && !has_state(s - kState0, group))) continue;
       if (s == kGrad && random.chance(20)) continue;
       tensor.push_back(make_slab(random, spec.storage[s], extents[size_t(s)], s > kState0));
       spec.address[s] = tensor.back().address();
