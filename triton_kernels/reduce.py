@@ -74,7 +74,7 @@ def measure(
         begin = tl.load(chunks + 2 * c + 1).to(tl.int64) * chunk_elements
         end = tl.minimum(tl.load(numel + row), begin + chunk_elements)
         s = slot_storages(tl.load(storage + row), ANY_STORAGE, ANY_STORAGE)
-        a = slot_addresses(address, grads, rows, row, True)
+        a = slot_addresses(address, grads, rows, row, True, True)
         lies = tl.load(layout + row)
         in_double = computes_in_double(a, s)
         for start in range(0, (end - begin).to(tl.int32), JOINED):
