@@ -28,6 +28,9 @@ class DictWatch {
 
   const std::vector<Entry>& entries() const { return entries_; }
 
+  // Where the dict is, to prefetch and never to read.
+  const void* hint() const { return dict_.ptr(); }
+
   // For the garbage collector.
   int traverse(visitproc visit, void* arg) const {
     Py_VISIT(dict_.ptr());
@@ -81,8 +84,8 @@ class DictWatch {
 #endif
 
   pybind11::object dict_;
-  std::vector<Entry> entries_;
   u64 seen_ = 0;
+  std::vector<Entry> entries_;
 };
 
 }  // namespace fusedopt

@@ -70,10 +70,12 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and not self._is_sharded:
-            self._trace_launch()
-        else:
+        if not torch.compiler.is_compiling():
             self._launch()
+        elif self._is_sharded:
+            self._launch_untraced()
+        else:
+            self._trace_launch()
         return loss
 
     @property
@@ -272,7 +274,6 @@ class FusedOptimizer(Optimizer):
         self._built_from: tuple[Any, Any] = (None, None)
         self._steps_until_check = ADDRESS_CHECK_PERIOD
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _launch(self) -> None:
         tables = self._current_tables()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -283,6 +284,8 @@ class FusedOptimizer(Optimizer):
                 _increment_version(params)
                 self._announce(table, params)
                 backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
+
+    _launch_untraced = torch._disable_dynamo(_launch)  # type: ignore[attr-defined]
 
     def _announce(self, table: Table, params: list[Tensor]) -> None:
         """Tells a table, and autograd, what else the launch does."""
@@ -329,7 +332,7 @@ class FusedOptimizer(Optimizer):
         if live:
             torch.ops.fusedopt.step(live, [param.grad for param in live], places, self._number)
         elif any(param.grad is not None for param in traced.params_of(self)):
-            self._launch()  # all parameters were replaced in the groups by hand
+            self._launch_untraced()  # all parameters were replaced in the groups by hand
 
     def _current_tables(self) -> list[tuple[Table, Backend]]:
         """The tables, true to what parameters, gradients, states and groups are now."""
