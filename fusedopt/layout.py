@@ -37,10 +37,15 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _collides(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    offsets = _offsets(shape, strides)
+    return len(set(offsets)) != len(offsets)
+
+
+def _offsets(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
     offsets = [0]
     for size, stride in zip(shape, strides, strict=True):
         offsets = [offset + k * stride for offset in offsets for k in range(size)]
-    return len(set(offsets)) != len(offsets)
+    return offsets
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
@@ -55,7 +60,8 @@ def span(tensor: Tensor) -> tuple[int, int]:
 def may_share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have a byte in common; True where that is not known.
 
-    It is known where the one ends before the other starts, and for slices of the same tensor, whose strides agree.
+    It is known where the one ends before the other starts, for slices of the same tensor, whose strides agree, and
+    where the tensors are small enough to look at every byte.
     """
     (start, end), (other_start, other_end) = span(one), span(other)
     if end <= other_start or other_end <= start:
@@ -63,13 +69,35 @@ def may_share_memory(one: Tensor, other: Tensor) -> bool:
     dims = _common_strides(one, other)
     item = one.element_size()
     if dims is None or other.element_size() != item:
-        return True
+        return _may_meet(one, other)
     reach = item - 1  # how far the dimensions within can lead; less than one stride where strides count like digits
     for stride, size, other_size in reversed(dims):
         if reach >= stride:
-            return True
+            return _may_meet(one, other)
         reach += (max(size, other_size) - 1) * stride
     return _meet(dims, other_start - start, item)
+
+
+def _may_meet(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have a byte in common, by looking at every one; True where these are too many."""
+    if one.nbytes + other.nbytes > MOST_OFFSETS:
+        return True
+    places = []
+    for tensor in (one, other):
+        item = tensor.element_size()
+        starts = (tensor.data_ptr() + offset * item for offset in _offsets(tensor.shape, tensor.stride()))
+        places.append({start + byte for start in starts for byte in range(item)})
+    return not places[0].isdisjoint(places[1])
+
+
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether every element of two tensors is the same one in memory."""
+    return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+        other.dtype,
+    )
 
 
 def _common_strides(one: Tensor, other: Tensor) -> list[tuple[int, int, int]] | None:

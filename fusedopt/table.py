@@ -26,7 +26,7 @@ from .check import (
     real_dtype,
 )
 from .core import Core, make_core
-from .layout import may_share_memory, neighbours, strided_layout
+from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
 from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared
 from .precision import (
     as_asked,
@@ -388,7 +388,11 @@ class Table:
 def separate(rows: Sequence[Row]) -> list[list[Row]]:
     """Splits rows so that no two parameters of a part share memory, in as few parts as their order allows.
 
-    Torch updates parameters that share memory one after the other; so do launches that follow each other.
+    Torch updates a parameter that is given twice, or two that are the same memory (tied weights), one after the other;
+    so do launches that follow each other.
+
+    Raises:
+        ValueError: two parameters share some elements without being the same.
     """
     earlier = _sharers(rows)
     levels: dict[int, int] = {}
@@ -414,8 +418,21 @@ def _sharers(rows: Sequence[Row]) -> dict[int, list[int]]:
         tensors = [local(rows[k].param) for k in indices] if len(indices) > 1 else []
         for first, second in neighbours(tensors):
             if may_share_memory(tensors[first], tensors[second]):
+                _check_same(rows[indices[first]], rows[indices[second]])
                 sharers.setdefault(indices[second], []).append(indices[first])
     return sharers
+
+
+def _check_same(one: Row, other: Row) -> None:
+    """Refuses parameters that overlap in part: moments of an element that has two are those of neither."""
+    tensors = [local(row.param) for row in (one, other)]
+    if not is_same_memory(*tensors):
+        first, second = (f"shape {tuple(t.shape)}, strides {t.stride()}, {t.dtype}" for t in tensors)
+        raise ValueError(
+            f"{one.name} ({first}) and {other.name} ({second}), which starts "
+            f"{tensors[1].data_ptr() - tensors[0].data_ptr()} bytes after it, share some of their elements; parameters "
+            "must be apart, as disjoint views of one tensor are, or the same"
+        )
 
 
 def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]]) -> None:

@@ -166,13 +166,43 @@ def test_elements_that_share_memory_are_refused_before_anything_is_written() -> 
 
 
 @pytest.mark.parametrize("run", as_params(RUNS))
-def test_parameters_that_share_memory_are_updated_one_after_the_other(run: Run, settings: Run) -> None:
+def test_parameters_that_are_the_same_memory_are_updated_one_after_the_other(run: Run, settings: Run) -> None:
     results = []
     for cls, options in ((torch.optim.SGD, {"foreach": False}), (fusedopt.SGD, {"backend": run.backend})):
         base = torch.arange(8.0, device=run.device)
-        params = [Parameter(base[:5]), Parameter(base[4:]), Parameter(base[6:7])]
+        params = [Parameter(base[:5]), Parameter(base[5:]), Parameter(base[:5])]
         for param in params:
             param.grad = torch.ones_like(param)
         cls(params, lr=1.0, weight_decay=1.0, **options).step()
         results.append(base)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(lambda base: base[:5], lambda base: base[4:], id="neighbours with one element in common"),
+        pytest.param(lambda base: base, lambda base: base[2:3], id="one within the other"),
+        pytest.param(lambda base: base.view(2, 4), lambda base: base.view(2, 4).t(), id="transposed"),
+        pytest.param(lambda base: base[::2], lambda base: base[::3], id="columns that meet now and then"),
+        pytest.param(lambda base: base, lambda base: base.view(torch.int16)[4:6].view(torch.float16), id="dtypes"),
+    ],
+)
+def test_parameters_that_overlap_in_part_are_refused_before_anything_is_written(one: Any, other: Any) -> None:
+    base = torch.arange(8.0)
+    params = [Parameter(one(base)), Parameter(other(base))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    message = r"parameter 0 of group 0 \(.*\) and parameter 1 of group 0 \(.*\), .* share some of their elements"
+    with pytest.raises(ValueError, match=message):
+        fusedopt.SGD(params, lr=1.0).step()
+    assert torch.equal(base, torch.arange(8.0))
+
+
+def test_interleaved_views_of_one_tensor_are_apart() -> None:
+    base = torch.arange(12.0)
+    params = [Parameter(base[::3]), Parameter(base.view(6, 2)[1:3, 0:1]), Parameter(base[7::4])]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    fusedopt.SGD(params, lr=1.0).step()
+    assert base.tolist() == [-1, 1, 1, 2, 3, 5, 5, 6, 8, 8, 10, 10]
