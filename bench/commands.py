@@ -45,12 +45,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise ValueError("no peer to measure: " + "; ".join(f"{name}: {reason}" for name, reason in absent.items()))
     for name, reason in absent.items():
         console.print(f"not here: {name}: {reason}", style="dim", highlight=False)
-    found = measure(cases, peers, _rules(options), options.device, console)
-    grouped = records.by_case(found)
-    table.print_run(console, grouped)
     label = "-".join(suites) or "custom"
     stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label)
-    for path in write_all(found, stem):
+    kept = stem.with_suffix(".jsonl")
+    found = measure(cases, peers, _rules(options), options.device, kept, console)
+    table.print_run(console, records.by_case(found))
+    for path in (kept, *show_all(found, stem)):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -124,8 +124,10 @@ def _invited(peer: Peer, suites: Sequence[str]) -> bool:
     return len(known) < len(suites) or not known or any(suite.invites(peer.name) for suite in known)
 
 
-def measure(cases: Sequence[Case], peers: Sequence[Peer], rules: Rules, device: str, console: Console) -> list[Record]:
-    """Runs all cases under progress bars, printing each one's table when it is done."""
+def measure(
+    cases: Sequence[Case], peers: Sequence[Peer], rules: Rules, device: str, kept: Path, console: Console
+) -> list[Record]:
+    """Runs all cases under progress bars, printing each one's table and writing all so far when it is done."""
     runner = Runner(rules, device)
     found: list[Record] = []
     columns = (
@@ -147,14 +149,15 @@ def measure(cases: Sequence[Case], peers: Sequence[Peer], rules: Rules, device: 
             show("starting", 0.0)
             done = runner.run(case, peers, show)
             found += done
+            records.write(found, kept)
             progress.console.print(table.case_table(case, done, console.width))
             progress.update(overall, completed=number + 1)
     return found
 
 
-def write_all(found: Sequence[Record], stem: Path) -> list[Path]:
-    """JSON lines, picture and report of a run, beside each other."""
-    written = [records.write(found, stem.with_suffix(".jsonl"))]
+def show_all(found: Sequence[Record], stem: Path) -> list[Path]:
+    """Picture and report of a run, beside each other."""
+    written = []
     figure = plots.picture(records.by_case(found))
     if figure:
         written.append(report.save_png(figure, stem.with_suffix(".png")))

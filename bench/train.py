@@ -100,7 +100,7 @@ def prepare_digits(device: str, steps: int, factories: Mapping[str, Factory]) ->
 
 
 PLANS = {
-    "charlm": Plan("character model, AdamW", 600, 2.0, 20, prepare_charlm),
+    "charlm": Plan("character model, AdamW", 600, 2.4, 20, prepare_charlm),
     "digits": Plan("residual network on digits, AdamW", 200, 0.1, 10, prepare_digits),
 }
 
