@@ -52,7 +52,7 @@ format: $(READY) ## rewrite sources as `make lint` wants them
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort | xargs $(VENV)/bin/clang-format -i
 
 test: build lint ## environment, build, lint, types, tests
-	$(PY) -m pytest -n $(WORKERS) -m "not slow" --ignore tests/stacks $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --ignore tests/stacks $(PYTEST_ARGS)
 
 bench: build ## environment, build, benchmark against torch.optim, char-LM training, pictures in OUT
 	@mkdir -p $(OUT)
@@ -91,7 +91,7 @@ conformance: build ## write docs/conformance.md from what runs here
 	$(PY) -m tests.contract.page
 
 soak: build ## the long tests, and 100,000 steps whose drift goes to docs/soak.md
-	$(PY) -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 	$(PY) -m tests.soak
 
 mutate: build ## plant faults in the kernels; every one must be caught

@@ -16,7 +16,7 @@ ONLY_BACKENDS = os.environ.get("FUSEDOPT_TEST_BACKENDS", "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips GPU tests where there is no GPU, and leaves out backends that were not asked for."""
+    """Skips GPU tests where there is no GPU, leaves out backends that were not asked for, puts the longest first."""
     no_gpu = pytest.mark.skip(reason=f"no GPU: torch {torch.__version__} finds no CUDA device")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if _backend_of(item) in ONLY_BACKENDS.split(",")]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+    items.sort(key=lambda item: "interpreter" not in item.nodeid)  # at the end one worker would wait for the other
 
 
 def _backend_of(item: pytest.Item) -> str | None:

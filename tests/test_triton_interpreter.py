@@ -15,8 +15,8 @@ import pytest
 from .running import INTERPRETED
 
 FOLDER = Path(__file__).resolve().parent
-# Modules, and which of their tests: the interpreter takes seconds where the compiler takes microseconds, so that the
-# whole case matrix is among the long tests.
+# Modules, and which of their tests: the interpreter takes seconds where the compiler takes microseconds, so that whole
+# matrices are among the long tests.
 MODULES = [
     pytest.param("test_bits.py", "", id="test_bits", marks=pytest.mark.slow),
     pytest.param("test_bits.py", "not unscaled and (SGD-f32 or SGD-bf16)", id="test_bits, a part"),
@@ -24,8 +24,10 @@ MODULES = [
     pytest.param("test_codecs.py", "", id="test_codecs"),
     pytest.param("test_layouts.py", "", id="test_layouts"),
     pytest.param("test_step.py", "", id="test_step"),
-    pytest.param("test_phase.py", "", id="test_phase"),
-    pytest.param("test_norm.py", "", id="test_norm"),
+    pytest.param("test_phase.py", "", id="test_phase", marks=pytest.mark.slow),
+    pytest.param("test_phase.py", "not all_side_outputs or AdamW-bf16 or SGD-f64", id="test_phase, a part"),
+    pytest.param("test_norm.py", "", id="test_norm", marks=pytest.mark.slow),
+    pytest.param("test_norm.py", "not bits_of_the_reference or Adam-all", id="test_norm, a part"),
     pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
     pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]
