@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fusedopt
 
 from .team import device, on_ranks
-from .twin import OPTIMIZERS, Net, Twin, backward, make_model, train_beside_twin
+from .twin import OPTIMIZERS, Net, Twin, backward, make_model, train_beside_twin, train_two_ranks_beside_one_process
 
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -50,19 +50,7 @@ def test_ranks_stay_equal_and_get_the_bits_of_one_process(name: str, views: bool
 
 @on_ranks(2)
 def test_a_run_of_two_ranks_is_bit_for_bit_the_run_of_one_process_with_both_batches() -> None:
-    """With two ranks an average is exact but for one rounding, the same in whatever order."""
-    model, alone = wrap(make_model(), gradient_as_bucket_view=True), make_model()
-    optimizers = [fusedopt.AdamW(one.parameters(), lr=0.01) for one in (model, alone)]
-    for step in range(5):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        backward(model, step)
-        for rank in range(2):
-            backward(alone, step, rank, scale=0.5)
-        for optimizer in optimizers:
-            optimizer.step()
-    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(param, expected)
+    train_two_ranks_beside_one_process(wrap(make_model(), gradient_as_bucket_view=True), OPTIMIZERS["AdamW"])
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["gradients made anew", "gradients zeroed"])

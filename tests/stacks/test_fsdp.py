@@ -13,7 +13,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import fusedopt
 
 from .team import device, on_ranks
-from .twin import OPTIMIZERS, Net, Twin, backward, make_model, train_beside_twin, whole
+from .twin import (
+    OPTIMIZERS,
+    Net,
+    Twin,
+    backward,
+    make_model,
+    train_beside_twin,
+    train_two_ranks_beside_one_process,
+    whole,
+)
 
 WEIGHTS = sum(param.numel() for param in Net().parameters())
 
@@ -46,19 +55,7 @@ def test_uneven_and_empty_shards_get_the_bits_of_the_whole(name: str) -> None:
 @each_optimizer
 @on_ranks(2)
 def test_a_run_of_two_ranks_is_bit_for_bit_the_run_of_one_process_with_both_batches(name: str) -> None:
-    """With two ranks an average is exact but for one rounding, the same in whatever order."""
-    model, alone = shard(make_model()), make_model()
-    optimizers = [OPTIMIZERS[name](one.parameters()) for one in (model, alone)]
-    for step in range(5):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        backward(model, step)
-        for rank in range(2):
-            backward(alone, step, rank, scale=0.5)
-        for optimizer in optimizers:
-            optimizer.step()
-    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        assert torch.equal(whole(param), expected)
+    train_two_ranks_beside_one_process(shard(make_model()), OPTIMIZERS[name])
 
 
 @on_ranks(4)

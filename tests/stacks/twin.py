@@ -112,3 +112,22 @@ def train_beside_twin(
         assert fusedopt.launch_count() == launches + 1
         twin.check(optimizer)
     return optimizer
+
+
+def train_two_ranks_beside_one_process(model: nn.Module, make: Callable[..., Optimizer], steps: int = 5) -> None:
+    """Trains on two ranks, beside one process that takes both batches; compares the parameters bit for bit.
+
+    With two ranks an average is exact but for one rounding, the same in whatever order.
+    """
+    alone = make_model()
+    optimizers = [make(one.parameters()) for one in (model, alone)]
+    for step in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        backward(model, step)
+        for rank in range(2):
+            backward(alone, step, rank, scale=0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(whole(param), expected)
