@@ -149,11 +149,12 @@ class Table {
   }
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
-               i64 numel, u32 group, std::vector<i64> layout, py::object param, const py::object& grad, bool unwrap,
-               py::list keep) {
+               u32 mode, i64 numel, u32 group, std::vector<i64> layout, py::object param, const py::object& grad,
+               bool unwrap, py::list keep) {
     RowSpec spec;
     for (int s = 0; s < kSlots; ++s) spec.address[s] = addresses[size_t(s)];
     for (int s = 0; s < kElementSlots; ++s) spec.storage[s] = u8(storages[size_t(s)]);
+    spec.mode = mode;
     spec.numel = numel;
     spec.group = group;
     spec.layout = std::move(layout);
@@ -580,8 +581,9 @@ PYBIND11_MODULE(_C, m) {
                     const std::vector<std::pair<std::string, u32>>&, std::pair<int, int>>(),
            py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("device"))
       .def("resize", &Table::resize, py::arg("rows"), py::arg("group_sizes"))
-      .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("numel"),
-           py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"), py::arg("keep"))
+      .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
+           py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
+           py::arg("keep"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("ema_decay"), py::arg("ema_decay_tensor"),
            py::arg("max_norm"), py::arg("leaf_sums"), py::arg("results"))
       .def_property_readonly("leaves", &Table::leaves)

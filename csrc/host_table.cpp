@@ -48,6 +48,7 @@ void HostTable::set_row(u64 row, const RowSpec& spec) {
   for (int s = 0; s < kSlots; ++s) address_[u64(s) * rows_ + row] = spec.address[s];
   u64 packed = 0;
   for (int s = 0; s < kElementSlots; ++s) packed |= u64(spec.storage[s]) << (kStorageBits * s);
+  packed |= u64(spec.mode) << kModeShift;
   if (numel_[row] != spec.numel) planned_workers_ = 0;
   numel_[row] = spec.numel;
   group_[row] = spec.group;
@@ -98,9 +99,17 @@ int HostTable::variant() {
   for (u64 t = 0; t < rows_; ++t) {
     if (slot(kParam, t) == 0) continue;  // never had a gradient
     if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;
+    if (u32(storage_[t] >> kModeShift) & kRoundsAtRandom) {
+      features |= kBlockFeature;
+      param_storage = kAnyStorage;  // variants that fix it round to nearest
+    }
     for (int s = 0; s < kElementSlots; ++s) {
       if (slot(s, t) == 0 && s != kGrad) continue;
-      const int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
+      int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
+      if (is_code(storage)) {
+        features |= kBlockFeature;
+        if (storage == (s == kState0 ? kSigned8 : kRoot8)) storage = kCodes8;
+      }
       if (storage == kFloat64) features |= kDoubleFeature;
       if (s == kMaster) features |= kMasterFeature;
       if (s == kMaster || s == kCopy) continue;  // read at run time by every variant
@@ -114,7 +123,7 @@ int HostTable::variant() {
   while (variant_ < kVariantCount && !kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
   if (variant_ == kVariantCount) {
     variant_ = -1;
-    throw std::invalid_argument("no variant has float64 and kept bits of a 16-bit parameter at once");
+    throw std::invalid_argument("no variant has float64, or outputs beside the update, with kept bits or 8-bit states");
   }
   return variant_;
 }

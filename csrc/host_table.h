@@ -14,6 +14,7 @@ namespace fusedopt {
 struct RowSpec {
   u64 address[kSlots] = {};
   u8 storage[kElementSlots] = {};
+  u32 mode = 8;  // table.h
   i64 numel = 0;
   u32 group = 0;
   std::vector<i64> layout;  // empty: dense; else as TensorTable::layouts

@@ -4,6 +4,7 @@
 // the variant; C the compute type.
 #pragma once
 
+#include "storage/block.h"
 #include "storage/master.h"
 #include "variants.h"
 
@@ -27,6 +28,8 @@ struct ChunkView {
   i32 size;           // in elements
   u32 aligned;        // bit per slot: vector access is possible from element `boundary` on; the access sets both
   i32 boundary;
+  i32 block_bits;       // 2^this are the elements of a block of codes
+  u64 scales[kStates];  // of the chunk's first block; 0: the state is not in codes
 
   FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk) {
     const TensorTable& table = launch.table;
@@ -43,8 +46,14 @@ struct ChunkView {
       const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(storage_of(s))) : 0;
       address[s] = start == 0 ? 0 : start + advance;
     }
+    block_bits = i32(mode() & kBlockBits);
+    for (int s = 0; s < kStates; ++s) {
+      const u64 start = table.slot(kScale0 + s, chunk.tensor);
+      scales[s] = start == 0 ? 0 : start + (u64(begin) >> block_bits) * sizeof(float);
+    }
   }
   FUSEDOPT_FN int storage_of(int slot) const { return int(storage >> (kStorageBits * slot)) & kStorageMask; }
+  FUSEDOPT_FN u32 mode() const { return u32(storage >> kModeShift); }
   FUSEDOPT_FN bool has(int slot) const { return address[slot] != 0; }
   FUSEDOPT_FN bool is_aligned(int slot) const { return (aligned >> slot & 1u) != 0; }
   // True where the chunk is computed in float64: any of its slots is float64.
@@ -54,6 +63,14 @@ struct ChunkView {
     return false;
   }
 };
+
+// Which of its rule's states a slot is; a slot before the states counts as the first.
+FUSEDOPT_FN int state_of(int slot) { return slot < kState0 ? 0 : slot - kState0; }
+
+// The scale of the block of a state that element i of a chunk is in.
+FUSEDOPT_FN float* scale_at(const ChunkView& chunk, int state, i32 i) {
+  return reinterpret_cast<float*>(chunk.scales[state]) + (i >> chunk.block_bits);
+}
 
 // What becomes of a gradient before the rule sees it.
 template <class C>
@@ -187,9 +204,12 @@ struct Master {
   }
 };
 
-template <class Access, class V, class C, class W, class Rule, class Index, class S>
+// Stands for the states of a block in a variant without blocks.
+struct NoBlock {};
+
+template <class Access, class V, class C, class W, class Rule, class Index, class S, class Block>
 FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
-                              const Index& at, int count) {
+                              const Index& at, int count, Block&& block) {
   constexpr int N = W::value;
   using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
   constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
@@ -198,27 +218,92 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   X x[kElementSlots][M];
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (Access::has(chunk, rule, s))
+    if (Access::has(chunk, rule, s)) {
+      if constexpr (V::kBlocks)
+        if (V::codes(s, chunk.storage)) {
+          Access::template fetch_codes<W>(packet[s], chunk.address[s], at(s), chunk.is_aligned(s));
+          continue;
+        }
       Access::template fetch<W>(packet[s], V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s));
+    }
   Master<Access, V, C, W> master;
   master.fetch(chunk, at);
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (Access::has(chunk, rule, s))
+    if (Access::has(chunk, rule, s)) {
+      if constexpr (V::kBlocks)
+        if (V::codes(s, chunk.storage)) {
+          Access::template decode_codes<W>(packet[s], V::storage(s, chunk.storage), block.scale[state_of(s)], x[s],
+                                           count);
+          continue;
+        }
       Access::template decode<W>(packet[s], V::storage(s, chunk.storage), x[s], count);
-    else
+    } else {
       for (int k = 0; k < M; ++k) x[s][k] = X{};
+    }
   master.join(chunk, x[kParam], count);
   gradient.prepare(x[kGrad]);
   FUSEDOPT_UNROLL
   for (int k = 0; k < M; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   master.keep(chunk, x[kParam], at, count);
+  if constexpr (V::kBlocks)
+    if (chunk.mode() & kRoundsAtRandom) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k)
+        x[kParam][k] = bf16_at_random(x[kParam][k], block.rounding.bits(block.place, Access::template places<X>(k)));
+    }
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
-    if (s != kGrad && Access::has(chunk, rule, s))
+    if (s != kGrad && Access::has(chunk, rule, s)) {
+      if constexpr (V::kBlocks)
+        if (V::codes(s, chunk.storage)) {
+          block.take(state_of(s), x[s]);
+          continue;
+        }
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
                                 count);
+    }
   sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], count);
+}
+
+// Calls visit(index of element i of a chunk in every slot).
+template <class V, class Visit>
+FUSEDOPT_FN void at_element(const ChunkView& chunk, i32 i, const Visit& visit) {
+  if (V::kStrided && chunk.layout)
+    visit(StridedIndex(chunk.layout, chunk.begin + i));
+  else
+    visit(DenseIndex{i});
+}
+
+// A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
+template <class Access, class V, class Rule>
+FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, u64 step,
+                              int lane, int lanes) {
+  const RandomStream random(0, step), rounding(chunk.mode() >> kKeyShift, step);
+  Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) {
+    typename Access::template Part<V> part;
+    part.rounding = rounding;
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < Rule::kRuleStates; ++s)
+      part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
+    Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) {
+      using W = decltype(width);
+      if constexpr (W::value > 1)
+        sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, DenseIndex{i}, n, part);
+      else
+        at_element<V>(chunk, i, [&](const auto& at) {
+          sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, at, n, part);
+        });
+    });
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < Rule::kRuleStates; ++s) {
+      if (!Access::has(chunk, rule, kState0 + s) || !V::codes(kState0 + s, chunk.storage)) continue;
+      const int storage = V::storage(kState0 + s, chunk.storage);
+      const BlockScale scale(storage, Access::template join_part<V>(part, s, count, chunk.block_bits));
+      if (count > 0 && (first & ((1 << chunk.block_bits) - 1)) == 0) *scale_at(chunk, s, first) = scale.scale;
+      Access::template store_part<V>(chunk, part, s, storage, scale.inverse, random, first, count);
+    }
+  });
 }
 
 template <class Access, class V, class C, class Rule, class S>
@@ -227,11 +312,12 @@ FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gra
   if (V::kStrided && chunk.layout) {
     FUSEDOPT_LOOP
     for (i32 i = lane; i < chunk.size; i += lanes)
-      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), 1);
+      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), 1,
+                                           NoBlock{});
     return;
   }
   Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
-    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, count);
+    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, count, NoBlock{});
   });
 }
 

@@ -18,6 +18,9 @@ enum Slot : int {
   kEma,     // average of the parameter over the steps
   kCopy,    // of the parameter, rounded to another dtype
   kStep,    // one float32: how many steps the tensor has taken
+  kScale0,  // of the states that are codes: one float32 for each block
+  kScale1,
+  kScale2,
   kSlots
 };
 
@@ -26,6 +29,14 @@ constexpr int kElementSlots = kStep;  // the slots before kStep hold one value p
 constexpr i64 kLeaf = 2048;      // elements; the unit of reduction, counted from a tensor's start
 constexpr int kStorageBits = 4;  // bits per slot in TensorTable::storage
 constexpr int kStorageMask = (1 << kStorageBits) - 1;
+
+// Behind the slots, TensorTable::storage has the mode of a tensor, 32 bits: the elements of a block as a power of two
+// in the low 4, whether the parameter is rounded at random, and from bit 8 on the key of its random bits.
+constexpr int kModeShift = 32;
+constexpr u32 kBlockBits = 15;
+constexpr u32 kRoundsAtRandom = 1u << 4;
+constexpr int kKeyShift = 8;
+constexpr int kMostBlock = 256;    // elements: what a warp takes at a time
 constexpr i32 kDenseLayout = -1;   // every slot dense and in the same order: element i is at address + i·size
 constexpr u64 kEmptyGradient = 1;  // stands for the address of a gradient of 0 elements, which has none
 
@@ -47,7 +58,7 @@ struct TensorTable {
   const u64* address;  // kSlots columns of `rows`
   const i64* numel;
   const u32* group;
-  const u64* storage;     // kStorageBits per slot
+  const u64* storage;     // kStorageBits per slot, then the tensor's mode
   const i32* layout;      // kDenseLayout, or where the tensor's strided layout starts in `layouts`
   const i64* layouts;     // ndim, then sizes[ndim], then strides[ndim] of each element slot, in elements
   const u64* first_leaf;  // how many leaves the rows before this one have

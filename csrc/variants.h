@@ -10,7 +10,8 @@ enum Feature : u32 {
   kDoubleFeature = 1u << 1,   // tensors with a float64 slot, computed in float64
   kSideFeature = 1u << 2,     // outputs beside the update: phase.h
   kMasterFeature = 1u << 3,   // 16-bit parameters that keep what rounding takes
-  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature,
+  kBlockFeature = 1u << 4,    // states in 8 bits, parameters rounded at random
+  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature,  // of the variants without blocks
 };
 
 // kParamStorage holds for parameter and gradient, kStateStorage for the states; kAnyStorage is decided at run time.
@@ -22,6 +23,7 @@ struct Variant {
   static constexpr bool kSide = (kFeatures & kSideFeature) != 0;
   static constexpr bool kDouble = (kFeatures & kDoubleFeature) != 0;
   static constexpr bool kMastered = (kFeatures & kMasterFeature) != 0;
+  static constexpr bool kBlocks = (kFeatures & kBlockFeature) != 0;
   // Elements a GPU thread takes at a time: 16 bytes of the narrowest slot, 4 where that is float32.
   static constexpr int kWidth = kParamStorage_ == kFloat32 ? 4 : 8;
   // Blocks of 256 threads that should fit on a multiprocessor at once: it bounds the registers (64, 80, 128). Two
@@ -30,8 +32,15 @@ struct Variant {
 
   // The storage of a slot: a constant in a fixed variant, else what the table says.
   FUSEDOPT_FN static int storage(int slot, u64 packed) {
-    if (kFixed && slot != kCopy && slot != kMaster) return slot >= kState0 ? kStateStorage_ : kParamStorage_;
+    if (kFixed && slot != kCopy && slot != kMaster) {
+      if (slot < kState0) return kParamStorage_;
+      return kStateStorage_ != kCodes8 ? kStateStorage_ : slot == kState0 ? kSigned8 : kRoot8;
+    }
     return int(packed >> (kStorageBits * slot)) & kStorageMask;
+  }
+  // Whether a slot holds codes.
+  FUSEDOPT_FN static bool codes(int slot, u64 packed) {
+    return kBlocks && slot >= kState0 && is_code(storage(slot, packed));
   }
   static bool covers(int param_storage, int state_storage, u32 features) {
     return (features & ~kFeatures) == 0 &&
@@ -49,6 +58,9 @@ struct Variant {
   X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)   \
   X(bf16_f32_master, fusedopt::kBFloat16, fusedopt::kFloat32, fusedopt::kMasterFeature)                         \
   X(master, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kMasterFeature) \
+  X(bf16_8, fusedopt::kBFloat16, fusedopt::kCodes8, fusedopt::kMasterFeature | fusedopt::kBlockFeature)         \
+  X(blocks, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                       \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature)                             \
   X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                   \
   X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                    \
     fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)

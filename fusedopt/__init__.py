@@ -18,3 +18,5 @@ from .info import info as info
 from .optimizers.adam import Adam as Adam
 from .optimizers.adam import AdamW as AdamW
 from .optimizers.sgd import SGD as SGD
+from .plan import ModePlan as ModePlan
+from .plan import plan_memory as plan_memory

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import exact, reference
+from . import blocks, exact, reference
 from .core import compiled, why_not_compiled
 from .phase import EMA
-from .precision import master_key
+from .precision import ROUNDING_KEY, block_of, coded_states, master_key, rounds_at_random, scale_key, widened
 from .table import Row, Table, local, real_view
 
 # Best first.
@@ -144,6 +144,8 @@ class Reference:
             tensors = {name: local(tensor) for name, tensor in {"param": row.param, **states}.items()}
             dtype = _row_dtype(table, row)
             values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
+            coded = coded_states(table.rule, row.param, group)
+            values |= {name: widened(row.states, name, group) for name in coded}
             key = master_key(row.param, group)
             if key is not None:
                 values["param"] = exact.join(tensors["param"], key, local(row.states[key]))
@@ -153,6 +155,10 @@ class Reference:
             updates = table.rule.update(values.pop("param"), g, values, step, group, rest)
             if key is not None:
                 _keep_exact(tensors["param"], key, local(row.states[key]), updates)
+            if rounds_at_random(row.param, group):
+                _round_at_random(table, row, step, updates)
+            for name in coded:
+                _keep_codes(row, name, block_of(group), step, updates)
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
@@ -233,6 +239,21 @@ def _keep_exact(param: Tensor, key: str, kept: Tensor, updates: dict[str, Tensor
     assert updates["param"] is not None  # every rule updates it
     updates["param"], rest = exact.split(updates["param"], key, param.dtype)
     kept.copy_(rest)
+
+
+def _round_at_random(table: Table, row: Row, step: int, updates: dict[str, Tensor | None]) -> None:
+    """Leaves in the updates a parameter that its dtype holds exactly."""
+    param = updates["param"]
+    assert param is not None  # every rule updates it
+    updates["param"] = blocks.at_random(param, int(table.state_of(row)[ROUNDING_KEY]), step)
+
+
+def _keep_codes(row: Row, name: str, block: int, step: int, updates: dict[str, Tensor | None]) -> None:
+    """Writes a state's scales, and leaves in the updates its codes."""
+    value = updates[name]
+    assert value is not None  # every rule updates the states that its groups need
+    updates[name], scales = blocks.coded(value, row.states[name].dtype, block=block, step=step)
+    row.states[scale_key(name)].copy_(scales)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

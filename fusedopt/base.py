@@ -15,7 +15,7 @@ from . import checkpoint, hooks, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
 from .phase import EMA, Phase, check_copy, check_distinct
-from .precision import check_modes
+from .precision import CODES, check_modes, scale_key, state_dtype_of
 from .rules import Rule
 from .sharded import is_sharded
 from .table import Row, Table, separate
@@ -171,10 +171,11 @@ class FusedOptimizer(Optimizer):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
             group = {**self.defaults, **param_group}
             check_modes(self._rule, group)
-            if group.get("master") is not None and self._phase.flags:
-                raise ValueError(
-                    f"master={group['master']!r} and {self._phase} can not work together yet: no kernel has both"
-                )
+            asked = {"master": group.get("master"), "rounding": group.get("rounding")}
+            asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
+            for name, mode in asked.items() if self._phase.flags else ():
+                if mode == CODES or (name in ("master", "rounding") and mode is not None):
+                    raise ValueError(f"{name}={mode!r} and {self._phase} can not work together yet: no kernel has both")
         super().add_param_group(param_group)
         self._see_params()
         self._forget_tables()
@@ -187,8 +188,9 @@ class FusedOptimizer(Optimizer):
         torch, a momentum buffer that is there has been stepped.
         """
         held = {param: self.state[param] for param in self._unstepped()}
+        left_out = (*self._rule.states, *map(scale_key, self._rule.states))
         for param, state in held.items():
-            self.state[param] = {key: value for key, value in state.items() if key not in self._rule.states}
+            self.state[param] = {key: value for key, value in state.items() if key not in left_out}
         try:
             return super().state_dict()
         finally:

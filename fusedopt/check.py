@@ -13,6 +13,7 @@ from .layout import overlaps_itself
 from .rules import Group, Rule
 from .sharded import check_placements, check_together, is_pending
 from .sharded import local as local
+from .storages import CODE_STORAGES
 
 
 def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> None:
@@ -149,7 +150,8 @@ def check_state(row: str, param: Tensor, name: str, tensor: Tensor) -> None:
     if tensor.is_meta or is_wrapper(local(tensor)):
         kind = f"{type(tensor).__name__} on {tensor.device}"
         raise TypeError(f"{name} of {row} has no memory of its own: it is a {kind}")
-    if real_dtype(local(tensor)) not in STORAGES or tensor.is_complex() != param.is_complex():
+    known = real_dtype(local(tensor)) in (*STORAGES, *CODE_STORAGES)
+    if not known or tensor.is_complex() != param.is_complex():
         raise TypeError(f"{name} of {row} has dtype {tensor.dtype}, the parameter {param.dtype}")
     if not tensor.is_sparse and overlaps_itself(local(tensor)):
         raise ValueError(

@@ -15,8 +15,20 @@ import torch
 from torch import Tensor
 
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
-from .precision import MASTER_KEYS, MODE_KEYS, STATE_DTYPES, check_master, keep_modes
+from .precision import (
+    MASTER_KEYS,
+    MODE_KEYS,
+    ROUNDING_KEY,
+    STATE_DTYPES,
+    check_codes,
+    check_master,
+    check_rounding,
+    keep_modes,
+    scale_key,
+    widened,
+)
 from .rules import Rule
+from .storages import CODE_STORAGES
 
 StateDict = dict[str, Any]
 
@@ -72,7 +84,8 @@ def without_modes(rule: Rule, state_dict: StateDict) -> StateDict:
     groups = [
         {key: value for key, value in group.items() if key not in MODE_KEYS} for group in state_dict["param_groups"]
     ]
-    state = {param: _widened(rule, value) for param, value in state_dict["state"].items()}
+    group_of = {param: group for group in state_dict["param_groups"] for param in group["params"]}
+    state = {param: _widened(rule, value, group_of.get(param, {})) for param, value in state_dict["state"].items()}
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -145,6 +158,8 @@ def _fitted(rule: Rule, name: str, param: Tensor, group: Mapping[str, Any], valu
         if isinstance(value.get(key), Tensor):
             check_state(name, param, key, value[key])
     check_master(name, param, group, value)
+    check_codes(rule, name, param, group, value)
+    check_rounding(name, param, group, value)
     device = local(param).device
     fitted: dict[str, Any] = {key: _moved(item, device) for key, item in value.items() if key != "step"}
     if "step" not in value:
@@ -153,13 +168,15 @@ def _fitted(rule: Rule, name: str, param: Tensor, group: Mapping[str, Any], valu
     return {key: step if key == "step" else fitted[key] for key in value}
 
 
-def _widened(rule: Rule, state: Any) -> Any:
+def _widened(rule: Rule, state: Any, group: Mapping[str, Any]) -> Any:
     if not isinstance(state, dict):
         return state
+    known = (*STATE_DTYPES, *CODE_STORAGES)
     wide = {
-        name: state[name].float() for name in rule.states if getattr(state.get(name), "dtype", None) in STATE_DTYPES
+        name: widened(state, name, group) for name in rule.states if getattr(state.get(name), "dtype", None) in known
     }
-    return {key: value for key, value in {**state, **wide}.items() if key not in MASTER_KEYS}
+    left_out = (*MASTER_KEYS, ROUNDING_KEY, *map(scale_key, rule.states))
+    return {key: value for key, value in {**state, **wide}.items() if key not in left_out}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

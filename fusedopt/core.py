@@ -79,6 +79,7 @@ class Core(Protocol):
         row: int,
         addresses: list[int],
         storages: list[int],
+        mode: int,
         numel: int,
         group: int,
         layout: list[int],

@@ -138,12 +138,13 @@ def neighbours(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
         open_spans.append((end, index))
 
 
-def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None]) -> list[int]:
+def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None], *, row_major: bool = False) -> list[int]:
     """The layout that a row of the table carries, empty where all slots are dense in the same order.
 
     Args:
         shape: of the tensor.
         slots: strides of each element slot, in elements; None where the slot is absent.
+        row_major: whether dense slots must be in row-major order to pass for dense.
 
     Returns:
         ``[ndim, sizes..., strides of slot 0..., strides of slot 1..., ...]``, dimensions merged where every slot
@@ -155,7 +156,8 @@ def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None]) -> lis
     sizes = [shape[d] for d in kept]
     columns = [None if slot is None else [slot[d] for d in kept] for slot in slots]
     present = [column for column in columns if column is not None]
-    if all(column == present[0] for column in present) and is_dense(sizes, present[0]):
+    in_order = not row_major or present[0] == sorted(present[0], reverse=True)
+    if all(column == present[0] for column in present) and is_dense(sizes, present[0]) and in_order:
         return []
     for d in range(len(sizes) - 2, -1, -1):
         if all(column[d] == sizes[d + 1] * column[d + 1] for column in present):

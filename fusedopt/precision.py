@@ -1,4 +1,4 @@
-"""Precision modes of a group: the dtypes of its states (``state_dtype``), what it keeps of its parameters (``master``).
+"""Precision modes of a group: how its states (``state_dtype``, ``state_block``) and parameters (``master``) are kept.
 
 A mode is a storage of a slot: the rule does not know of it. A group has the keys only where they were asked for.
 """
@@ -11,12 +11,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .blocks import block_count, coded, decoded, random_bits
 from .rules import Group, Rule
+from .sharded import is_sharded
+from .storages import CODE_STORAGES
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODE_KEYS = ("state_dtype", "master")  # of a group; they stay what they are where a checkpoint is loaded
+CODES = torch.int8  # as a state_dtype: 8 bits an element and a scale for each block
+BLOCKS = (32, 64, 128, 256)
+DEFAULT_BLOCK = 128
+MODE_KEYS = ("state_dtype", "state_block", "master", "rounding")
+ROUNDING_KEY = "rounding_key"  # in a parameter's state: which random bits are its own
+ROUNDING_KEYS = 1 << 24  # of a group; they stay what they are where a checkpoint is loaded
 
 
 # What each mode of ``master`` keeps: its key in the state, and its dtype; None: the parameter's.
@@ -28,9 +36,11 @@ MASTERS: dict[str, tuple[str, torch.dtype | None]] = {
 MASTER_KEYS = tuple(key for key, _ in MASTERS.values())
 
 
-def modes(state_dtype: StateDtype, master: str | None) -> dict[str, Any]:
+def modes(
+    state_dtype: StateDtype, state_block: int | None, master: str | None, rounding: str | None = None
+) -> dict[str, Any]:
     """The keys of the modes that were asked for, as an optimizer's defaults want them."""
-    asked = {"state_dtype": state_dtype, "master": master}
+    asked = {"state_dtype": state_dtype, "state_block": state_block, "master": master, "rounding": rounding}
     return {key: value for key, value in asked.items() if value is not None}
 
 
@@ -38,15 +48,27 @@ def check_modes(rule: Rule, group: Group) -> None:
     """Refuses modes that the rule cannot have."""
     if group.get("master") not in (None, *MASTERS):
         raise ValueError(f"master is {group['master']!r}; it must be {', '.join(map(repr, MASTERS))} or None")
+    if group.get("state_block") not in (None, *BLOCKS):
+        raise ValueError(f"state_block is {group['state_block']!r}; it must be {', '.join(map(str, BLOCKS))} or None")
+    if group.get("rounding") not in (None, "stochastic"):
+        raise ValueError(f"rounding is {group['rounding']!r}; it must be 'stochastic' or None")
+    if group.get("rounding") and not rule.keeps_step:
+        raise ValueError(
+            f"rounding={group['rounding']!r} counts steps, of which {rule.stem} keeps no count in its state"
+        )
+    if group.get("rounding") and group.get("master"):
+        raise ValueError(
+            f"rounding={group['rounding']!r} and master={group['master']!r} exclude each other: "
+            "what is kept exactly needs no random rounding"
+        )
     wanted = group.get("state_dtype")
     by_name = wanted if isinstance(wanted, Mapping) else dict.fromkeys(rule.states, wanted)
     for name, dtype in by_name.items():
         if name not in rule.states:
             raise ValueError(f"state_dtype names '{name}'; the states are {', '.join(rule.states)}")
-        if dtype is not None and dtype not in STATE_DTYPES:
-            raise ValueError(
-                f"state_dtype of {name} is {dtype}; it must be {', '.join(map(str, STATE_DTYPES))} or None"
-            )
+        if dtype not in (None, CODES, *STATE_DTYPES):
+            known = ", ".join(map(str, (*STATE_DTYPES, CODES)))
+            raise ValueError(f"state_dtype of {name} is {dtype}; it must be {known} or None")
         if dtype == torch.float16 and name in rule.squares:
             raise ValueError(
                 f"state_dtype of {name} is {dtype}, in which the square of a gradient of 2e-4 is 0 and the update "
@@ -64,7 +86,7 @@ def state_dtype_of(group: Group, name: str) -> torch.dtype | None:
 def as_asked(tensor: Tensor, param: Tensor, group: Group, name: str) -> Tensor:
     """A state in the dtype that its group asks for; float64 and complex parameters keep theirs."""
     dtype = state_dtype_of(group, name)
-    if dtype is None or not takes_modes(param) or tensor.dtype == dtype:
+    if dtype in (None, CODES) or not takes_modes(param) or tensor.dtype == dtype:
         return tensor
     return tensor.to(dtype)
 
@@ -72,6 +94,104 @@ def as_asked(tensor: Tensor, param: Tensor, group: Group, name: str) -> Tensor:
 def takes_modes(param: Tensor) -> bool:
     """Whether a parameter's states may be of another dtype: float64 and complex ones are left as they are."""
     return param.dtype in STATE_DTYPES
+
+
+def rounds_at_random(param: Tensor, group: Group) -> bool:
+    """Whether a parameter is rounded at random: only bfloat16 ones are, wider ones need not be."""
+    return group.get("rounding") is not None and param.dtype == torch.bfloat16
+
+
+def make_rounding_key(place: int) -> int:
+    """The key of a parameter's random bits, by its place among all parameters."""
+    return int(random_bits(torch.tensor(place), 0, 0x85EBCA6B)) % ROUNDING_KEYS
+
+
+def row_mode(param: Tensor, group: Group, state: Mapping[str, Any]) -> int:
+    """The mode of a row of the table: csrc/table.h."""
+    bits = block_of(group).bit_length() - 1
+    return bits | 1 << 4 | int(state[ROUNDING_KEY]) << 8 if rounds_at_random(param, group) else bits
+
+
+def check_rounding(name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    """Refuses parameters that are not rounded at random yet, and keys that are none."""
+    if group.get("rounding") is None:
+        return
+    if param.dtype == torch.float16 or is_sharded(param):
+        what = "a DTensor" if is_sharded(param) else f"of dtype {param.dtype}"
+        raise ValueError(f"{name} is {what}; rounding={group['rounding']!r} is for plain tensors of {torch.bfloat16}")
+    key = state.get(ROUNDING_KEY, 0)
+    if not isinstance(key, int) or not 0 <= key < ROUNDING_KEYS:
+        raise ValueError(f"{ROUNDING_KEY} of {name} is {key!r}; it must be a count below {ROUNDING_KEYS}")
+
+
+def block_of(group: Group) -> int:
+    """How many elements of a state share a scale."""
+    return int(group.get("state_block") or DEFAULT_BLOCK)
+
+
+def scale_key(name: str) -> str:
+    """What a state dict calls the scales of a state's blocks."""
+    return f"{name}_scale"
+
+
+def is_coded(param: Tensor, group: Group, name: str) -> bool:
+    """Whether a group asks for codes of a state."""
+    return takes_modes(param) and state_dtype_of(group, name) == CODES
+
+
+def coded_states(rule: Rule, param: Tensor, group: Group) -> tuple[str, ...]:
+    """The states of a parameter that are kept as codes."""
+    return tuple(name for name in rule.states_of(group) if is_coded(param, group, name))
+
+
+def code_dtype(rule: Rule, name: str) -> torch.dtype:
+    """The dtype of a state's codes."""
+    return torch.uint8 if name in rule.squares else torch.int8
+
+
+def blank_codes(rule: Rule, param: Tensor, group: Group, name: str) -> dict[str, Tensor]:
+    """Codes and scales of a state before its first step. Blocks are counted in row-major order: so codes lie."""
+    codes = torch.zeros(param.shape, dtype=code_dtype(rule, name), device=param.device)
+    scales = torch.zeros(block_count(param.numel(), block_of(group)), device=param.device)
+    return {name: codes, scale_key(name): scales}
+
+
+def as_codes(rule: Rule, group: Group, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a state that is there in floating point."""
+    codes, scales = coded(tensor.detach().to(torch.float32), code_dtype(rule, name), block=block_of(group))
+    return {name: codes, scale_key(name): scales}
+
+
+def widened(state: Mapping[str, Any], name: str, group: Group) -> Tensor:
+    """A state in float32, whatever it is kept in."""
+    tensor: Tensor = state[name]
+    if tensor.dtype in CODE_STORAGES:
+        return decoded(tensor, state[scale_key(name)], block=block_of(group))
+    return tensor.float()
+
+
+def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    """Refuses codes that the group did not ask for, or those of another block size."""
+    wanted = coded_states(rule, param, group)
+    if wanted and is_sharded(param):
+        raise ValueError(f"{name} is a DTensor, of which no states in 8 bits are kept: state_dtype must not be {CODES}")
+    for key in rule.states:
+        tensor, scales = state.get(key), state.get(scale_key(key))
+        if not isinstance(tensor, Tensor) or tensor.dtype not in CODE_STORAGES:
+            continue
+        if key not in wanted or tensor.dtype != code_dtype(rule, key):
+            raise ValueError(
+                f"{key} of {name} is codes of {tensor.dtype}, but state_dtype is {state_dtype_of(group, key)}; "
+                "state_dict_torch() of the optimizer that saved it is free of modes"
+            )
+        blocks = (block_count(param.numel(), block_of(group)),)
+        if not isinstance(scales, Tensor):
+            raise ValueError(f"{key} of {name} is codes of {tensor.dtype}, but there is no '{scale_key(key)}'")
+        if scales.shape != blocks or scales.dtype != torch.float32:
+            raise ValueError(
+                f"{scale_key(key)} of {name} has shape {tuple(scales.shape)} and dtype {scales.dtype}; it must have "
+                f"{blocks} and {torch.float32} where state_block is {block_of(group)}"
+            )
 
 
 def master_key(param: Tensor, group: Group) -> str | None:

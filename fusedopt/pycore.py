@@ -15,28 +15,33 @@ import torch
 from torch import Tensor
 
 from .rules import Rule
-from .storages import STORAGES
+from .storages import CODE_STORAGES, STORAGES
 
 # csrc/types.h as typecodes of array: unsigned and signed integers of 32 and 64 bits.
 U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
 
 # csrc/rules/rule.h, csrc/table.h
 HYPERS = 8  # hyperparameters a rule may name
-SLOTS = 9  # columns of addresses: csrc/table.h
+SLOTS = 12  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
 GRAD, STATE0, MASTER, COPY = 1, 2, 5, 7
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
 STORAGE_BITS = 4  # bits per slot in the storage column
 STORAGE_MASK = (1 << STORAGE_BITS) - 1
+MODE_SHIFT = 32  # where in the storage column the mode of a tensor stands
+ROUNDS_AT_RANDOM = 1 << 4  # of a mode
 DENSE_LAYOUT = -1
 _REVISIONS = count(1)  # unique in the process, so that copies of one table are never taken for another's
 EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which has none
 
 FLOAT32, BFLOAT16, FLOAT64 = STORAGES[torch.float32], STORAGES[torch.bfloat16], STORAGES[torch.float64]
+SIGNED8, ROOT8 = CODE_STORAGES[torch.int8], CODE_STORAGES[torch.uint8]
+CODES8 = 15  # a variant whose first state is SIGNED8 and whose others are ROOT8
 ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run time was compiled for
 
-STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE = 1, 2, 4, 8  # enum Feature in csrc/variants.h
+# enum Feature in csrc/variants.h
+STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE, BLOCK_FEATURE = 1, 2, 4, 8, 16
 
 
 class Variant(NamedTuple):
@@ -63,6 +68,8 @@ VARIANTS = (
     Variant("full", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE),
     Variant("bf16_f32_master", BFLOAT16, FLOAT32, MASTER_FEATURE),
     Variant("master", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE),
+    Variant("bf16_8", BFLOAT16, CODES8, MASTER_FEATURE | BLOCK_FEATURE),
+    Variant("blocks", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE),
     Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
 )
@@ -163,15 +170,18 @@ class PyTable:
             features |= STRIDED_FEATURE
         if FLOAT64 in params | states:
             features |= DOUBLE_FEATURE
+        rounds_at_random = any(packed >> MODE_SHIFT & ROUNDS_AT_RANDOM for packed in self._storage)
+        if rounds_at_random or {SIGNED8, ROOT8, CODES8} & states:
+            features |= BLOCK_FEATURE
         if any(self._address[MASTER * self._rows : (MASTER + 1) * self._rows]):
             features |= MASTER_FEATURE
-        if len(params or {FLOAT32}) == 1:
+        if len(params or {FLOAT32}) == 1 and not rounds_at_random:
             param = min(params, default=FLOAT32)
         if len(states or {param}) == 1:
             state = min(states, default=param)
         found = next((variant.name for variant in VARIANTS if variant.covers(param, state, features)), None)
         if found is None:
-            raise ValueError("no variant has float64 and kept bits of a 16-bit parameter at once")
+            raise ValueError("no variant has float64, or outputs beside the update, with kept bits or 8-bit states")
         return found
 
     @property
@@ -275,6 +285,7 @@ class PyTable:
         row: int,
         addresses: list[int],
         storages: list[int],
+        mode: int,
         numel: int,
         group: int,
         layout: list[int],
@@ -289,6 +300,7 @@ class PyTable:
             row: its index.
             addresses: of every slot; 0: absent.
             storages: codes of the slots before the step.
+            mode: of blocks and rounding: csrc/table.h.
             numel: its elements.
             group: index of its group.
             layout: empty where every slot is dense; else as csrc/table.h says of ``layouts``.
@@ -305,7 +317,8 @@ class PyTable:
             self._planned_workers = 0
         self._numel[row] = numel
         self._group[row] = group
-        self._storage[row] = sum(storage << (STORAGE_BITS * slot) for slot, storage in enumerate(storages))
+        packed = sum(storage << (STORAGE_BITS * slot) for slot, storage in enumerate(storages))
+        self._storage[row] = packed | mode << MODE_SHIFT
         local = _local(param, unwrap)
         self._watches[row] = Watch(
             param=param,
@@ -369,7 +382,7 @@ class PyTable:
         Returns:
             ``grads`` u64[rows], ``group_values`` f64[groups, 8], ``group_flags`` u32[groups],
             ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8]. Unless only_step also
-            ``address`` u64[9, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage`` u64[rows],
+            ``address`` u64[12, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage`` u64[rows],
             ``layout`` i32[rows], ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
         """
         self._plan(workers)
@@ -458,7 +471,9 @@ class PyTable:
                 if not self._address[row]:
                     continue  # it never had a gradient
                 if slot == GRAD or self._address[slot * self._rows + row]:
-                    found.add(self._storage[row] >> (STORAGE_BITS * slot) & STORAGE_MASK)
+                    storage = self._storage[row] >> (STORAGE_BITS * slot) & STORAGE_MASK
+                    usual = SIGNED8 if slot == STATE0 else ROOT8
+                    found.add(CODES8 if slot >= STATE0 and storage == usual else storage)
         return params, states
 
     def _plan(self, workers: int) -> None:

@@ -14,4 +14,7 @@ STORAGES: dict[torch.dtype, int] = {
 
 # What is kept beside a 16-bit parameter may also be the low bits of its float32.
 LOW_BITS = 4
-KEPT_STORAGES: dict[torch.dtype, int] = {**STORAGES, torch.int16: LOW_BITS}
+# States may be codes of 8 bits: signed ones of means, unsigned ones of the roots of means of squares.
+CODE_STORAGES: dict[torch.dtype, int] = {torch.int8: 5, torch.uint8: 6}
+
+KEPT_STORAGES: dict[torch.dtype, int] = {**STORAGES, torch.int16: LOW_BITS, **CODE_STORAGES}

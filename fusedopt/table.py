@@ -29,11 +29,21 @@ from .core import Core, make_core
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
 from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared
 from .precision import (
+    ROUNDING_KEY,
     as_asked,
+    as_codes,
+    blank_codes,
+    check_codes,
     check_master,
     check_no_double,
+    check_rounding,
+    coded_states,
     make_master,
+    make_rounding_key,
     master_key,
+    rounds_at_random,
+    row_mode,
+    scale_key,
     state_dtype_of,
     takes_modes,
 )
@@ -186,6 +196,10 @@ class Table:
         """Whether the state tensors lie where the rows point. That they are the very ones, ``refresh`` watches."""
         return self.core.states_in_place()
 
+    def state_of(self, row: Row) -> dict[str, Any]:
+        """What the optimizer's state has for a row's parameter."""
+        return self._state[row.param]
+
     def live_params(self) -> list[Tensor]:
         """The parameters that have a gradient, as of the last refresh."""
         return self.core.live_params()
@@ -217,12 +231,15 @@ class Table:
             for name, tensor in present.items():
                 check_state(row.name, row.param, name, tensor)
             check_master(row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
+            check_codes(self.rule, row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
+            check_rounding(row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
             if self.rule.keeps_step:
                 check_step(row.name, self._state.get(row.param, {}), self.rule.states)
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
         _check_apart(rows, everything)
         for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
+            self._code(row)
             row.addresses = _state_addresses(row)
         self._adopt_steps(rows)
 
@@ -233,15 +250,19 @@ class Table:
         }
 
     def _kept(self, row: Row) -> dict[str, Tensor]:
-        """What is kept beside the parameter, where its group asks for it."""
-        key = master_key(row.param, self.groups[row.group])
-        kept = None if key is None else self._state.get(row.param, {}).get(key)
-        return {} if key is None or kept is None else {key: kept}
+        """What is kept beside the parameter and its states, where its group asks for it."""
+        state = self._state.get(row.param, {})
+        return {key: state[key] for key in self._kept_names(row) if state.get(key) is not None}
+
+    def _kept_names(self, row: Row) -> tuple[str, ...]:
+        group = self.groups[row.group]
+        key = master_key(row.param, group)
+        scales = tuple(scale_key(name) for name in coded_states(self.rule, row.param, group))
+        return scales if key is None else (*scales, key)
 
     def _names(self, row: Row) -> tuple[str, ...]:
         """All that the state holds for a row but its step."""
-        key = master_key(row.param, self.groups[row.group])
-        return (*self.rule.states, *self.phase.states, *(() if key is None else (key,)))
+        return (*self.rule.states, *self.phase.states, *self._kept_names(row))
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
@@ -251,6 +272,22 @@ class Table:
         if usable is not tensor:
             self._state[row.param][name] = usable
         return usable
+
+    def _code(self, row: Row) -> None:
+        """Makes codes of the states that are there in floating point but are to be kept in 8 bits."""
+        group = self.groups[row.group]
+        for name in coded_states(self.rule, row.param, group):
+            tensor = row.states.get(name)
+            if tensor is None:
+                continue
+            if tensor.is_floating_point():
+                made = as_codes(self.rule, group, name, tensor)
+            elif not tensor.is_contiguous():
+                made = {name: tensor.contiguous()}
+            else:
+                continue
+            row.states |= made
+            self._state[row.param] |= made
 
     def _adopt_steps(self, rows: list[Row]) -> None:
         """Counts of any origin, as torch's fused optimizers keep them: float32, 0-dim, on the device.
@@ -291,6 +328,8 @@ class Table:
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
                 group, state = self.groups[row.group], self._state.get(row.param, {})
                 check_master(row.name, row.param, group, state)
+                check_codes(self.rule, row.name, row.param, group, state)
+                check_rounding(row.name, row.param, group, state)
                 wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
                 check_no_double(row.name, row.param, group, [row.param.grad, *wanted])
         if self.phase.zero_grads:
@@ -317,8 +356,16 @@ class Table:
             key = master_key(row.param, self.groups[row.group])
             if key is not None and key not in row.states:
                 row.states[key] = self._state[row.param][key] = make_master(row.param, key)
+            if rounds_at_random(row.param, self.groups[row.group]):
+                place = sum(len(group["params"]) for group in self.groups[: row.group]) + row.place
+                self._state[row.param].setdefault(ROUNDING_KEY, make_rounding_key(place))
+            coded = coded_states(self.rule, row.param, self.groups[row.group])
             for name in self.rule.states_of(self.groups[row.group]):
-                if name not in row.states:
+                if name not in row.states and name in coded:
+                    made = blank_codes(self.rule, row.param, self.groups[row.group], name)
+                    row.states |= made
+                    self._state[row.param] |= made
+                elif name not in row.states:
                     dtype = _state_dtype(self.rule, row, self.groups[row.group], name)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
@@ -348,8 +395,8 @@ class Table:
     def _set_blank_row(self, row: Row) -> None:
         """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
         row.leaves = 0
-        addresses, storages = [0] * (ELEMENT_SLOTS + 1), [0] * ELEMENT_SLOTS
-        self.core.set_row(row.index, addresses, storages, 0, row.group, [], row.param, None, False, [])
+        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS), [0] * ELEMENT_SLOTS
+        self.core.set_row(row.index, addresses, storages, 0, 0, row.group, [], row.param, None, False, [])
 
     def _set_live_row(self, row: Row, grad: Tensor) -> None:
         needed = self.rule.states_of(self.groups[row.group])
@@ -364,17 +411,28 @@ class Table:
         param = slots[0]
         assert param is not None  # the parameter is always there
         row.leaves = -(-param.numel() // LEAF)
-        layout = strided_layout(param.shape, [None if slot is None else slot.stride() for slot in slots])
+        strides = [None if slot is None else slot.stride() for slot in slots]
+        # Random bits are those of places in row-major order, whatever order memory has.
+        in_order = rounds_at_random(row.param, self.groups[row.group])
+        layout = strided_layout(param.shape, strides, row_major=in_order)
         row.is_dense = not layout
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
+        scales = [row.states.get(scale_key(name)) if name in needed else None for name in self.rule.states]
+        scales += [None] * (STATE_SLOTS - len(scales))
+        addresses += [_address(scale) for scale in scales]
         storages = [0 if slot is None else KEPT_STORAGES[slot.dtype] for slot in slots]
         # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
-        keep = [tensor.detach() for tensor in (*states, ema, row.copy, row.step, row.stand_in) if tensor is not None]
+        keep = [
+            tensor.detach()
+            for tensor in (*states, *scales, ema, row.copy, row.step, row.stand_in)
+            if tensor is not None
+        ]
         self.core.set_row(
             row.index,
             addresses,
             storages,
+            row_mode(row.param, self.groups[row.group], self._state.get(row.param, {})),
             param.numel(),
             row.group,
             layout,

@@ -25,7 +25,7 @@ _DTYPES = {
     "group_storages": torch.int32,
 }
 _SHAPES = {
-    "address": (9, -1),
+    "address": (12, -1),
     "chunks": (-1, 2),
     "group_values": (-1, 8),
     "group_tensors": (-1, 8),

@@ -197,8 +197,8 @@ def test_values_hold_denormals_signed_zeros_infinities_and_nan() -> None:
         assert finite.isfinite().all()
 
 
-# Variants of precision modes have their cases in tests/test_precision.py.
-KEPT = {"bf16_f32_master", "master"}
+# Variants of precision modes have their cases in tests/test_precision.py and tests/test_blocks.py.
+KEPT = {"bf16_f32_master", "master", "bf16_8", "blocks"}
 
 
 def test_every_variant_is_in_the_matrix() -> None:

@@ -117,7 +117,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "types.h": (),
     "dlpack.h": (),
     "rules": ("types.h",),
-    "storage": ("types.h",),
+    "storage": ("types.h", "rules"),
     "phase.h": ("types.h", "rules"),
     "table.h": ("types.h", "rules", "storage", "phase.h"),
     "variants.h": ("table.h",),

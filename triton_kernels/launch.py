@@ -37,6 +37,7 @@ class Variant:
         programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
         side: admits outputs beside the update: csrc/phase.h.
         mastered: admits what is kept beside a 16-bit parameter; never with float64.
+        blocks: admits states in 8 bits: csrc/storage/block.h.
     """
 
     param_storage: int
@@ -47,6 +48,7 @@ class Variant:
     programs: int
     side: bool = False
     mastered: bool = False
+    blocks: bool = False
 
 
 _F32, _BF16, _ANY = FLOAT32.value, BFLOAT16.value, ANY_STORAGE.value
@@ -62,6 +64,8 @@ VARIANTS = {
     "full_side": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=3, side=True),
     "bf16_f32_master": Variant(_BF16, _F32, strided=False, double=False, width=4, programs=4, mastered=True),
     "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
+    "bf16_8": Variant(_BF16, _ANY, strided=False, double=False, width=4, programs=3, mastered=True, blocks=True),
+    "blocks": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=3, mastered=True, blocks=True),
 }
 
 
@@ -72,7 +76,7 @@ class Columns:
     Attributes:
         device: where all of them lie.
         rows: tensors in the table.
-        address: int64 [9, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
+        address: int64 [12, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
         grads: int64 [rows], this step's gradients: 0 none, 1 one of no elements.
         numel: int64 [rows].
         group: int32 [rows].
@@ -143,6 +147,7 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
         "STRIDED": v.strided,
         "DOUBLE": v.double,
         "SIDE": v.side,
+        "BLOCKS": v.blocks,
         "BLOCK": THREADS * v.width,
         "EDGES": THREADS if v.double else THREADS * v.width // 2,
         "WIDTH": v.width,

@@ -17,6 +17,8 @@ BFLOAT16 = tl.constexpr(1)
 FLOAT16 = tl.constexpr(2)
 FLOAT64 = tl.constexpr(3)
 LOW_BITS = tl.constexpr(4)
+SIGNED8 = tl.constexpr(5)
+ROOT8 = tl.constexpr(6)
 ANY_STORAGE = tl.constexpr(-1)  # a variant that reads the storage of each slot at run time
 
 
@@ -75,9 +77,15 @@ def f16_from_float(x):
 
 
 @triton.jit
+def is_code(storage):
+    """Whether elements are codes of 8 bits."""
+    return (storage == SIGNED8) | (storage == ROOT8)
+
+
+@triton.jit
 def storage_bytes(storage):
     """The size of one element."""
-    return tl.where(storage == FLOAT32, 4, tl.where(storage == FLOAT64, 8, 2))
+    return tl.where(storage == FLOAT32, 4, tl.where(storage == FLOAT64, 8, tl.where(is_code(storage), 1, 2)))
 
 
 @triton.jit

@@ -11,6 +11,7 @@ compile-time arguments; everything that changes from step to step is read at run
 import triton
 import triton.language as tl
 
+from .blocks import MOST_BLOCK, bf16_at_random, decode_codes, fetch_codes, keep_codes, random_stream
 from .master import exact_param, fetch_master, keep_master, stored_param
 from .phase import CLEARS_GRADS, side_of, sweep_sides
 from .reduce import CLIPS, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
@@ -24,6 +25,7 @@ from .table import (
     advance_steps,
     all_aligned,
     all_slots,
+    block_scales,
     computes_in_double,
     next_step,
     no_hypers,
@@ -55,13 +57,17 @@ def sweep_block(
     scalars,
     gradient,
     side,
+    blocks,
+    place,  # of the block's elements in their chunk
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
     MASTERED: tl.constexpr,
     SIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     C: tl.constexpr,
+    LENGTH: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """One block of elements: load all slots, decode, unscale, rule, store."""
@@ -75,6 +81,13 @@ def sweep_block(
         y_bits = fetch(address.state1, at.state1, has1, storage.state1, SS, C, ALIGNED)
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
+    if BLOCKS:
+        (scale0, scale1, scale2), begin, bits, t, at_random, key = blocks
+        x_codes = fetch_codes(address.state0, at.state0, has0, storage.state0, scale0, place, bits, ALIGNED)
+        if STATES > 1:
+            y_codes = fetch_codes(address.state1, at.state1, has1, storage.state1, scale1, place, bits, ALIGNED)
+        if STATES > 2:
+            z_codes = fetch_codes(address.state2, at.state2, has2, storage.state2, scale2, place, bits, ALIGNED)
     if MASTERED:
         m_bits = fetch_master(address.master, at.master, mask, storage.master, ALIGNED)
     p = decode(p_bits, storage.param, PS, C)
@@ -84,18 +97,36 @@ def sweep_block(
     x = decode(x_bits, storage.state0, SS, C)
     y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
     z = decode(z_bits, storage.state2, SS, C) if STATES > 2 else x
+    if BLOCKS:
+        x = decode_codes(x, x_codes, storage.state0)
+        if STATES > 1:
+            y = decode_codes(y, y_codes, storage.state1)
+        if STATES > 2:
+            z = decode_codes(z, z_codes, storage.state2)
     scale, unscale, negate, clips, coefficient = gradient
     g = prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE)
     p, x, y, z = UPDATE(p, g, x, y, z, scalars)
     if MASTERED:
         keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
         p = stored_param(p, address.master, storage.master)
+    if BLOCKS and at_random:
+        p = bf16_at_random(p, random_stream(begin + place, key, t))
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
     if STATES > 1:
         store(address.state1, at.state1, has1, y, storage.state1, SS, C, ALIGNED)
     if STATES > 2:
         store(address.state2, at.state2, has2, z, storage.state2, SS, C, ALIGNED)
+    if BLOCKS:
+        keep_codes(x, address.state0, at.state0, has0, storage.state0, scale0, blocks, place, LENGTH, ALIGNED)
+        if STATES > 1:
+            keep_codes(
+                y, address.state1, at.state1, has1, storage.state1, scale1, place, begin, bits, t, LENGTH, ALIGNED
+            )
+        if STATES > 2:
+            keep_codes(
+                z, address.state2, at.state2, has2, storage.state2, scale2, place, begin, bits, t, LENGTH, ALIGNED
+            )
     if SIDE:
         sweep_sides(p, address, at, mask, storage, side, PS, SS, C, ALIGNED)
 
@@ -111,6 +142,7 @@ def sweep_chunk(
     scalars,
     gradient,
     side,
+    blocks,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
@@ -118,6 +150,7 @@ def sweep_chunk(
     MASTERED: tl.constexpr,
     STRIDED: tl.constexpr,
     SIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
@@ -125,13 +158,18 @@ def sweep_chunk(
 ):
     """Vectors from the parameter's first 16-byte boundary to its last whole vector, then both sides of that.
 
-    Where that boundary does not suit every slot, and in strided tensors, all elements are at the sides.
+    Where that boundary does not suit every slot, and in strided tensors, all elements are at the sides. BLOCKS of
+    codes are counted from element 0 and never split.
     """
+    GRAIN: tl.constexpr = MOST_BLOCK if BLOCKS else WIDTH  # noqa: N806
     misalignment = (address.param & 15).to(tl.int32)
     boundary = tl.where(misalignment == 0, 0, (16 - misalignment) // storage_bytes(storage.param))
     by_vector = (layout == DENSE_LAYOUT) & all_aligned(advance_all(address, storage, boundary))
+    if BLOCKS:
+        boundary = 0
+        by_vector = (layout == DENSE_LAYOUT) & all_aligned(address)
     head = tl.where(by_vector, tl.minimum(boundary, size), 0)
-    count = tl.where(by_vector, tl.maximum(size - boundary, 0) // WIDTH, 0) * WIDTH
+    count = tl.where(by_vector, tl.maximum(size - boundary, 0) // GRAIN, 0) * GRAIN
     address = advance_all(address, storage, head)
     # Blocks advance by the address, not by the index, which leaves a thread one offset a slot to keep.
     for start in range(0, count, BLOCK):
@@ -139,8 +177,9 @@ def sweep_chunk(
         block = advance_all(address, storage, start)
         mask = i < count - start
         sweep_block(
-            block, all_slots(i), mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, MASTERED, SIDE, C, True
-        )
+            block, all_slots(i), mask, storage, scalars, gradient, side, blocks, start + i,
+            UPDATE, STATES, PS, SS, MASTERED, SIDE, BLOCKS, C, BLOCK, True,
+        )  # fmt: skip
     for edge in range(0, 2):
         first = tl.where(edge == 0, 0, head + count)
         last = tl.where(edge == 0, head, size)
@@ -156,8 +195,9 @@ def sweep_chunk(
             block = advance_all(address, storage, offset)
             mask = i < last - start
             sweep_block(
-                block, at, mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, MASTERED, SIDE, C, False
-            )
+                block, at, mask, storage, scalars, gradient, side, blocks, start + i,
+                UPDATE, STATES, PS, SS, MASTERED, SIDE, BLOCKS, C, EDGES, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -242,6 +282,7 @@ def sweep(
     STRIDED: tl.constexpr,
     DOUBLE: tl.constexpr,
     SIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -251,8 +292,9 @@ def sweep(
     The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
     parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
     tensors and float64 are admitted; MASTERED: something is kept beside 16-bit parameters; SIDE: there are outputs
-    beside the update. A program takes BLOCK elements at a time, in vectors of WIDTH, where it can, else EDGES; the
-    two differ, or the compiler lays both out alike and shuffles through shared memory.
+    beside the update; BLOCKS: states may be codes of 8 bits. A program takes BLOCK elements at a time, in
+    vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out alike and shuffles
+    through shared memory.
     """
     admitted = tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0
     clips = SIDE and (phase_flags & CLIPS) != 0
@@ -291,23 +333,25 @@ def sweep(
                 begin = tl.load(chunk + 1).to(tl.int64) * chunk_elements
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
                 at = tl.load(layout + row)
-                s = slot_storages(tl.load(storage + row), PS, SS)
+                packed = tl.load(storage + row)
+                s = slot_storages(packed, PS, SS)
                 a = slot_addresses(address, grads, rows, row, MASTERED, SIDE)
                 a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
                 t = next_step(steps)
+                blocks = block_scales(address, rows, row, packed, begin, t, BLOCKS)
                 if DOUBLE and computes_in_double(a, s):
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
                     exact_side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
                     sweep_chunk(
-                        a, s, layouts, at, begin, size, exact, gradient, exact_side,
-                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                        a, s, layouts, at, begin, size, exact, gradient, exact_side, blocks,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:
                     side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float32, SIDE)
                     sweep_chunk(
-                        a, s, layouts, at, begin, size, scalars, gradient, side,
-                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float32, BLOCK, EDGES, WIDTH,
+                        a, s, layouts, at, begin, size, scalars, gradient, side, blocks,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, tl.float32, BLOCK, EDGES, WIDTH,
                     )  # fmt: skip
         # Every thread has read the step counts it needs before the last program to arrive writes them.
         tl.debug_barrier()

@@ -21,6 +21,9 @@ MASTER = tl.constexpr(5)
 EMA = tl.constexpr(6)
 COPY = tl.constexpr(7)
 STEP = tl.constexpr(8)
+SCALE0 = tl.constexpr(9)
+SCALE1 = tl.constexpr(10)
+SCALE2 = tl.constexpr(11)
 
 HYPERS = tl.constexpr(8)  # hyperparameters a rule may name
 STORAGE_BITS = tl.constexpr(4)  # bits per slot in the storage column
@@ -94,6 +97,29 @@ def slot_addresses(address, grads, rows, row, MASTERED: tl.constexpr, SIDE: tl.c
         ema,
         copy,
     )
+
+
+@triton.jit
+def block_scales(address, rows, row, packed, begin, t, BLOCKS: tl.constexpr):
+    """What states in codes need: addresses of their scales, from a chunk's first block on, and how blocks lie."""
+    none = tl.full([], 0, tl.int64)
+    bits = tl.full([], 0, tl.int32)
+    key = tl.full([], 0, tl.int64)
+    at_random = tl.full([], 0, tl.int1)
+    scales = (none, none, none)
+    if BLOCKS:
+        column = address + row
+        mode = packed >> 32
+        bits = (mode & 15).to(tl.int32)
+        key = (mode >> 8) & 0xFFFFFF
+        at_random = (mode & 16) != 0
+        skipped = (begin >> bits) * 4
+        scales = (
+            tl.load(column + SCALE0 * rows) + skipped,
+            tl.load(column + SCALE1 * rows) + skipped,
+            tl.load(column + SCALE2 * rows) + skipped,
+        )
+    return scales, begin, bits, t, at_random, key
 
 
 @triton.jit

@@ -73,6 +73,105 @@ struct HostAccess {
     write<u16, W>(address + u64(index) * 2, in, count, [](X x) { return narrow(bit_cast<Bits<X>>(x) & 0xFFFFu); });
   }
 
+  // Codes of 8 bits: storage/block.h.
+  template <class W>
+  FUSEDOPT_FN static void fetch_codes(Packet<float, W::value>& packet, u64 address, i64 index, bool) {
+    packet.address = address + u64(index);
+  }
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void decode_codes(const Packet<float, W::value>& packet, int storage, float scale, X (&out)[M],
+                                       int count) {
+    read<u8, W>(packet.address, out, count,
+                [&](auto code) { return float_from_code<X>(storage, widen8(code), scale); });
+  }
+
+  // A block of states in float: the elements of a block are updated, then coded, in vectors.
+  using Floats = Vector<float, kLanes<float>>;
+  using Words = Like<u32, Floats>;
+  template <class V>
+  struct Part {
+    float scale[kStates];
+    float value[kStates][kMostBlock];
+    i32 at;     // where the next vector goes
+    u64 place;  // of its first element in the tensor
+    RandomStream rounding;
+
+    FUSEDOPT_FN void move_to(const ChunkView& chunk, i32 first, i32 i) {
+      at = i;
+      place = u64(chunk.begin + first + i);
+    }
+    template <class Y, int M>
+    FUSEDOPT_FN void take(int state, const Y (&x)[M]) {
+      __builtin_memcpy(value[state] + at, x, sizeof(x));
+    }
+  };
+
+  // How far the elements of vector k are from that of the first.
+  template <class Y>
+  FUSEDOPT_FN static Bits<Y> places(int k) {
+    constexpr int L = int(sizeof(Y) / sizeof(float));
+    Bits<Y> places;
+    for (int lane = 0; lane < L; ++lane) places[lane] = u32(k * L + lane);
+    return places;
+  }
+
+  template <class V, class Visit>
+  FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int, int, const Visit& visit) {
+    const i32 block = 1 << chunk.block_bits;
+    for (i32 i = 0; i < chunk.size; i += block) visit(i, chunk.size - i < block ? int(chunk.size - i) : int(block));
+  }
+
+  template <class V, class Visit>
+  FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, i32 first, int count, const Visit& visit) {
+    i32 i = 0;
+    if (V::kStrided && chunk.layout) {
+      for (; i < count; ++i) {
+        part.move_to(chunk, first, i);
+        visit(Width<1>{}, first + i, 1);
+      }
+      return;
+    }
+    for (; i + kNarrow <= count; i += kNarrow) {
+      part.move_to(chunk, first, i);
+      visit(Width<kNarrow>{}, first + i, kNarrow);
+    }
+    part.move_to(chunk, first, i);
+    if (i < count) visit(Width<kNarrow, true, true>{}, first + i, count - i);
+  }
+
+  // The largest magnitude of a block, as bits. What the last vector has beyond the block becomes 0.
+  template <class V>
+  FUSEDOPT_FN static u32 join_part(Part<V>& part, int state, int count, int) {
+    constexpr int L = kLanes<float>;
+    for (int k = count; k % L != 0; ++k) part.value[state][k] = 0.0f;
+    Words most = {};
+    for (int k = 0; k < count; k += L) {
+      const Words bits = magnitude_bits<Words>(*reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k));
+      most = bits > most ? bits : most;
+    }
+    u32 largest = 0;
+    for (int k = 0; k < L; ++k) largest = most[k] > largest ? most[k] : largest;
+    return largest;
+  }
+
+  template <class V>
+  FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
+                                     const RandomStream& random, i32 first, int count) {
+    constexpr int L = kLanes<float>;
+    const u64 place = u64(chunk.begin + first);
+    const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
+    for (int k = 0; k < count; k += L) {
+      const Floats x = *reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k);
+      const Like<u8, Floats> codes =
+          narrow8(code_from_float<Words>(storage, x, inverse, random.bits(place + u64(k), places<Floats>(0))));
+      const int left = count - k;
+      if (left >= L)
+        __builtin_memcpy(reinterpret_cast<void*>(address + u64(k)), &codes, sizeof(codes));
+      else
+        __builtin_memcpy(reinterpret_cast<void*>(address + u64(k)), &codes, u64(left));
+    }
+  }
+
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
     i32 i = 0;

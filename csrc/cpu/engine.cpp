@@ -15,10 +15,11 @@ struct Isa {};  // internal linkage: see HostAccess
 using Access = HostAccess<Isa>;
 
 // Where a better instruction set is compiled beside this one, this one is for rare old processors: one variant that
-// covers all gives the same bits and a third of the build time.
+// covers all, and one for blocks, give the same bits and a third of the build time.
 #ifdef FUSEDOPT_ONE_VARIANT
+constexpr u32 kBlockFeatures = kStridedFeature | kMasterFeature | kBlockFeature;
 template <class V>
-using Compiled = Variant<kAnyStorage, kAnyStorage, kEveryFeature>;
+using Compiled = Variant<kAnyStorage, kAnyStorage, V::kBlocks ? kBlockFeatures : u32(kEveryFeature)>;
 #else
 template <class V>
 using Compiled = V;
@@ -48,10 +49,20 @@ class RuleCache {
   bool have_double_ = false;
 };
 
+template <class V, class Rule, class S>
+FUSEDOPT_FN void sweep_one(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
+                           u64 step) {
+  if constexpr (V::kBlocks)
+    sweep_blocks<Access, V>(view, rule, gradient, step, 0, 1);
+  else
+    sweep_chunk<Access, V>(view, rule, gradient, side, 0, 1);
+}
+
 // The rule with branches that the compiler knows: a loop without tests, its values in registers from load to store.
 // False where these are not the rule's branches.
 template <class V, u32 kBranches, class Rule, class S>
-FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side) {
+FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
+                          u64 step) {
   if (rule.branches != kBranches || !gradient.is_plain()) return false;
   Rule usual = rule;
   usual.branches = kBranches;
@@ -60,21 +71,22 @@ FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradien
     plain.clips = gradient.clips;
     plain.coefficient = gradient.coefficient;
   }
-  sweep_chunk<Access, V>(view, usual, plain, side, 0, 1);
+  sweep_one<V>(view, usual, plain, side, step);
   return true;
 }
 
 template <class V, class Rule, class S, std::size_t... kCases>
 FUSEDOPT_FN bool sweep_usual(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
-                             std::index_sequence<kCases...>) {
-  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient, side) || ...);
+                             u64 step, std::index_sequence<kCases...>) {
+  return (sweep_as<V, Rule::kUsual[kCases]>(view, rule, gradient, side, step) || ...);
 }
 
 template <class V, class Rule, class S>
-FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side) {
+FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
+                             u64 step) {
   using Cases = std::make_index_sequence<std::size(Rule::kUsual)>;
-  if (V::kFixed && sweep_usual<V>(view, rule, gradient, side, Cases{})) return;
-  sweep_chunk<Access, V>(view, rule, gradient, side, 0, 1);
+  if (V::kFixed && sweep_usual<V>(view, rule, gradient, side, step, Cases{})) return;
+  sweep_one<V>(view, rule, gradient, side, step);
 }
 
 // Small tensors lie scattered over memory: the first line of each slot is asked for while earlier chunks are swept.
@@ -96,13 +108,16 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     if (launch.grads[chunk.tensor] == 0) continue;
     ChunkView view(launch, chunk);
     const bool use_double = V::kDouble && view.computes_in_double();
-    rule.prepare(launch, launch.table.group[chunk.tensor], next_step(launch, chunk.tensor), use_double);
-    if (use_double)
-      sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags()),
-                             side_of<V, double>(launch, chunk.tensor), 0, 1);
-    else
-      sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags()),
-                     side_of<V, float>(launch, chunk.tensor));
+    const u64 step = next_step(launch, chunk.tensor);
+    rule.prepare(launch, launch.table.group[chunk.tensor], step, use_double);
+    if constexpr (V::kDouble)
+      if (use_double) {
+        sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags()),
+                               side_of<V, double>(launch, chunk.tensor), 0, 1);
+        continue;
+      }
+    sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags()),
+                   side_of<V, float>(launch, chunk.tensor), step);
   }
 }
 

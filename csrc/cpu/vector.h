@@ -68,4 +68,30 @@ FUSEDOPT_FN Vector<u16, 8> narrow(Vector<u32, 8> bits) {
 }
 #endif
 
+// 8 bits to 32 and back.
+template <class Bytes>
+FUSEDOPT_FN Like<u32, Bytes> widen8(Bytes bytes) {
+  return convert<u32>(bytes);
+}
+template <class U>
+FUSEDOPT_FN Like<u8, U> narrow8(U bits) {
+  return convert<u8>(bits);
+}
+#if defined(__AVX512F__)
+FUSEDOPT_FN Vector<u32, 16> widen8(Vector<u8, 16> bytes) {
+  return (Vector<u32, 16>)_mm512_maskz_cvtepu8_epi32(kAll, (__m128i)bytes);
+}
+FUSEDOPT_FN Vector<u8, 16> narrow8(Vector<u32, 16> bits) {
+  return (Vector<u8, 16>)_mm512_maskz_cvtepi32_epi8(kAll, (__m512i)bits);
+}
+#elif defined(__AVX2__)
+FUSEDOPT_FN Vector<u32, 8> widen8(Vector<u8, 8> bytes) {
+  return (Vector<u32, 8>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
+}
+FUSEDOPT_FN Vector<u8, 8> narrow8(Vector<u32, 8> bits) {
+  const __m128i words = (__m128i)narrow(bits);
+  return (Vector<u8, 8>)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+}
+#endif
+
 }  // namespace fusedopt

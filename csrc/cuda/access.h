@@ -94,6 +94,99 @@ struct DeviceAccess {
     store_bytes<W, 2>(address + u64(index) * 2, packet.words, aligned);
   }
 
+  // Codes of 8 bits: storage/block.h.
+  template <class W>
+  FUSEDOPT_FN static void fetch_codes(Packet<float, W::value>& packet, u64 address, i64 index, bool aligned) {
+    address += u64(index);
+    if (W::value == 8 && aligned) return device::load64(packet.words, address);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k) packet.words[k / 4] |= u32(device::load8(address + u64(k))) << (8 * (k % 4));
+  }
+  template <class W>
+  FUSEDOPT_FN static void decode_codes(const Packet<float, W::value>& packet, int storage, float scale,
+                                       float (&out)[W::value], int) {
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k)
+      out[k] = float_from_code<float>(storage, packet.words[k / 4] >> (8 * (k % 4)) & 0xFFu, scale);
+  }
+
+  // What a thread has of a block: consecutive elements, in registers. The threads of a block are of one warp.
+  static constexpr int kPart = 8;
+  template <class V>
+  struct Part {
+    float scale[kStates];
+    float value[kStates][kPart] = {};
+    int at = 0;  // which element comes next, where they come one by one
+    u64 place;   // of it in the tensor
+    RandomStream rounding;
+
+    FUSEDOPT_FN void take(int state, const float (&x)[kPart]) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kPart; ++k) value[state][k] = x[k];
+    }
+    FUSEDOPT_FN void take(int state, const float (&x)[1]) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kPart; ++k) value[state][k] = k == at ? x[0] : value[state][k];
+    }
+  };
+
+  template <class X>
+  FUSEDOPT_FN static u32 places(int k) {
+    return u32(k);
+  }
+
+  // All lanes of a warp make as many visits, the last of which may find nothing: they shuffle.
+  template <class V, class Visit>
+  FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
+    const i32 last = (chunk.size + kMostBlock - 1) / kMostBlock * kMostBlock;
+    FUSEDOPT_LOOP
+    for (i32 i = lane * kPart; i < last; i += lanes * kPart) {
+      const i32 left = chunk.size - i;
+      visit(i, int(left < 0 ? 0 : left < kPart ? left : kPart));
+    }
+  }
+
+  template <class V, class Visit>
+  FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, i32 first, int count, const Visit& visit) {
+    part.place = u64(chunk.begin + first);
+    if (count == kPart && !(V::kStrided && chunk.layout)) return visit(Width<kPart, false>{}, first, kPart);
+    FUSEDOPT_LOOP
+    for (part.at = 0; part.at < count; ++part.at, ++part.place) visit(Width<1>{}, first + part.at, 1);
+  }
+
+  template <class V>
+  FUSEDOPT_FN static u32 join_part(const Part<V>& part, int state, int, int block_bits) {
+    u32 largest = 0;
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kPart; ++k) {
+      const u32 bits = magnitude_bits<u32>(part.value[state][k]);
+      largest = bits > largest ? bits : largest;
+    }
+    FUSEDOPT_LOOP
+    for (int distance = (1 << block_bits) / kPart / 2; distance > 0; distance /= 2) {
+      const u32 other = device::shuffle_xor(largest, distance);
+      largest = other > largest ? other : largest;
+    }
+    return largest;
+  }
+
+  template <class V>
+  FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
+                                     const RandomStream& random, i32 first, int count) {
+    const u64 place = u64(chunk.begin + first);
+    u32 words[kPart / 4] = {};
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kPart; ++k) {
+      const u32 bits = random.bits(place, u32(k));
+      words[k / 4] |= code_from_float<u32>(storage, part.value[state][k], inverse, bits) << (8 * (k % 4));
+    }
+    const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
+    if (count == kPart && chunk.is_aligned(kState0 + state)) return device::store64(address, words);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kPart; ++k)
+      if (k < count) device::store8(address + u64(k), u8(words[k / 4] >> (8 * (k % 4))));
+  }
+
   // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.
   template <class V, class C>
   FUSEDOPT_FN static void prepare(ChunkView& chunk) {
@@ -144,7 +237,7 @@ struct DeviceAccess {
   template <class V, int N>
   FUSEDOPT_FN static i32 choose_boundary(const ChunkView& chunk) {
     const int misalignment = int(chunk.address[kParam] % 16u);
-    if (misalignment == 0) return 0;
+    if (V::kBlocks || misalignment == 0) return 0;  // blocks are counted from element 0
     const i32 boundary = (16 - misalignment) / storage_bytes(V::storage(kParam, chunk.storage));
     return count_bits(aligned_slots<V, N>(chunk, boundary)) > count_bits(aligned_slots<V, N>(chunk, 0)) ? boundary : 0;
   }

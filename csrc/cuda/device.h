@@ -66,6 +66,7 @@ FUSEDOPT_FN void load64(u32* to, u64 address) {
 }
 FUSEDOPT_FN u32 load32(u64 address) { return *reinterpret_cast<const u32*>(address); }
 FUSEDOPT_FN u16 load16(u64 address) { return *reinterpret_cast<const u16*>(address); }
+FUSEDOPT_FN u8 load8(u64 address) { return *reinterpret_cast<const u8*>(address); }
 
 FUSEDOPT_FN void store128(u64 address, const u32* from) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(from[0]), "r"(from[1]), "r"(from[2]),
@@ -77,6 +78,7 @@ FUSEDOPT_FN void store64(u64 address, const u32* from) {
 }
 FUSEDOPT_FN void store32(u64 address, u32 bits) { *reinterpret_cast<u32*>(address) = bits; }
 FUSEDOPT_FN void store16(u64 address, u16 bits) { *reinterpret_cast<u16*>(address) = bits; }
+FUSEDOPT_FN void store8(u64 address, u8 bits) { *reinterpret_cast<u8*>(address) = bits; }
 
 }  // namespace device
 }  // namespace fusedopt

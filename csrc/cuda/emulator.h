@@ -65,6 +65,12 @@ FUSEDOPT_FN u16 load16(u64 address) {
   __builtin_memcpy(&bits, reinterpret_cast<const void*>(address), 2);
   return bits;
 }
+FUSEDOPT_FN u8 load8(u64 address) {
+  check_access(address, 1);
+  u8 bits;
+  __builtin_memcpy(&bits, reinterpret_cast<const void*>(address), 1);
+  return bits;
+}
 FUSEDOPT_FN void store128(u64 address, const u32* from) {
   check_access(address, 16);
   __builtin_memcpy(reinterpret_cast<void*>(address), from, 16);
@@ -80,6 +86,11 @@ FUSEDOPT_FN void store32(u64 address, u32 bits) {
 FUSEDOPT_FN void store16(u64 address, u16 bits) {
   check_access(address, 2);
   __builtin_memcpy(reinterpret_cast<void*>(address), &bits, 2);
+}
+
+FUSEDOPT_FN void store8(u64 address, u8 bits) {
+  check_access(address, 1);
+  __builtin_memcpy(reinterpret_cast<void*>(address), &bits, 1);
 }
 
 }  // namespace device

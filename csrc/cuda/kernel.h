@@ -72,7 +72,10 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
     device::barrier();  // all are done with the last chunk
     if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
     device::barrier();
-    if (V::kDouble && block.view.computes_in_double())
+    if constexpr (V::kBlocks)
+      sweep_blocks<DeviceAccess, V>(block.view, block.in_float, gradient_of<V, float>(launch, block.flags),
+                                    next_step(launch, chunk.tensor), lane, lanes);
+    else if (V::kDouble && block.view.computes_in_double())
       sweep_chunk<DeviceAccess, V>(block.view, block.in_double, gradient_of<V, double>(launch, block.flags),
                                    side_of<V, double>(launch, chunk.tensor), lane, lanes);
     else

@@ -30,6 +30,13 @@ FUSEDOPT_FN U bf16_from_float(F x) {
   return x != x ? nan : rounded;
 }
 
+// Rounds to one of the two bfloat16 beside x, to each with the probability that makes the mean x.
+template <class X, class U>
+FUSEDOPT_FN X bf16_at_random(X x, U random) {
+  const X rounded = bit_cast<X>((bit_cast<U>(x) + (random & 0xFFFFu)) & 0xFFFF0000u);
+  return x - x == X{} ? rounded : x;
+}
+
 // After F. Giesen's half_to_float: shift the exponent, then let one exact float subtraction renormalise denormals.
 template <class F, class U>
 FUSEDOPT_FN F float_from_f16(U half) {

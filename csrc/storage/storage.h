@@ -6,11 +6,25 @@
 
 namespace fusedopt {
 
-enum Storage : u8 { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kLowBits = 4, kStorages = 5 };
+enum Storage : u8 {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat64 = 3,
+  kLowBits = 4,  // of a float32: master.h
+  kSigned8 = 5,  // 8 bits and a scale for each block: block.h
+  kRoot8 = 6,
+  kStorages
+};
 
 constexpr int kAnyStorage = -1;  // a variant that reads the storage of each slot at run time
+constexpr int kCodes8 = 15;      // a variant whose first state is kSigned8 and whose others are kRoot8
 
-FUSEDOPT_FN int storage_bytes(int storage) { return storage == kFloat32 ? 4 : storage == kFloat64 ? 8 : 2; }
+FUSEDOPT_FN constexpr bool is_code(int storage) { return storage == kSigned8 || storage == kRoot8; }
+
+FUSEDOPT_FN int storage_bytes(int storage) {
+  return storage == kFloat32 ? 4 : storage == kFloat64 ? 8 : is_code(storage) ? 1 : 2;
+}
 
 // The two 16-bit floats, in the terms of codec.h.
 template <class F, class U>

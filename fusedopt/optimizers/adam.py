@@ -75,10 +75,13 @@ class Adam(FusedOptimizer):
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
-        state_dtype: dtype of the moments, one or by name: float32, bfloat16, or float16 for ``exp_avg``; None: the
-            parameter's.
+        state_dtype: dtype of the moments, one or by name: float32, bfloat16, float16 for ``exp_avg``, or int8: codes
+            with a scale for each block; None: the parameter's.
+        state_block: elements that share a scale: 32, 64, 128 or 256; None: 128.
         master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
             the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
+        rounding: "stochastic" rounds bfloat16 parameters up or down at random, so that the mean is kept; None: to
+            nearest.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
         phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 
@@ -123,7 +126,9 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         state_dtype: StateDtype = None,
+        state_block: int | None = None,
         master: str | None = None,
+        rounding: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
     ) -> None:
@@ -145,7 +150,7 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            **modes(state_dtype, master),
+            **modes(state_dtype, state_block, master, rounding),
         }
         super().__init__(params, defaults, backend, Phase.of(phase))
 
@@ -180,7 +185,9 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: StateDtype = None,
+        state_block: int | None = None,
         master: str | None = None,
+        rounding: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
     ) -> None:
@@ -199,7 +206,9 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             state_dtype=state_dtype,
+            state_block=state_block,
             master=master,
+            rounding=rounding,
             backend=backend,
             **phase,
         )

@@ -76,7 +76,9 @@ class SGD(FusedOptimizer):
         differentiable: must be False: a fused update has no derivative.
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
-        state_dtype: dtype of the velocity: float32, bfloat16 or float16; None: the gradient's.
+        state_dtype: dtype of the velocity: float32, bfloat16, float16, or int8: codes with a scale for each block;
+            None: the gradient's.
+        state_block: elements that share a scale: 32, 64, 128 or 256; None: 128.
         master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
             the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
@@ -120,6 +122,7 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         state_dtype: StateDtype = None,
+        state_block: int | None = None,
         master: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
@@ -141,6 +144,6 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
-            **modes(state_dtype, master),
+            **modes(state_dtype, state_block, master),
         }
         super().__init__(params, defaults, backend, Phase.of(phase))

@@ -1,0 +1,97 @@
+"""States in 8 bits with a float32 scale for each block: csrc/storage/block.h and csrc/storage/random.h in torch.
+
+Example:
+    >>> import torch
+    >>> codes, scales = coded(torch.tensor([0.5, -1.0, 0.0]), torch.int8, block=32)
+    >>> codes.tolist()
+    [64, -127, 0]
+    >>> [round(x, 3) for x in decoded(codes, scales, block=32).tolist()]
+    [0.504, -1.0, 0.0]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import square_root
+
+SMALLEST = 2.0**-126  # scale: below, its inverse could overflow
+_MASK = 0xFFFFFFFF
+
+
+def block_count(numel: int, block: int) -> int:
+    """How many blocks a tensor has; the last may be shorter."""
+    return -(-numel // block)
+
+
+def coded(values: Tensor, dtype: torch.dtype, *, block: int, step: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes of a state and the scale of each block of them.
+
+    Args:
+        values: the state, float32.
+        dtype: int8: a mean; uint8: a mean of squares, coded by its root.
+        block: elements of a block, counted in row-major order.
+        step: the count of this step, which decides how roots are rounded.
+    """
+    rows = _in_blocks(values.contiguous().reshape(-1), block)
+    largest = rows.abs().amax(dim=1)
+    is_mean = dtype == torch.int8
+    reach = largest / 127.0 if is_mean else square_root(largest) / 255.0
+    finite = largest.isfinite()
+    used = finite & (reach >= SMALLEST)
+    scales = torch.where(finite, torch.where(used, reach, 0.0), torch.nan)
+    inverse = torch.where(used, 1.0 / reach, 0.0).unsqueeze(1)
+    if is_mean:
+        y = rows * inverse
+        y = torch.where(y < 127.0, y, 127.0)
+        codes = (torch.where(y > -127.0, y, -127.0) + 1.5 * 2.0**23).view(torch.int32) & 0xFF
+        codes = (codes ^ 0x80) - 0x80
+    else:
+        y = square_root(rows) * inverse + _dither(rows, step)
+        y = torch.where(y < 255.0, y, 255.0)
+        least = (rows > 0.0).to(torch.float32)
+        codes = (torch.where(y > least, y, least) + 2.0**23).view(torch.int32) & 0xFF
+    return codes.reshape(-1)[: values.numel()].to(dtype).reshape(values.shape), scales
+
+
+def decoded(codes: Tensor, scales: Tensor, *, block: int) -> Tensor:
+    """The state that codes and scales stand for, in float32."""
+    scale = scales.repeat_interleave(block)[: codes.numel()]
+    y = codes.contiguous().reshape(-1).to(torch.float32) * scale
+    return (y if codes.dtype == torch.int8 else y * y).reshape(codes.shape)
+
+
+def random_bits(counter: Tensor, key: int | Tensor, other_key: int) -> Tensor:
+    """32 random bits for each counter: csrc/storage/random.h. Counters, keys and bits are int64."""
+    x = (counter & _MASK) ^ key
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = x ^ other_key
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def stream(places: Tensor, seed: int, step: int) -> Tensor:
+    """The random bits of elements, by their places in the tensor, at one step."""
+    step_key = int(random_bits(torch.tensor(step), seed, 0x9E3779B9))
+    return random_bits(places, seed ^ (places >> 32), step_key)
+
+
+def at_random(values: Tensor, key: int, step: int) -> Tensor:
+    """Rounds each float32 to one of the two bfloat16 beside it, so that the mean is kept."""
+    places = torch.arange(values.numel(), device=values.device).reshape(values.shape)
+    bits = values.contiguous().view(torch.int32).to(torch.int64) & _MASK
+    rounded = (bits + (stream(places, key, step) & 0xFFFF)) & 0xFFFF0000
+    signed = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32)
+    return torch.where(values.isfinite(), signed.view(torch.float32), values)
+
+
+def _dither(rows: Tensor, step: int) -> Tensor:
+    bits = stream(torch.arange(rows.numel(), device=rows.device), 0, step)
+    return (((bits >> 9) | 0x3F800000).to(torch.int32).view(torch.float32) - 1.5).reshape(rows.shape)
+
+
+def _in_blocks(flat: Tensor, block: int) -> Tensor:
+    padded = flat.new_zeros(block_count(flat.numel(), block) * block)
+    padded[: flat.numel()] = flat
+    return padded.reshape(-1, block)

@@ -1,0 +1,248 @@
+"""States in 8 bits and parameters rounded at random: bits of every backend, codecs, checkpoints, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+from fusedopt import blocks
+
+from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
+from .test_precision import BF16, F16, F32, assert_same, bits_of, make_params, take_steps
+
+I8 = torch.int8
+needs_no_backend = pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
+
+MODES = [
+    ("AdamW", F32, {"state_dtype": I8}),
+    ("AdamW", BF16, {"state_dtype": I8, "weight_decay": 0.1}),
+    ("AdamW", BF16, {"state_dtype": I8, "master": "split", "state_block": 32}),
+    ("Adam", BF16, {"state_dtype": {"exp_avg": I8, "exp_avg_sq": F32}, "state_block": 256, "amsgrad": True}),
+    ("Adam", F16, {"state_dtype": I8, "state_block": 64, "master": "kahan", "amsgrad": True}),
+    ("SGD", BF16, {"state_dtype": I8, "momentum": 0.9}),
+    ("AdamW", BF16, {"rounding": "stochastic"}),
+    ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": I8}),
+]
+
+
+def mixed_params(dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
+    """Vectors, a transposed matrix, and a float32 tensor beside the others."""
+    params = make_params(dtype, device=device)
+    params.append(torch.nn.Parameter(make_params(dtype, 5, device)[2].detach().view(8, 8).t()))
+    params.append(torch.nn.Parameter(make_params(F32, 6, device)[3].detach()))
+    return params
+
+
+def uneven_steps(optimizer: Any, params: list[torch.nn.Parameter], steps: int) -> None:
+    """Gradients of very different sizes within a block, zeros among them; at last one that is infinite."""
+    generator = torch.Generator().manual_seed(4)
+    for step in range(steps):
+        for param in params:
+            values = torch.randn(param.shape, generator=generator) * 10 ** (
+                -6 * torch.rand(param.shape, generator=generator)
+            )
+            values[torch.rand(param.shape, generator=generator) < 0.1] = 0.0
+            param.grad = values.to(param.device, param.dtype)
+        if step == steps - 1:
+            params[3].grad.view(-1)[-1] = torch.inf  # type: ignore[union-attr]
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "dtype", "options"), MODES, ids=str)
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+def test_codes_scales_and_parameters_have_the_bits_of_the_reference(
+    name: str, dtype: torch.dtype, options: dict[str, Any], run: Run, settings: Run
+) -> None:
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        params = mixed_params(dtype, device)
+        optimizer = getattr(fusedopt, name)(params, lr=0.01, backend=backend, **options)
+        before = fusedopt.launch_count()
+        uneven_steps(optimizer, params, 3)
+        assert fusedopt.launch_count() == before + 3
+        values = {f"param {k}": param.detach().cpu() for k, param in enumerate(params)}
+        for k, param in enumerate(params):
+            values |= {f"{key} {k}": torch.as_tensor(value).cpu() for key, value in optimizer.state[param].items()}
+        found.append(values)
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert torch.allclose(ours[key], tensor, rtol=0, atol=0, equal_nan=True), key
+
+
+@needs_no_backend
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+def test_a_code_is_at_most_half_a_step_off_for_means_and_a_step_for_roots(block: int) -> None:
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 10 ** torch.linspace(-20, 10, 5000)
+    codes, scales = blocks.coded(values, torch.int8, block=block)
+    step = scales.repeat_interleave(block)[: values.numel()]
+    # Half a step, and what the product with the inverse and the sum that rounds may be off by: 2^-16 of a step.
+    assert ((blocks.decoded(codes, scales, block=block) - values).abs() <= step * (0.5 + 2**-16)).all()
+    squares = values * values
+    codes, scales = blocks.coded(squares, torch.uint8, block=block, step=7)
+    step = scales.repeat_interleave(block)[: values.numel()]
+    off = (blocks.decoded(codes, scales, block=block).sqrt() - squares.sqrt()).abs()
+    assert (off <= step * (1 + 2**-15)).all()
+
+
+@needs_no_backend
+def test_a_second_moment_that_is_not_0_never_becomes_0_nor_an_update_twice_as_large() -> None:
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(1)) ** 30
+    values[::100] = 1.0
+    codes, scales = blocks.coded(values, torch.uint8, block=128, step=3)
+    assert (codes[values > 0] > 0).all()
+    kept = blocks.decoded(codes, scales, block=128)
+    assert (kept.sqrt() * 2 * (1 + 2**-14) >= values.sqrt()).all()
+    assert blocks.decoded(*blocks.coded(torch.zeros(5), torch.uint8, block=32), block=32).count_nonzero() == 0
+
+
+@needs_no_backend
+def test_a_decay_of_one_in_a_thousand_is_not_lost() -> None:
+    """The root of a mean of squares loses 1/2000 a step, 1/20 of a code of 100: to nearest it would stay for ever."""
+    value = torch.full((20_000,), 0.16)
+    value[::128] = 1.0  # the largest of each block; code 102 for the others
+    for step in range(200):
+        codes, scales = blocks.coded(value, torch.uint8, block=128, step=step)
+        value = blocks.decoded(codes, scales, block=128)
+        value[value < 0.5] *= 0.999
+        value[::128] = 1.0
+    rest = value[value < 0.5]
+    # Each step is off by at most a code, independently: the mean of 19,843 after 200 steps has a deviation below
+    # sqrt(200)/2 of a code of 1/255 at a root of 0.4, divided by the root of their number; five of those are allowed.
+    bound = 5 * (200**0.5 / 2) / 255 / rest.numel() ** 0.5
+    variance = 200 / 4 / 255**2  # that the mean of the squares is larger by, at most
+    expected = (0.16 * 0.999**200) ** 0.5
+    assert abs(float(rest.mean().sqrt()) - expected) <= bound + variance / (2 * expected)
+
+
+@needs_no_backend
+def test_random_rounding_is_unbiased_and_stays_between_neighbours() -> None:
+    value, count = 1.0 + 0.3 * 2**-7, 1 << 16
+    found = blocks.at_random(torch.full((count,), value), key=5, step=9)
+    low, high = 1.0, 1.0 + 2**-7
+    assert set(found.tolist()) == {low, high}
+    # A mean of `count` draws of probability 0.3: five standard deviations are 5·sqrt(0.21/count) of the gap.
+    share = float((found == high).double().mean())
+    assert abs(share - 0.3) <= 5 * (0.21 / count) ** 0.5
+    again = blocks.at_random(torch.full((count,), value), key=5, step=10)
+    both = float(((found == high) & (again == high)).double().mean())
+    assert abs(both - 0.09) <= 5 * (0.09 * 0.91 / count) ** 0.5, "steps are independent"
+
+
+@needs_no_backend
+def test_small_updates_are_kept_on_average_by_random_rounding() -> None:
+    param = torch.nn.Parameter(torch.ones(4096, dtype=BF16))
+    optimizer = fusedopt.AdamW([param], lr=1e-4, weight_decay=0.0, rounding="stochastic")
+    for _ in range(100):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    # Each step moves 1e-4, a 39th of the gap of 2^-8 below 1; to nearest nothing would move. The deviation of 100 steps
+    # is at most sqrt(100)/2 gaps for an element, a 64th of that for the mean.
+    assert abs(float(param.detach().double().mean()) - 0.99) <= 5 * 5 * 2**-8 / 64
+
+
+@needs_no_backend
+@pytest.mark.parametrize("options", [{"state_dtype": I8}, {"rounding": "stochastic", "state_dtype": I8}], ids=str)
+def test_a_checkpoint_goes_on_bit_for_bit_and_another_mode_refuses_it(options: dict[str, Any], tmp_path: Any) -> None:
+    params = make_params(BF16)
+    optimizer = fusedopt.AdamW(params, **options)
+    take_steps(optimizer, params, 3)
+    torch.save([optimizer.state_dict(), [param.detach() for param in params]], tmp_path / "saved")
+    state, values = torch.load(tmp_path / "saved", weights_only=True)
+    copies = [torch.nn.Parameter(value) for value in values]
+    resumed = fusedopt.AdamW(copies, **options)
+    resumed.load_state_dict(state)
+    for one, some in ((optimizer, params), (resumed, copies)):
+        take_steps(one, some, 2, seed=9)
+        for param in some:
+            one.state[param].pop("rounding_key", None)
+    assert_same(bits_of(resumed, copies), bits_of(optimizer, params))
+    others = {"state_dtype": F32}, {"state_dtype": I8, "state_block": 32}, {}
+    for other in (fusedopt.AdamW(make_params(BF16), **asked) for asked in others):
+        with pytest.raises(ValueError, match=r"is codes of torch.u?int8, but state_dtype|where state_block is 32"):
+            other.load_state_dict(state)
+        assert not other.state
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict_torch()))
+
+
+@needs_no_backend
+def test_states_of_torch_go_into_8_bits_and_back() -> None:
+    params = make_params(F32)
+    theirs = torch.optim.AdamW(params)
+    take_steps(theirs, params, 2)
+    before = theirs.state[params[4]]["exp_avg"].clone()
+    optimizer = fusedopt.AdamW(params, state_dtype=I8)
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for param in params:
+        param.grad = None
+    optimizer.step()
+    state = optimizer.state_dict_torch()["state"][4]
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert (state["exp_avg"] - before).abs().max() <= before.abs().max() / 254 * (1 + 2**-10)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict_torch()))
+    take_steps(theirs, params, 1)
+
+
+REFUSED = [
+    ({"state_dtype": I8, "state_block": 100}, "state_block is 100; it must be 32, 64, 128, 256"),
+    ({"rounding": "up"}, "rounding is 'up'"),
+    ({"rounding": "stochastic", "master": "split"}, "rounding='stochastic' and master='split'"),
+    ({"state_dtype": I8, "zero_grads": True}, "can not work together yet"),
+]
+
+
+@needs_no_backend
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_a_mode_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fusedopt.AdamW(make_params(BF16), **options)
+
+
+@needs_no_backend
+def test_random_rounding_of_float16_is_refused_before_anything_is_written() -> None:
+    params = make_params(F16)
+    before = [param.detach().clone() for param in params]
+    optimizer = fusedopt.AdamW(params, rounding="stochastic")
+    with pytest.raises(ValueError, match=r"of dtype torch.float16; rounding='stochastic' is for"):
+        take_steps(optimizer, params, 1)
+    assert not optimizer.state
+    assert all(torch.equal(param.detach(), old) for param, old in zip(params, before, strict=True))
+
+
+PLANNED = [
+    (fusedopt.AdamW, {}, BF16),
+    (fusedopt.AdamW, {"amsgrad": True}, F32),
+    (fusedopt.SGD, {"momentum": 0.9}, BF16),
+    (fusedopt.SGD, {}, BF16),
+]
+
+
+@needs_no_backend
+@pytest.mark.parametrize(("optimizer", "options", "dtype"), PLANNED, ids=str)
+def test_a_plan_is_what_the_states_take(optimizer: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(30, 50, dtype=dtype), torch.nn.Linear(50, 7, dtype=F32))
+    for plan in fusedopt.plan_memory(model, budget=0, optimizer=optimizer, verbose=False, **options):
+        params = [torch.nn.Parameter(torch.zeros_like(param, device="cpu")) for param in model.parameters()]
+        made = optimizer(params, **options, **plan.options)
+        take_steps(made, params, 1)
+        found = [value for param in params for value in made.state[param].values() if isinstance(value, torch.Tensor)]
+        kept = 0 if made._rule.keeps_step else 4 * len(made._hidden_steps)
+        assert plan.state_bytes == sum(tensor.numel() * tensor.element_size() for tensor in found) + kept, plan.name
+        assert plan.param_bytes == plan.grad_bytes == sum(param.nbytes for param in params)
+        assert not plan.fits
+
+
+@needs_no_backend
+def test_a_plan_is_printed_and_a_negative_budget_refused(capsys: Any) -> None:
+    params = [torch.empty(10**6, dtype=BF16, device="meta", requires_grad=True)]
+    fusedopt.plan_memory(params, budget=10**7 + 100)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("too much") for line in lines[1:]] == [False, True, True, True, *[False] * 4]
+    with pytest.raises(ValueError, match="budget is -1"):
+        fusedopt.plan_memory(params, budget=-1)

@@ -1,0 +1,106 @@
+"""States in 8 bits with a scale for each block, twin of csrc/storage/block.h and csrc/storage/random.h."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+# Kernel code: its types are Triton's, and Triton writes compile-time arguments in capitals.
+
+import triton
+import triton.language as tl
+
+from .rules import square_root
+from .storage import SIGNED8, bits_float, float_bits, is_code, only_if, pointer
+
+MOST_BLOCK = tl.constexpr(256)  # elements
+
+
+@triton.jit
+def random_bits(counter, key, other_key):
+    """32 random bits for each counter."""
+    x = counter.to(tl.uint32) ^ key
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ other_key
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_stream(place, seed, t):
+    """The random bits of elements, by their places in the tensor, at step t."""
+    step_key = random_bits(t, seed.to(tl.uint32), 0x9E3779B9)
+    return random_bits(place, seed.to(tl.uint32) ^ (place >> 32).to(tl.uint32), step_key)
+
+
+@triton.jit
+def bf16_at_random(x, random):
+    """Rounds to one of the two bfloat16 beside x, to each with the probability that makes the mean x."""
+    rounded = bits_float((float_bits(x) + (random & 0xFFFF)) & 0xFFFF0000)
+    return tl.where(x - x == 0.0, rounded, x)
+
+
+@triton.jit
+def scale_pointer(address, place, bits):
+    """Where the scales of elements are, by their places in the chunk."""
+    return pointer(address, tl.float32, False) + (place >> bits)
+
+
+@triton.jit
+def fetch_codes(address, index, mask, storage, scales, place, bits, ALIGNED: tl.constexpr):
+    """The codes of a state and their scales; zeros where it has none."""
+    coded = only_if(is_code(storage), mask)
+    codes = tl.load(pointer(address, tl.uint8, ALIGNED) + index, mask=coded, other=0)
+    return codes, tl.load(scale_pointer(scales, place, bits), mask=coded, other=0.0)
+
+
+@triton.jit
+def decode_codes(x, bits, storage):
+    """The state in float32: x, where it is not in codes."""
+    codes, scale = bits
+    codes = codes.to(tl.uint32)
+    mean = (bits_float((codes ^ 0x80) | 0x4B000000) - 8388736.0) * scale
+    root = (bits_float(codes | 0x4B000000) - 8388608.0) * scale
+    return tl.where(is_code(storage), tl.where(storage == SIGNED8, mean, root * root), x)
+
+
+@triton.jit
+def join(largest, LENGTH: tl.constexpr, COUNT: tl.constexpr):
+    """The largest of each COUNT neighbours, for every one of them."""
+    joined = tl.max(tl.reshape(largest, [LENGTH // COUNT, COUNT]), axis=1)
+    return tl.reshape(tl.broadcast_to(joined[:, None], [LENGTH // COUNT, COUNT]), [LENGTH])
+
+
+@triton.jit
+def largest_of_block(x, mask, bits, LENGTH: tl.constexpr):
+    """The bits of the largest magnitude of each element's block."""
+    largest = tl.where(mask, float_bits(x) & 0x7FFFFFFF, 0).to(tl.int32)
+    largest = join(largest, LENGTH, 32)
+    largest = tl.where(bits >= 6, join(largest, LENGTH, 64), largest)
+    largest = tl.where(bits >= 7, join(largest, LENGTH, 128), largest)
+    return tl.where(bits >= 8, join(largest, LENGTH, MOST_BLOCK), largest)
+
+
+@triton.jit
+def keep_codes(x, address, index, mask, storage, scales, blocks, place, LENGTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """Writes a state as codes, and the scales of its blocks, where it is kept so."""
+    if is_code(storage):
+        _scales, begin, bits, t, _at_random, _key = blocks
+        largest = largest_of_block(x, mask, bits, LENGTH)
+        value = bits_float(largest.to(tl.uint32))
+        is_mean = storage == SIGNED8
+        reach = tl.where(is_mean, tl.div_rn(value, 127.0), tl.div_rn(square_root(value), 255.0))
+        finite = largest < 0x7F800000
+        used = finite & (reach >= 1.1754943508222875e-38)
+        scale = tl.where(finite, tl.where(used, reach, 0.0), float("nan"))
+        inverse = tl.where(used, tl.div_rn(1.0, tl.where(used, reach, 1.0)), 0.0)
+        mean = x * inverse
+        mean = tl.where(mean < 127.0, mean, 127.0)
+        mean = tl.where(mean > -127.0, mean, -127.0)
+        random = random_stream(begin + place, tl.full([], 0, tl.uint32), t)
+        dither = bits_float((random >> 9) | 0x3F800000) - 1.5
+        root = square_root(x) * inverse + dither
+        root = tl.where(root < 255.0, root, 255.0)
+        least = tl.where(x > 0.0, 1.0, 0.0)
+        root = tl.where(root > least, root, least)
+        codes = float_bits(tl.where(is_mean, mean + 12582912.0, root + 8388608.0)) & 0xFF
+        tl.store(pointer(address, tl.uint8, ALIGNED) + index, codes.to(tl.uint8), mask=mask)
+        first = (place & ((1 << bits) - 1)) == 0
+        tl.store(scale_pointer(scales, place, bits), scale, mask=mask & first)
