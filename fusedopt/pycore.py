@@ -25,6 +25,7 @@ HYPERS = 8  # hyperparameters a rule may name
 SLOTS = 9  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
 GRAD, STATE0, MASTER, COPY = 1, 2, 5, 7
+REPORTS = 128  # enum PhaseFlag in csrc/phase.h
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
 STORAGE_BITS = 4  # bits per slot in the storage column
@@ -36,7 +37,13 @@ EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which 
 FLOAT32, BFLOAT16, FLOAT64 = STORAGES[torch.float32], STORAGES[torch.bfloat16], STORAGES[torch.float64]
 ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run time was compiled for
 
-STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE = 1, 2, 4, 8  # enum Feature in csrc/variants.h
+STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE, REPORT_FEATURE = (
+    1,
+    2,
+    4,
+    8,
+    16,
+)  # enum Feature in csrc/variants.h
 
 
 class Variant(NamedTuple):
@@ -65,6 +72,8 @@ VARIANTS = (
     Variant("master", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE),
     Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
+    Variant("f32_report", FLOAT32, FLOAT32, SIDE_FEATURE | REPORT_FEATURE),
+    Variant("everything", ANY_STORAGE, ANY_STORAGE, 31),
 )
 
 
@@ -158,6 +167,8 @@ class PyTable:
     def variant(self) -> str:
         """Name of the smallest variant that covers all rows."""
         param, state, features = ANY_STORAGE, ANY_STORAGE, SIDE_FEATURE if self._phase else 0
+        if self._phase & REPORTS:
+            features |= REPORT_FEATURE
         params, states = self._storages_in_use()
         if any(watch is not None and watch.layout for watch in self._watches):
             features |= STRIDED_FEATURE
@@ -241,7 +252,14 @@ class PyTable:
         self._state_addresses[row] = _addresses(entries)
 
     def set_phase(
-        self, flags: int, ema_decay: float, ema_decay_tensor: int, max_norm: float, leaf_sums: int, results: int
+        self,
+        flags: int,
+        ema_decay: float,
+        ema_decay_tensor: int,
+        max_norm: float,
+        leaf_sums: int,
+        results: int,
+        report: int,
     ) -> None:
         """What else a launch does.
 
@@ -252,6 +270,7 @@ class PyTable:
             max_norm: what gradients are clipped to.
             leaf_sums: where one number for each leaf goes.
             results: where the norm and the count of skipped steps go.
+            report: where five numbers for each leaf go.
         """
         if flags != self._phase:
             self._phase = flags

@@ -26,6 +26,10 @@ MODULES = [
     pytest.param("test_step.py", "", id="test_step"),
     pytest.param("test_phase.py", "", id="test_phase"),
     pytest.param("test_norm.py", "", id="test_norm"),
+    pytest.param("test_amp.py", "", id="test_amp", marks=pytest.mark.slow),
+    pytest.param("test_amp.py", "with_everything or without_the_scaler", id="test_amp, a part"),
+    pytest.param("test_report.py", "", id="test_report", marks=pytest.mark.slow),
+    pytest.param("test_report.py", "f32-dense or split or fp32 or counted", id="test_report, a part"),
     pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
     pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from .master import exact_param, fetch_master, keep_master, stored_param
-from .phase import CLEARS_GRADS, side_of, sweep_sides
-from .reduce import CLIPS, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
+from .phase import CLEARS_GRADS, rounded, side_of, sweep_sides
+from .reduce import CLIPS, JOINED, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
+from .report import COLUMNS, REPORTS, no_report, tally_block, write_leaf
 from .rules import MAXIMIZE, divide
 from .storage import ANY_STORAGE, decode, fetch, only_if, pointer, storage_bytes, store
 from .table import (
@@ -37,10 +38,16 @@ from .table import (
 
 
 @triton.jit
-def prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE: tl.constexpr):
-    """What becomes of a gradient before the rule sees it."""
+def unscaled(g, scale, unscale):
+    """A gradient divided by its scale, where it has one."""
     if unscale:
         g = divide(g, scale.to(g.dtype))
+    return g
+
+
+@triton.jit
+def prepare_gradient(g, negate, clips, coefficient, SIDE: tl.constexpr):
+    """What becomes of an unscaled gradient before the rule sees it."""
     if SIDE and clips:
         g = g * coefficient.to(g.dtype)
     return tl.where(negate, g * -1.0, g)  # Triton's own minus is 0 − g, which loses the sign of zero
@@ -55,12 +62,15 @@ def sweep_block(
     scalars,
     gradient,
     side,
+    terms,  # where a report's terms of the leaf go, or 0
+    place,  # of the block's elements in the leaf
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
     SS: tl.constexpr,
     MASTERED: tl.constexpr,
     SIDE: tl.constexpr,
+    REPORT: tl.constexpr,
     C: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -85,8 +95,11 @@ def sweep_block(
     y = decode(y_bits, storage.state1, SS, C) if STATES > 1 else x
     z = decode(z_bits, storage.state2, SS, C) if STATES > 2 else x
     scale, unscale, negate, clips, coefficient = gradient
-    g = prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE)
-    p, x, y, z = UPDATE(p, g, x, y, z, scalars)
+    grad = unscaled(g, scale, unscale)
+    g = prepare_gradient(grad, negate, clips, coefficient, SIDE)
+    before = p
+    p, x, y, z, update = UPDATE(p, g, x, y, z, scalars)
+    after = p
     if MASTERED:
         keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
         p = stored_param(p, address.master, storage.master)
@@ -96,6 +109,13 @@ def sweep_block(
         store(address.state1, at.state1, has1, y, storage.state1, SS, C, ALIGNED)
     if STATES > 2:
         store(address.state2, at.state2, has2, z, storage.state2, SS, C, ALIGNED)
+    if REPORT and terms != 0:
+        stored = rounded(p, storage.param, C)
+        if MASTERED:
+            after = tl.where(address.master != 0, after, stored)
+        else:
+            after = stored
+        tally_block(pointer(terms, tl.float64, False), place, mask, grad, before, after, stored, update)
     if SIDE:
         sweep_sides(p, address, at, mask, storage, side, PS, SS, C, ALIGNED)
 
@@ -111,6 +131,7 @@ def sweep_chunk(
     scalars,
     gradient,
     side,
+    terms,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
@@ -118,6 +139,7 @@ def sweep_chunk(
     MASTERED: tl.constexpr,
     STRIDED: tl.constexpr,
     SIDE: tl.constexpr,
+    REPORT: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
@@ -139,8 +161,9 @@ def sweep_chunk(
         block = advance_all(address, storage, start)
         mask = i < count - start
         sweep_block(
-            block, all_slots(i), mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, MASTERED, SIDE, C, True
-        )
+            block, all_slots(i), mask, storage, scalars, gradient, side, terms, head + start + i,
+            UPDATE, STATES, PS, SS, MASTERED, SIDE, REPORT, C, True,
+        )  # fmt: skip
     for edge in range(0, 2):
         first = tl.where(edge == 0, 0, head + count)
         last = tl.where(edge == 0, head, size)
@@ -156,8 +179,53 @@ def sweep_chunk(
             block = advance_all(address, storage, offset)
             mask = i < last - start
             sweep_block(
-                block, at, mask, storage, scalars, gradient, side, UPDATE, STATES, PS, SS, MASTERED, SIDE, C, False
-            )
+                block, at, mask, storage, scalars, gradient, side, terms, start + i,
+                UPDATE, STATES, PS, SS, MASTERED, SIDE, REPORT, C, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def report_chunk(
+    address,
+    storage,
+    layouts,
+    layout,
+    begin,
+    size,
+    scalars,
+    gradient,
+    side,
+    report,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PS: tl.constexpr,
+    SS: tl.constexpr,
+    MASTERED: tl.constexpr,
+    STRIDED: tl.constexpr,
+    SIDE: tl.constexpr,
+    REPORT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A chunk leaf by leaf where each is reported, else at once."""
+    terms, columns, leaves, first_leaf = report
+    if REPORT and terms != 0:
+        for start in range(0, size, JOINED):
+            count = tl.minimum(size - start, JOINED)
+            leaf = advance_all(address, storage, tl.where(layout == DENSE_LAYOUT, start, 0))
+            sweep_chunk(
+                leaf, storage, layouts, layout, begin + start, count, scalars, gradient, side, terms,
+                UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, REPORT, C, BLOCK, EDGES, WIDTH,
+            )  # fmt: skip
+            index = first_leaf + (begin + start) // JOINED
+            write_leaf(pointer(terms, tl.float64, False), count, pointer(columns, tl.float64, False), leaves, index)
+    else:
+        sweep_chunk(
+            address, storage, layouts, layout, begin, size, scalars, gradient, side, terms,
+            UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, REPORT, C, BLOCK, EDGES, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -206,6 +274,9 @@ def clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count,
         "leaf_sums",
         "leaves",
         "results",
+        "first_leaf",
+        "report",
+        "report_terms",
     ]
 )
 def sweep(
@@ -233,6 +304,9 @@ def sweep(
     leaf_sums,  # float64 [leaves]: what `measure` has found
     leaves: tl.int64,
     results,  # float64 [3]: the norm, how many launches were skipped; max_norm
+    first_leaf,  # int64 [rows]: how many leaves the rows before this one have
+    report: tl.int64,  # address of float64 [COLUMNS, leaves]: csrc/report.h; or 0
+    report_terms: tl.int64,  # address of float64 [programs, COLUMNS, JOINED]
     SCALARS: tl.constexpr,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -242,6 +316,7 @@ def sweep(
     STRIDED: tl.constexpr,
     DOUBLE: tl.constexpr,
     SIDE: tl.constexpr,
+    REPORT: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -251,8 +326,9 @@ def sweep(
     The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
     parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
     tensors and float64 are admitted; MASTERED: something is kept beside 16-bit parameters; SIDE: there are outputs
-    beside the update. A program takes BLOCK elements at a time, in vectors of WIDTH, where it can, else EDGES; the
-    two differ, or the compiler lays both out alike and shuffles through shared memory.
+    beside the update; REPORT: numbers about every leaf are among them. A program takes BLOCK elements at a time, in
+    vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out alike and shuffles
+    through shared memory.
     """
     admitted = tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0
     clips = SIDE and (phase_flags & CLIPS) != 0
@@ -295,19 +371,23 @@ def sweep(
                 a = slot_addresses(address, grads, rows, row, MASTERED, SIDE)
                 a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
                 t = next_step(steps)
+                told = no_report()
+                if REPORT and (phase_flags & REPORTS) != 0:
+                    terms = report_terms.to(tl.int64) + tl.program_id(0).to(tl.int64) * (8 * COLUMNS * JOINED)
+                    told = terms, report.to(tl.int64), leaves.to(tl.int64), tl.load(first_leaf + row)
                 if DOUBLE and computes_in_double(a, s):
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
                     exact_side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
-                    sweep_chunk(
-                        a, s, layouts, at, begin, size, exact, gradient, exact_side,
-                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                    report_chunk(
+                        a, s, layouts, at, begin, size, exact, gradient, exact_side, told,
+                        UPDATE, STATES, PS, SS, False, STRIDED, SIDE, REPORT, tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:
                     side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float32, SIDE)
-                    sweep_chunk(
-                        a, s, layouts, at, begin, size, scalars, gradient, side,
-                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, tl.float32, BLOCK, EDGES, WIDTH,
+                    report_chunk(
+                        a, s, layouts, at, begin, size, scalars, gradient, side, told,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, REPORT, tl.float32, BLOCK, EDGES, WIDTH,
                     )  # fmt: skip
         # Every thread has read the step counts it needs before the last program to arrive writes them.
         tl.debug_barrier()
