@@ -225,9 +225,10 @@ class Table {
   }
 
   // What else a launch does: the options of fusedopt/phase.py.
-  void set_phase(u32 flags, double ema_decay, u64 ema_decay_tensor, double max_norm, u64 leaf_sums, u64 results) {
+  void set_phase(u32 flags, double ema_decay, u64 ema_decay_tensor, double max_norm, u64 leaf_sums, u64 results,
+                 u64 report) {
     host_.set_phase({flags, ema_decay, float_pointer(ema_decay_tensor), max_norm, reinterpret_cast<double*>(leaf_sums),
-                     reinterpret_cast<double*>(results), 1.0});
+                     reinterpret_cast<double*>(results), reinterpret_cast<double*>(report), 1.0});
   }
 
   void launch_on_cpu(int threads, const std::string& isa, u64 grad_scale, u64 found_inf) {
@@ -585,7 +586,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("keep"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("ema_decay"), py::arg("ema_decay_tensor"),
-           py::arg("max_norm"), py::arg("leaf_sums"), py::arg("results"))
+           py::arg("max_norm"), py::arg("leaf_sums"), py::arg("results"), py::arg("report"))
       .def_property_readonly("leaves", &Table::leaves)
       .def("set_places", &Table::set_places, py::arg("places"))
       .def("watch_states", &Table::watch_states, py::arg("states"))

@@ -96,6 +96,7 @@ int HostTable::variant() {
   int param_storage = kNone;
   int state_storage = kNone;
   u32 features = phase_.flags != 0 ? u32(kSideFeature) : 0u;
+  if (phase_.has(kReports)) features |= kReportFeature;
   for (u64 t = 0; t < rows_; ++t) {
     if (slot(kParam, t) == 0) continue;  // never had a gradient
     if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;

@@ -12,13 +12,7 @@ template <class Visit>
 FUSEDOPT_FN void for_each_leaf(const LaunchParams& launch, const Chunk& chunk, const Visit& visit) {
   const ChunkView view(launch, chunk);
   const u64 first = launch.table.first_leaf[chunk.tensor] + u64(view.begin / kLeaf);
-  for (i32 at = 0; at < view.size; at += i32(kLeaf)) {
-    ChunkView leaf = view;
-    leaf.begin += at;
-    leaf.size = view.size - at < i32(kLeaf) ? view.size - at : i32(kLeaf);
-    if (leaf.layout == nullptr) leaf.address[kGrad] += u64(at) * u64(storage_bytes(view.storage_of(kGrad)));
-    visit(first + u64(at / kLeaf), leaf);
-  }
+  for (i32 at = 0; at < view.size; at += i32(kLeaf)) visit(first + u64(at / kLeaf), view.part(at, i32(kLeaf)));
 }
 
 // What follows from the joined result of all leaves. Called by one thread of the grid.

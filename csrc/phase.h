@@ -2,18 +2,19 @@
 // parameter, its copy, the cleared gradient.
 #pragma once
 
-#include "rules/rule.h"
+#include "report.h"
 
 namespace fusedopt {
 
 enum PhaseFlag : u32 {
-  kAverages = 1u << 0,       // tensors with a kEma slot have it moved towards the parameter
-  kWarmsUp = 1u << 1,        // the decay of the average is at most (1 + t) / (10 + t)
-  kCopies = 1u << 2,         // tensors with a kCopy slot have the parameter written to it
-  kClearsGrads = 1u << 3,    // every gradient that was read is set to 0
-  kClips = 1u << 4,          // gradients are scaled down so that their norm is at most max_norm
-  kLargestNorm = 1u << 5,    // the norm is that of the largest magnitude, not of the squares
-  kSkipsNonfinite = 1u << 6  // nothing at all changes where a gradient is not finite
+  kAverages = 1u << 0,        // tensors with a kEma slot have it moved towards the parameter
+  kWarmsUp = 1u << 1,         // the decay of the average is at most (1 + t) / (10 + t)
+  kCopies = 1u << 2,          // tensors with a kCopy slot have the parameter written to it
+  kClearsGrads = 1u << 3,     // every gradient that was read is set to 0
+  kClips = 1u << 4,           // gradients are scaled down so that their norm is at most max_norm
+  kLargestNorm = 1u << 5,     // the norm is that of the largest magnitude, not of the squares
+  kSkipsNonfinite = 1u << 6,  // nothing at all changes where a gradient is not finite
+  kReports = 1u << 7          // what report.h says of every leaf is written down
 };
 
 // The same for all tensors of a launch.
@@ -24,6 +25,7 @@ struct Phase {
   double max_norm;
   double* leaf_sums;   // room for one number for each leaf of the table
   double* results;     // the norm before clipping; how many launches were skipped
+  double* report;      // kReportColumns columns of one number for each leaf
   double coefficient;  // of the gradients in this launch: found in the launch itself
   FUSEDOPT_FN bool has(u32 flag) const { return (flags & flag) != 0; }
   FUSEDOPT_FN bool reads_twice() const { return has(kClips | kSkipsNonfinite); }
@@ -35,9 +37,14 @@ template <class C>
 struct Side {
   C decay, one_minus_decay;
   bool averages, copies, first, nearer_to_param, clears;
+  LeafReport report;
 
-  FUSEDOPT_FN Side(const Phase& phase, u64 t)
-      : averages(phase.has(kAverages)), copies(phase.has(kCopies)), first(t <= 1), clears(phase.has(kClearsGrads)) {
+  FUSEDOPT_FN Side(const Phase& phase, u64 t, const LeafReport& tensor_report)
+      : averages(phase.has(kAverages)),
+        copies(phase.has(kCopies)),
+        first(t <= 1),
+        clears(phase.has(kClearsGrads)),
+        report(tensor_report) {
     double d = phase.ema_decay_tensor ? double(*phase.ema_decay_tensor) : phase.ema_decay;
     const double most = (1.0 + double(t)) / (10.0 + double(t));
     if (phase.has(kWarmsUp) && most < d) d = most;

@@ -1,4 +1,4 @@
-// What happens to one chunk: load, unscale, rule, store. Written once, for host and device.
+// What happens to one chunk: load, unscale, rule, store, outputs beside the update. Written once, for host and device.
 //
 // Access says how memory is reached (cpu/access.h, cuda/access.h) and walks a chunk in vectors of its own width; V is
 // the variant; C the compute type.
@@ -52,6 +52,17 @@ struct ChunkView {
       scales[s] = start == 0 ? 0 : start + (u64(begin) >> block_bits) * sizeof(float);
     }
   }
+  // Some of its elements, fewer where it ends before.
+  FUSEDOPT_FN ChunkView part(i32 at, i32 count) const {
+    ChunkView found = *this;
+    const i32 rest = at < size ? size - at : 0;
+    found.begin += at;
+    found.size = rest < count ? rest : count;
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < kElementSlots; ++s)
+      if (layout == nullptr && has(s)) found.address[s] += u64(at) * u64(storage_bytes(storage_of(s)));
+    return found;
+  }
   FUSEDOPT_FN int storage_of(int slot) const { return int(storage >> (kStorageBits * slot)) & kStorageMask; }
   FUSEDOPT_FN u32 mode() const { return u32(storage >> kModeShift); }
   FUSEDOPT_FN bool has(int slot) const { return address[slot] != 0; }
@@ -88,11 +99,14 @@ struct Gradient {
   FUSEDOPT_FN bool is_plain() const { return !unscale && !negate; }
 
   template <class X, int M>
-  FUSEDOPT_FN void prepare(X (&g)[M]) const {
+  FUSEDOPT_FN void divide(X (&g)[M]) const {
     if (unscale) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k) g[k] = g[k] / scale;
     }
+  }
+  template <class X, int M>
+  FUSEDOPT_FN void clip(X (&g)[M]) const {
     if (clips) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k) g[k] = g[k] * coefficient;
@@ -127,16 +141,57 @@ struct StridedIndex {
   FUSEDOPT_FN i64 operator()(int slot) const { return offset[slot]; }
 };
 
+// What a report compares of one vector.
+template <class X, int M>
+struct Witness {
+  X grad[M];    // unscaled, before it is clipped
+  X before[M];  // the parameter
+  X after[M];   // and as the rule left it
+  X update[M];
+};
+
+template <class X, int M>
+FUSEDOPT_FN void copy(X (&to)[M], const X (&from)[M]) {
+  FUSEDOPT_UNROLL
+  for (int k = 0; k < M; ++k) to[k] = from[k];
+}
+
+// The terms of one vector, `place` being that of its first element in half a leaf; p is the parameter as it is stored.
+// What is kept of a 16-bit parameter counts as part of it.
+template <class Access, class W, class X, int M>
+FUSEDOPT_FN void tally_vector(const LeafReport& report, bool keeps_rest, const Witness<X, M>& seen, const X (&p)[M],
+                              i32 place, int count) {
+  const X zero = X{}, one = X{} + 1.0f, lost = X{} + kLostEvent;
+  X events[M];
+  FUSEDOPT_UNROLL
+  for (int k = 0; k < M; ++k) {
+    const X after = keeps_rest ? seen.after[k] : p[k];
+    events[k] = seen.grad[k] - seen.grad[k] == zero ? zero : one;
+    events[k] = events[k] + ((seen.before[k] == after) & (seen.update[k] != zero) ? lost : zero);
+  }
+  const auto square = [](auto x) { return x * x; };
+  const bool first = report.half == 0;
+  LeafTally& tally = *report.tally;
+  Access::template tally<W>(tally.squares[kGradSquares] + place, first, seen.grad, count, square);
+  Access::template tally<W>(tally.squares[kParamSquares] + place, first, p, count, square);
+  Access::template tally<W>(tally.squares[kUpdateSquares] + place, first, seen.update, count, square);
+  Access::template tally<W>(tally.events + place, first, events, count, [](auto x) { return x; });
+}
+
 // A vector of what comes beside the update. The parameter is read back where its storage has rounded it: average and
 // copy are those of the parameter that the next forward pass will see.
 template <class Access, class V, class C, class W, class Index, class X, int M>
-FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const Index& at, X (&p)[M], int count) {
+FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const Index& at, X (&p)[M],
+                             const Witness<X, M>& seen, i32 place, int count) {
   typename Access::template Packet<C, W::value> packet = {};
   const int storage = V::storage(kParam, chunk.storage);
-  if (storage != (sizeof(C) == 8 ? kFloat64 : kFloat32) && (side.averages || side.copies)) {
+  if (storage != (sizeof(C) == 8 ? kFloat64 : kFloat32) && (side.averages || side.copies || side.report.is_wanted())) {
     Access::template fetch<W>(packet, storage, chunk.address[kParam], at(kParam), chunk.is_aligned(kParam));
     Access::template decode<W>(packet, storage, p, count);
   }
+  if constexpr (V::kReports)
+    if (side.report.is_wanted())
+      tally_vector<Access, W>(side.report, V::kMastered && chunk.has(kMaster), seen, p, place, count);
   if (side.averages && chunk.has(kEma)) {
     X ema[M];
     const int ema_storage = V::storage(kEma, chunk.storage);
@@ -156,7 +211,7 @@ FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const 
   }
 }
 template <class Access, class V, class C, class W, class Index, class X, int M>
-FUSEDOPT_FN void sweep_sides(const ChunkView&, const NoSide&, const Index&, X (&)[M], int) {}
+FUSEDOPT_FN void sweep_sides(const ChunkView&, const NoSide&, const Index&, X (&)[M], const Witness<X, M>&, i32, int) {}
 
 // The master slot of one vector: from the stored parameter to the exact one, and back.
 template <class Access, class V, class C, class W>
@@ -209,7 +264,7 @@ struct NoBlock {};
 
 template <class Access, class V, class C, class W, class Rule, class Index, class S, class Block>
 FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
-                              const Index& at, int count, Block&& block) {
+                              const Index& at, i32 place, int count, Block&& block) {
   constexpr int N = W::value;
   using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
   constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
@@ -242,9 +297,15 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
       for (int k = 0; k < M; ++k) x[s][k] = X{};
     }
   master.join(chunk, x[kParam], count);
-  gradient.prepare(x[kGrad]);
+  Witness<X, M> seen;
+  copy(seen.before, x[kParam]);
+  gradient.divide(x[kGrad]);
+  copy(seen.grad, x[kGrad]);
+  gradient.clip(x[kGrad]);
   FUSEDOPT_UNROLL
-  for (int k = 0; k < M; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
+  for (int k = 0; k < M; ++k)
+    seen.update[k] = rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
+  copy(seen.after, x[kParam]);
   master.keep(chunk, x[kParam], at, count);
   if constexpr (V::kBlocks)
     if (chunk.mode() & kRoundsAtRandom) {
@@ -263,7 +324,43 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
                                 count);
     }
-  sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], count);
+  sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], seen, place, count);
+}
+
+template <class Access, class V, class C, class Rule, class S>
+FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
+                            int lane, int lanes) {
+  if (V::kStrided && chunk.layout) {
+    FUSEDOPT_LOOP
+    for (i32 i = lane; i < chunk.size; i += lanes)
+      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), i,
+                                           1, NoBlock{});
+    return;
+  }
+  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
+    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, i, count, NoBlock{});
+  });
+}
+
+// A chunk whose leaves are reported: half a leaf, its other half, what both joined to.
+template <class Access, class V, class C, class Rule, class S>
+FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
+                              int lanes) {
+  const auto barrier = [] { Access::barrier(); };
+  FUSEDOPT_LOOP
+  for (i32 at = 0; at < chunk.size; at += i32(kLeaf)) {
+    const ChunkView leaf = chunk.part(at, i32(kLeaf));
+    barrier();  // the last leaf is written
+    if (leaf.size < kLeaf) clear_tally(*side.report.tally, lane, lanes);
+    barrier();
+    FUSEDOPT_LOOP
+    for (side.report.half = 0; side.report.half < 2; ++side.report.half) {
+      const ChunkView half = leaf.part(side.report.half * kHalfLeaf, kHalfLeaf);
+      sweep_part<Access, V>(half, rule, gradient, side, lane, lanes);
+      barrier();
+    }
+    write_leaf(side.report, u64(leaf.begin / kLeaf), lane, lanes, barrier);
+  }
 }
 
 // Calls visit(index of element i of a chunk in every slot).
@@ -289,10 +386,10 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
     Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) {
       using W = decltype(width);
       if constexpr (W::value > 1)
-        sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, DenseIndex{i}, n, part);
+        sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, DenseIndex{i}, i, n, part);
       else
         at_element<V>(chunk, i, [&](const auto& at) {
-          sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, at, n, part);
+          sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, at, i, n, part);
         });
     });
     FUSEDOPT_UNROLL_SLOTS
@@ -309,16 +406,9 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
                              int lane, int lanes) {
-  if (V::kStrided && chunk.layout) {
-    FUSEDOPT_LOOP
-    for (i32 i = lane; i < chunk.size; i += lanes)
-      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), 1,
-                                           NoBlock{});
-    return;
-  }
-  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
-    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, count, NoBlock{});
-  });
+  if constexpr (V::kReports)
+    if (side.report.is_wanted()) return report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
+  sweep_part<Access, V>(chunk, rule, gradient, side, lane, lanes);
 }
 
 // Sets a chunk's gradient to 0: what is left of a step that is skipped, where gradients are to be cleared.
@@ -380,11 +470,18 @@ FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c) {
   return launch.chunks[V::kSide && launch.phase.reads_twice() ? launch.chunk_count - 1 - c : c];
 }
 
+// Where a tensor's leaves are reported; `tally` is room for the terms of one.
+template <class V>
+FUSEDOPT_FN LeafReport report_of(const LaunchParams& launch, u32 tensor, LeafTally* tally) {
+  if (!V::kReports || !launch.phase.has(kReports)) return {};
+  return {tally, launch.phase.report + launch.table.first_leaf[tensor], launch.table.leaves};
+}
+
 // What side outputs of a tensor's chunk need: nothing in a variant without them.
 template <class V, class C>
-FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor) {
+FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, LeafTally* tally) {
   if constexpr (V::kSide)
-    return Side<C>(launch.phase, next_step(launch, tensor));
+    return Side<C>(launch.phase, next_step(launch, tensor), report_of<V>(launch, tensor, tally));
   else
     return NoSide{};
 }

@@ -11,7 +11,8 @@ enum Feature : u32 {
   kSideFeature = 1u << 2,     // outputs beside the update: phase.h
   kMasterFeature = 1u << 3,   // 16-bit parameters that keep what rounding takes
   kBlockFeature = 1u << 4,    // states in 8 bits, parameters rounded at random
-  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature,  // of the variants without blocks
+  kReportFeature = 1u << 5,   // numbers about every leaf: report.h; always with kSideFeature
+  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature | kReportFeature,  // without blocks
 };
 
 // kParamStorage holds for parameter and gradient, kStateStorage for the states; kAnyStorage is decided at run time.
@@ -21,14 +22,16 @@ struct Variant {
   static constexpr bool kFixed = kParamStorage_ != kAnyStorage;
   static constexpr bool kStrided = (kFeatures & kStridedFeature) != 0;
   static constexpr bool kSide = (kFeatures & kSideFeature) != 0;
+  static constexpr bool kReports = (kFeatures & kReportFeature) != 0;
   static constexpr bool kDouble = (kFeatures & kDoubleFeature) != 0;
   static constexpr bool kMastered = (kFeatures & kMasterFeature) != 0;
   static constexpr bool kBlocks = (kFeatures & kBlockFeature) != 0;
   // Elements a GPU thread takes at a time: 16 bytes of the narrowest slot, 4 where that is float32.
   static constexpr int kWidth = kParamStorage_ == kFloat32 ? 4 : 8;
-  // Blocks of 256 threads that should fit on a multiprocessor at once: it bounds the registers (64, 80, 128). Two
-  // are enough to keep 16 KB of loads in flight where a thread loads 8 elements of four slots.
-  static constexpr int kMinBlocks = !kFixed || kMastered || kSide ? 2 : kWidth == 4 ? 4 : 3;
+  // Blocks of 256 threads that should fit on a multiprocessor at once: it bounds the registers (64, 80, 128, 255).
+  // Two are enough to keep 16 KB of loads in flight where a thread loads 8 elements of four slots; a leaf that is
+  // reported keeps more values than 128 registers hold.
+  static constexpr int kMinBlocks = kReports ? 1 : !kFixed || kMastered || kSide ? 2 : kWidth == 4 ? 4 : 3;
 
   // The storage of a slot: a constant in a fixed variant, else what the table says.
   FUSEDOPT_FN static int storage(int slot, u64 packed) {
@@ -63,6 +66,8 @@ struct Variant {
     fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature)                             \
   X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                   \
   X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                    \
-    fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)
+    fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)                              \
+  X(f32_report, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature | fusedopt::kReportFeature)      \
+  X(everything, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kEveryFeature)
 
 }  // namespace fusedopt

@@ -9,6 +9,7 @@ Example:
 """
 
 # What stands here as itself is public (PEP 484): one line for each optimizer.
+from . import amp as amp
 from ._version import __version__ as __version__
 from .backends import available_backends as available_backends
 from .backends import launch_count as launch_count

@@ -152,7 +152,9 @@ class Reference:
             g, rest = real_view(grad).to(dtype), scale
             if table.phase.max_grad_norm is not None:
                 g, rest = reference.clipped(g, coefficient, scale), None
-            updates = table.rule.update(values.pop("param"), g, values, step, group, rest)
+            before = values.pop("param").clone()  # what is computed in may be the parameter itself
+            updates = table.rule.update(before, g, values, step, group, rest)
+            exact_param = updates["param"]
             if key is not None:
                 _keep_exact(tensors["param"], key, local(row.states[key]), updates)
             if rounds_at_random(row.param, group):
@@ -162,6 +164,10 @@ class Reference:
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
+            if table.phase.report:
+                after = exact_param if key is not None else real_view(tensors["param"]).to(dtype)
+                unscaled = reference.clipped(real_view(grad).to(dtype), None, scale)
+                _write_report(table, row, unscaled, updates["update"], before, after)
             if table.phase.flags:
                 _write_sides(table, row, step, dtype)
             if row.step is not None:
@@ -190,8 +196,7 @@ def _measure(table: Table, scale: float | None) -> float:
         if grad is None:
             sums.append(torch.zeros(row.leaves, dtype=torch.float64))
             continue
-        values = real_view(local(grad))
-        flat = values.as_strided((values.numel(),), (1,)) if row.is_dense else values.reshape(-1)
+        flat = _flat(row, real_view(local(grad)))
         flat = reference.clipped(flat.to(_row_dtype(table, row)), None, scale)
         sums.append(reference.leaf_sums(flat, largest=table.phase.is_largest).cpu())
     norm = reference.joined_norm(torch.cat(sums), largest=table.phase.is_largest)
@@ -199,6 +204,27 @@ def _measure(table: Table, scale: float | None) -> float:
     table.results[0] = norm
     table.results[1] += float(table.phase.refuses(norm))
     return norm
+
+
+def _flat(row: Row, values: Tensor) -> Tensor:
+    """Values of a row's shape in the order in which its leaves are counted."""
+    if not row.is_dense:
+        return values.reshape(-1)
+    like = torch.empty_like(real_view(local(row.param)), dtype=values.dtype)
+    return like.copy_(values).as_strided((values.numel(),), (1,))
+
+
+def _write_report(
+    table: Table, row: Row, grad: Tensor, update: Tensor | None, before: Tensor, after: Tensor | None
+) -> None:
+    """The columns of csrc/report.h for one row, after its update."""
+    assert update is not None  # every rule gives it
+    assert table.partials is not None  # a table that reports has room for it
+    param = real_view(local(row.param)).to(before.dtype)
+    flat = (_flat(row, values) for values in (grad, param, update))
+    found = reference.leaf_report(*flat, lost=_flat(row, (before == after) & (update != 0)))
+    first = sum(other.leaves for other in table.rows[: row.index])
+    table.partials[:, first : first + row.leaves] = found
 
 
 def _write_sides(table: Table, row: Row, step: int, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
 from .phase import EMA, Phase, check_copy, check_distinct
 from .precision import CODES, check_modes, scale_key, state_dtype_of
+from .report import Report, read_report
 from .rules import Rule
 from .sharded import is_sharded
 from .table import Row, Table, separate
@@ -36,6 +38,7 @@ class FusedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    _finds_inf = False  # within step_finding_inf
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
     def __init__(
@@ -98,6 +101,66 @@ class FusedOptimizer(Optimizer):
         if self._results is None:
             raise RuntimeError("the norm is known after a step with max_grad_norm or skip_nonfinite")
         return self._results[place]
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """What the last step that was taken did to each parameter: waits for the device, and joins what it kept.
+
+        Returns:
+            Norms and counts, for each parameter that had a gradient and for all of them.
+
+        Raises:
+            RuntimeError: no step has been taken, or report=True was not asked for.
+
+        Example:
+            >>> import torch, fusedopt
+            >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> optimizer = fusedopt.SGD([weight], lr=0.5, report=True)
+            >>> weight.grad = torch.tensor([6.0, 8.0])
+            >>> optimizer.step()
+            >>> optimizer.report().whole["update_norm"]
+            5.0
+        """
+        if not self._phase.report:
+            raise RuntimeError("nothing was kept to report: construct the optimizer with report=True")
+        tables = [table for table, _ in self._tables or ()]
+        if not any(table.reported for table in tables):
+            raise RuntimeError(
+                "a report tells of a step, and none has been taken since the optimizer was made or loaded"
+            )
+        names: dict[Tensor, str] = {}
+        for group in self.param_groups:
+            for k, param in enumerate(group["params"]):
+                names[param] = group["param_names"][k] if "param_names" in group else str(len(names))
+        return read_report(tables, names)
+
+    def finds_inf(self) -> bool:
+        """Whether a launch sees all gradients, so that ``step_finding_inf`` can serve."""
+        tables = self._current_tables() if self._tables is None else self._tables
+        return self._is_one_launch(tables) and any(param.grad is not None for param in self._traced_params)
+
+    def step_finding_inf(self, grad_scale: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """A step by gradients divided by a scale, which changes nothing where one of them is infinite or NaN.
+
+        Args:
+            grad_scale: one element, on the device.
+            args: for ``step``.
+            kwargs: for ``step``.
+
+        Returns:
+            What ``step`` returned; and 1 where nothing was changed, else 0: float32, one element, on the device.
+        """
+        own = getattr(self, "grad_scale", None)
+        self.grad_scale = grad_scale if own is None else own * grad_scale
+        self._finds_inf = True
+        try:
+            returned = self.step(*args, **kwargs)
+        finally:
+            del self._finds_inf, self.grad_scale
+        return returned, (~self._result(0).isfinite()).to(torch.float32).reshape(1)
+
+    def _is_one_launch(self, tables: list[tuple[Table, Backend]]) -> bool:
+        return len(tables) <= 1 and not self._is_sharded
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
@@ -171,10 +234,10 @@ class FusedOptimizer(Optimizer):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
             group = {**self.defaults, **param_group}
             check_modes(self._rule, group)
-            asked = {"master": group.get("master"), "rounding": group.get("rounding")}
+            asked = {"rounding": group.get("rounding")}
             asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
             for name, mode in asked.items() if self._phase.flags else ():
-                if mode == CODES or (name in ("master", "rounding") and mode is not None):
+                if mode == CODES or (name == "rounding" and mode is not None):
                     raise ValueError(f"{name}={mode!r} and {self._phase} can not work together yet: no kernel has both")
         super().add_param_group(param_group)
         self._see_params()
@@ -278,6 +341,8 @@ class FusedOptimizer(Optimizer):
 
     def _launch(self) -> None:
         tables = self._current_tables()
+        if self._finds_inf and not self._is_one_launch(tables):
+            raise RuntimeError("the parameters no longer are on one device, where one launch could find an infinity")
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for table, backend in tables:
@@ -291,19 +356,22 @@ class FusedOptimizer(Optimizer):
 
     def _announce(self, table: Table, params: list[Tensor]) -> None:
         """Tells a table, and autograd, what else the launch does."""
-        phase = self._phase
-        if not phase.flags:
+        phase = replace(self._phase, skip_nonfinite=True) if self._finds_inf else self._phase
+        if not phase.flags and not table.phase.flags:
             return
+        table.phase, table.results = phase, self._results_on(table.device, phase)
         decay = phase.ema_decay
         table.ema_decay = _on(table.device, decay) if isinstance(decay, Tensor) else decay
         table.announce()
+        if phase.report:
+            table.reported = params
         if phase.zero_grads:
             _increment_version([param.grad for param in params if param.grad is not None])
         if phase.copy_to is not None:
             _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
 
-    def _results_on(self, device: torch.device) -> Tensor | None:
-        if not self._phase.reads_twice:
+    def _results_on(self, device: torch.device, phase: Phase) -> Tensor | None:
+        if not phase.reads_twice:
             return None
         if self._results is None or self._results.device != device:
             wanted = math.inf if self._phase.max_grad_norm is None else self._phase.max_grad_norm
@@ -383,11 +451,11 @@ class FusedOptimizer(Optimizer):
                     self._hidden_steps,
                     launcher,
                     self._phase,
-                    self._results_on(device),
+                    self._results_on(device, self._phase),
                 )
                 table.refresh()
                 tables.append((table, _backend_for(table, self._requested_backend)))
-        if self._phase.reads_twice and (len(tables) > 1 or self._is_sharded):
+        if self._phase.reads_twice and not self._is_one_launch(tables):
             raise RuntimeError(
                 "max_grad_norm and skip_nonfinite need all parameters on one device, none of them a DTensor and none "
                 "sharing memory with another: their norm is found within one launch"

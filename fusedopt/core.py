@@ -61,7 +61,14 @@ class Core(Protocol):
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
     def set_phase(
-        self, flags: int, ema_decay: float, ema_decay_tensor: int, max_norm: float, leaf_sums: int, results: int
+        self,
+        flags: int,
+        ema_decay: float,
+        ema_decay_tensor: int,
+        max_norm: float,
+        leaf_sums: int,
+        results: int,
+        report: int,
     ) -> None:
         """What else a launch does: the fields of ``Phase`` in csrc/phase.h."""
 

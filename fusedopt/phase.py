@@ -18,8 +18,8 @@ EMA = "ema"  # the key of the average in a parameter's state
 LEAF = 2048  # elements: csrc/table.h
 MOST_LEAVES = 2048 * 2048  # that are joined to one norm: csrc/rules/reduce.h
 
-AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE = (
-    1 << bit for bit in range(7)
+AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE, REPORTS = (
+    1 << bit for bit in range(8)
 )  # enum PhaseFlag in csrc/phase.h
 
 
@@ -33,6 +33,7 @@ class PhaseOptions(TypedDict, total=False):
     max_grad_norm: float | None
     norm_type: float
     skip_nonfinite: bool
+    report: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,7 @@ class Phase:
             norm is at most this; the gradients themselves stay as they are.
         norm_type: 2, or infinity: the largest magnitude.
         skip_nonfinite: a step with an infinite or NaN gradient changes no parameter, state or count.
+        report: keeps norms and what went wrong of every step, for the optimizer's ``report()``.
 
     Example:
         >>> Phase(ema_decay=0.999).flags == AVERAGES
@@ -64,6 +66,7 @@ class Phase:
     max_grad_norm: float | None = None
     norm_type: float = 2.0
     skip_nonfinite: bool = False
+    report: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no step could use."""
@@ -101,7 +104,7 @@ class Phase:
         averages = AVERAGES * (self.ema_decay is not None) + WARMS_UP * self.ema_warmup
         sides = averages + COPIES * (self.copy_to is not None) + CLEARS_GRADS * self.zero_grads
         norm = CLIPS * (self.max_grad_norm is not None) + SKIPS_NONFINITE * self.skip_nonfinite
-        return sides + norm + LARGEST_NORM * (norm != 0 and self.is_largest)
+        return sides + norm + LARGEST_NORM * (norm != 0 and self.is_largest) + REPORTS * self.report
 
     @property
     def is_largest(self) -> bool:

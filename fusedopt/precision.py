@@ -239,7 +239,7 @@ def check_no_double(name: str, param: Tensor, group: Group, tensors: Sequence[Te
     """Refuses float64 beside what is kept of a parameter, whose bits are those of a float32."""
     if master_key(param, group) and any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
         raise TypeError(
-            f"{name} has a gradient or a state of torch.float64, which master={group['master']!r} cannot have"
+            f"{name} has a gradient, a state or a copy of torch.float64, which master={group['master']!r} cannot have"
         )
 
 

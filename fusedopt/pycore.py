@@ -25,6 +25,7 @@ HYPERS = 8  # hyperparameters a rule may name
 SLOTS = 12  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
 GRAD, STATE0, MASTER, COPY = 1, 2, 5, 7
+REPORTS = 128  # enum PhaseFlag in csrc/phase.h
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
 STORAGE_BITS = 4  # bits per slot in the storage column
@@ -41,7 +42,8 @@ CODES8 = 15  # a variant whose first state is SIGNED8 and whose others are ROOT8
 ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run time was compiled for
 
 # enum Feature in csrc/variants.h
-STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE, BLOCK_FEATURE = 1, 2, 4, 8, 16
+STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE, BLOCK_FEATURE, REPORT_FEATURE = 1, 2, 4, 8, 16, 32
+EVERY_FEATURE = STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE | MASTER_FEATURE | REPORT_FEATURE
 
 
 class Variant(NamedTuple):
@@ -72,6 +74,8 @@ VARIANTS = (
     Variant("blocks", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE),
     Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
+    Variant("f32_report", FLOAT32, FLOAT32, SIDE_FEATURE | REPORT_FEATURE),
+    Variant("everything", ANY_STORAGE, ANY_STORAGE, EVERY_FEATURE),
 )
 
 
@@ -165,6 +169,8 @@ class PyTable:
     def variant(self) -> str:
         """Name of the smallest variant that covers all rows."""
         param, state, features = ANY_STORAGE, ANY_STORAGE, SIDE_FEATURE if self._phase else 0
+        if self._phase & REPORTS:
+            features |= REPORT_FEATURE
         params, states = self._storages_in_use()
         if any(watch is not None and watch.layout for watch in self._watches):
             features |= STRIDED_FEATURE
@@ -251,7 +257,14 @@ class PyTable:
         self._state_addresses[row] = _addresses(entries)
 
     def set_phase(
-        self, flags: int, ema_decay: float, ema_decay_tensor: int, max_norm: float, leaf_sums: int, results: int
+        self,
+        flags: int,
+        ema_decay: float,
+        ema_decay_tensor: int,
+        max_norm: float,
+        leaf_sums: int,
+        results: int,
+        report: int,
     ) -> None:
         """What else a launch does.
 
@@ -262,6 +275,7 @@ class PyTable:
             max_norm: what gradients are clipped to.
             leaf_sums: where one number for each leaf goes.
             results: where the norm and the count of skipped steps go.
+            report: where five numbers for each leaf go.
         """
         if flags != self._phase:
             self._phase = flags

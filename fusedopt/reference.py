@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 LEAF = 2048  # elements; csrc/table.h
+REPORT_COLUMNS = 5  # csrc/report.h
 
 
 class SGDUpdate(NamedTuple):
@@ -28,6 +29,7 @@ class SGDUpdate(NamedTuple):
 
     param: Tensor
     momentum_buffer: Tensor | None
+    update: Tensor
 
 
 class AdamUpdate(NamedTuple):
@@ -37,6 +39,7 @@ class AdamUpdate(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | None
+    update: Tensor
 
 
 def power(base: float, t: int) -> float:
@@ -101,20 +104,22 @@ def sgd(
         grad_scale: what the gradient is divided by first, as ``torch.amp`` asks; None: nothing.
 
     Returns:
-        The parameter and its velocity after the step.
+        The parameter and its velocity after the step, and the update, which was taken off the parameter.
     """
     g = _prepare(grad, grad_scale, maximize)
     decay = _scalar(weight_decay, param)
     if float(decay) != 0.0:
         g = g + decay * param
     if momentum == 0.0:
-        return SGDUpdate(param - _scalar(lr, param) * g, None)
+        update = _scalar(lr, param) * g
+        return SGDUpdate(param - update, None, update)
     if step == 1 or momentum_buffer is None:
         velocity = g
     else:
         velocity = _scalar(momentum, param) * momentum_buffer + _scalar(1.0 - dampening, param) * g
     direction = g + _scalar(momentum, param) * velocity if nesterov else velocity
-    return SGDUpdate(param - _scalar(lr, param) * direction, velocity)
+    update = _scalar(lr, param) * direction
+    return SGDUpdate(param - update, velocity, update)
 
 
 def adam(
@@ -155,7 +160,7 @@ def adam(
         grad_scale: what the gradient is divided by first, as ``torch.amp`` asks; None: nothing.
 
     Returns:
-        The parameter and its moments after the step.
+        The parameter and its moments after the step, and the update, which was taken off the parameter.
     """
     bias_correction1 = 1.0 - power(beta1, step)
     bias_correction2_sqrt = math.sqrt(1.0 - power(beta2, step))
@@ -173,7 +178,7 @@ def adam(
     update = alpha_t * (m / (square_root(v if v_max is None else v_max) + eps_hat))
     if float(decay) != 0.0:
         update = update + decay * param
-    return AdamUpdate(param - update, m, v, v_max)
+    return AdamUpdate(param - update, m, v, v_max, update)
 
 
 def average(ema: Tensor, param: Tensor, *, step: int, decay: float) -> Tensor:
@@ -202,21 +207,41 @@ def leaf_sums(flat: Tensor, *, largest: bool) -> Tensor:
     return _join_halves(values.reshape(-1, LEAF), largest)
 
 
-def joined_norm(sums: Tensor, *, largest: bool) -> float:
-    """The norm that leaves join to: groups of 2,048 leaves, then the groups."""
+def leaf_report(grad: Tensor, param: Tensor, update: Tensor, *, lost: Tensor) -> Tensor:
+    """What csrc/report.h says of every leaf of a tensor, in its columns.
+
+    Args:
+        grad: the gradient, unscaled, before it is clipped, flat in the order of the memory.
+        param: the parameter after the update, as it is stored; the same.
+        update: as the rule found it; the same.
+        lost: whether the update of an element left it as it was stored, though it was not 0; the same.
+    """
+    squares = [leaf_sums(values, largest=False) for values in (grad, param, update)]
+    counts = [leaf_sums(event.to(torch.float64), largest=False) for event in (~grad.isfinite(), lost)]
+    return torch.stack([*squares, *counts])
+
+
+def joined_leaves(leaves: Tensor, *, largest: bool) -> Tensor:
+    """What leaves join to, along the last dimension: groups of 2,048, then the groups."""
     for _ in range(2):
-        padded = torch.zeros(max(-(-sums.numel() // LEAF), 1) * LEAF, dtype=torch.float64)
-        padded[: sums.numel()] = sums
-        sums = _join_halves(padded.reshape(-1, LEAF), largest)
-    joined = float(sums)
+        count = leaves.shape[-1]
+        padded = leaves.new_zeros((*leaves.shape[:-1], max(-(-count // LEAF), 1) * LEAF))
+        padded[..., :count] = leaves
+        leaves = _join_halves(padded.reshape(*leaves.shape[:-1], -1, LEAF), largest)
+    return leaves.squeeze(-1)
+
+
+def joined_norm(sums: Tensor, *, largest: bool) -> float:
+    """The norm that leaves join to."""
+    joined = float(joined_leaves(sums, largest=largest))
     return joined if largest or joined != joined else math.sqrt(joined)
 
 
 def _join_halves(values: Tensor, largest: bool) -> Tensor:
-    while values.shape[1] > 1:
-        low, high = values.chunk(2, dim=1)
+    while values.shape[-1] > 1:
+        low, high = values.chunk(2, dim=-1)
         values = torch.maximum(low, high) if largest else low + high
-    return values[:, 0]
+    return values[..., 0]
 
 
 def _scalar(x: float, like: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from .precision import (
     state_dtype_of,
     takes_modes,
 )
+from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
 from .sharded import is_sharded, settled
 from .storages import KEPT_STORAGES
@@ -133,6 +134,8 @@ class Table:
         self.phase = phase
         self.results = results
         self.leaf_sums: Tensor | None = None
+        self.partials: Tensor | None = None  # of the report: csrc/report.h
+        self.reported: list[Tensor] = []  # the parameters that it tells of
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
         self._state = state
         self._hidden_steps = hidden_steps
@@ -172,6 +175,7 @@ class Table:
         is_tensor = isinstance(decay, Tensor)
         address = decay.data_ptr() if isinstance(decay, Tensor) else 0
         self._make_room_for_norm()
+        self._make_room_for_report()
         self.core.set_phase(
             self.phase.flags,
             0.0 if decay is None or is_tensor else float(decay),
@@ -179,6 +183,7 @@ class Table:
             math.inf if self.phase.max_grad_norm is None else self.phase.max_grad_norm,
             0 if self.leaf_sums is None else self.leaf_sums.data_ptr(),
             0 if self.results is None else self.results.data_ptr(),
+            0 if self.partials is None else self.partials.data_ptr(),
         )
 
     def _make_room_for_norm(self) -> None:
@@ -187,6 +192,11 @@ class Table:
             raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
         if self.phase.reads_twice and (self.leaf_sums is None or self.leaf_sums.numel() != leaves):
             self.leaf_sums = torch.empty(leaves, dtype=torch.float64, device=self.device)
+
+    def _make_room_for_report(self) -> None:
+        shape = (REPORT_COLUMNS, self.core.leaves)
+        if self.phase.report and (self.partials is None or self.partials.shape != shape):
+            self.partials = torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
 
     def decay_at(self, step: int) -> float:
         """The decay that averages have at a step."""
@@ -331,7 +341,7 @@ class Table:
                 check_codes(self.rule, row.name, row.param, group, state)
                 check_rounding(row.name, row.param, group, state)
                 wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
-                check_no_double(row.name, row.param, group, [row.param.grad, *wanted])
+                check_no_double(row.name, row.param, group, [row.param.grad, row.copy, *wanted])
         if self.phase.zero_grads:
             self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .phase import LEAF
+from .reference import REPORT_COLUMNS
 from .table import Table
 
 _DTYPES = {
@@ -44,6 +45,7 @@ class Launcher:
         self._sent: dict[str, bytes] = {}
         self._sent_decay: tuple[float, Tensor] | None = None
         self._tensors: dict[str, Tensor] = {}
+        self._terms: Tensor | None = None
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Sends what changed and launches."""
@@ -75,12 +77,26 @@ class Launcher:
         )
 
     def _measured(self, table: Table) -> dict[str, Any]:
-        """What the launch of the norm needs; nothing where there is none."""
-        if table.leaf_sums is None or table.results is None:
+        """What the norm and the report need; nothing where there is neither."""
+        phase = table.phase
+        if not phase.reads_twice and not phase.report:
             return {}
         leaves = torch.div(self.columns.numel + (LEAF - 1), LEAF, rounding_mode="floor")
         first_leaf = torch.cumsum(leaves, 0) - leaves
-        return {"first_leaf": first_leaf, "leaf_sums": table.leaf_sums, "results": table.results}
+        found: dict[str, Any] = {"first_leaf": first_leaf}
+        if phase.reads_twice:
+            found |= {"leaf_sums": table.leaf_sums, "results": table.results}
+        if phase.report:
+            found |= {"report": table.partials, "report_terms": self._room_for_terms(table)}
+        return found
+
+    def _room_for_terms(self, table: Table) -> Tensor:
+        from .triton_kernels.launch import resident_programs
+
+        programs = resident_programs(table.core.variant, self.device)
+        if self._terms is None or self._terms.shape[0] < programs:
+            self._terms = torch.empty(programs, REPORT_COLUMNS, LEAF, dtype=torch.float64, device=self.device)
+        return self._terms
 
     def _decay(self, decay: float | Tensor | None) -> Tensor | None:
         """The decay of averages, on the device."""

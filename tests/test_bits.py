@@ -197,12 +197,11 @@ def test_values_hold_denormals_signed_zeros_infinities_and_nan() -> None:
         assert finite.isfinite().all()
 
 
-# Variants of precision modes have their cases in tests/test_precision.py and tests/test_blocks.py.
-KEPT = {"bf16_f32_master", "master", "bf16_8", "blocks"}
+# Variants whose cases are in tests/test_precision.py, test_blocks.py, test_phase.py and test_report.py.
+ELSEWHERE = {"bf16_f32_master", "master", "bf16_8", "blocks", "f32_side", "full_side", "f32_report", "everything"}
 
 
 def test_every_variant_is_in_the_matrix() -> None:
     compiled = pytest.importorskip("fusedopt._C")
     for rule in ("SGD", "Adam"):
-        plain = {name for name in compiled.variants() if not name.endswith("_side")} - KEPT  # tests/test_phase.py
-        assert {name.split("-")[1] for name in batches() if name.startswith(rule)} == plain
+        assert {name.split("-")[1] for name in batches() if name.startswith(rule)} == {*compiled.variants()} - ELSEWHERE

@@ -71,6 +71,9 @@ SIGNATURE = {
     "leaf_sums": "*fp64",
     "leaves": "i64",
     "results": "*fp64",
+    "first_leaf": "*i64",
+    "report": "i64",
+    "report_terms": "i64",
 }
 
 

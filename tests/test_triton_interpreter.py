@@ -28,6 +28,10 @@ MODULES = [
     pytest.param("test_phase.py", "not all_side_outputs or AdamW-bf16 or SGD-f64", id="test_phase, a part"),
     pytest.param("test_norm.py", "", id="test_norm", marks=pytest.mark.slow),
     pytest.param("test_norm.py", "not bits_of_the_reference or Adam-all", id="test_norm, a part"),
+    pytest.param("test_amp.py", "", id="test_amp", marks=pytest.mark.slow),
+    pytest.param("test_amp.py", "with_everything or without_the_scaler", id="test_amp, a part"),
+    pytest.param("test_report.py", "", id="test_report", marks=pytest.mark.slow),
+    pytest.param("test_report.py", "f32-dense or split or fp32 or counted", id="test_report, a part"),
     pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
     pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]

@@ -36,8 +36,9 @@ class Variant:
             more at once and lays all slots of a block out alike.
         programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
         side: admits outputs beside the update: csrc/phase.h.
-        mastered: admits what is kept beside a 16-bit parameter; never with float64.
+        mastered: admits what is kept beside a 16-bit parameter; never for a tensor computed in float64.
         blocks: admits states in 8 bits: csrc/storage/block.h.
+        report: admits numbers about every leaf: csrc/report.h.
     """
 
     param_storage: int
@@ -49,6 +50,7 @@ class Variant:
     side: bool = False
     mastered: bool = False
     blocks: bool = False
+    report: bool = False
 
 
 _F32, _BF16, _ANY = FLOAT32.value, BFLOAT16.value, ANY_STORAGE.value
@@ -66,6 +68,10 @@ VARIANTS = {
     "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
     "bf16_8": Variant(_BF16, _ANY, strided=False, double=False, width=4, programs=3, mastered=True, blocks=True),
     "blocks": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=3, mastered=True, blocks=True),
+    "f32_report": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True, report=True),
+    "everything": Variant(
+        _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, report=True
+    ),
 }
 
 
@@ -148,6 +154,7 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
         "DOUBLE": v.double,
         "SIDE": v.side,
         "BLOCKS": v.blocks,
+        "REPORT": v.report,
         "BLOCK": THREADS * v.width,
         "EDGES": THREADS if v.double else THREADS * v.width // 2,
         "WIDTH": v.width,
@@ -202,6 +209,8 @@ def launch(
     first_leaf: torch.Tensor | None = None,
     leaf_sums: torch.Tensor | None = None,
     results: torch.Tensor | None = None,
+    report: torch.Tensor | None = None,
+    report_terms: torch.Tensor | None = None,
     programs: int | None = None,
 ) -> None:
     """Takes a step of every tensor that has a gradient, by one launch on the device's current stream.
@@ -215,9 +224,11 @@ def launch(
         phase_flags: bits of ``enum PhaseFlag`` in csrc/phase.h; the variant admits side outputs. Default: none.
         ema_decay: float32 or float64, one element, on the device: decay of the averages. Default: 0.
         first_leaf: int64 [rows], how many leaves of 2,048 elements the rows before each have; only where the flags
-            ask for the norm, as the next two, and then there is a launch more.
-        leaf_sums: float64, one for each leaf.
-        results: float64 [3]: norm, skipped launches, largest norm that is wanted.
+            ask for the norm or a report.
+        leaf_sums: float64, one for each leaf: where the flags ask for the norm, which takes a launch more.
+        results: float64 [3]: norm, skipped launches, largest norm that is wanted; as leaf_sums.
+        report: float64 [5, leaves]: csrc/report.h; where the flags ask for it, as the next.
+        report_terms: float64 [programs, 5, 2048], room for the terms of one leaf.
         programs: Triton programs to run. Default: what the device runs at once; 3 if interpreted.
 
     Raises:
@@ -273,11 +284,21 @@ def launch(
             0 if ema_decay is None else ema_decay.data_ptr(),
             FLOAT64.value if ema_decay is not None and ema_decay.dtype == torch.float64 else FLOAT32.value,
             columns.arrivals if leaf_sums is None else leaf_sums,
-            0 if leaf_sums is None else leaf_sums.numel(),
+            _count_leaves(leaf_sums, report),
             columns.arrivals if results is None else results,
+            columns.arrivals if first_leaf is None else first_leaf,
+            0 if report is None else report.data_ptr(),
+            0 if report_terms is None else report_terms.data_ptr(),
             **constants,
             **_device_options(variant, columns.device),
         )
+
+
+def _count_leaves(leaf_sums: torch.Tensor | None, report: torch.Tensor | None) -> int:
+    for numbers in (leaf_sums, report):
+        if numbers is not None:
+            return numbers.shape[-1]
+    return 0
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[Any]:

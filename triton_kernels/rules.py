@@ -2,8 +2,8 @@
 
 A rule is two functions. `<rule>_scalars` takes a group's hyperparameters in float64 and the step count t, and
 rounds each scalar once to the compute type; `<rule>` takes an element of parameter, gradient and three states
-in registers and returns the new parameter and states. Neither sees a pointer, a storage or a block size. The
-papers are cited in csrc/rules/; every float32 operation here is separate and IEEE-rounded, in the same order.
+in registers and returns the new parameter and states, and the update. Neither sees a pointer, a storage or a block
+size. The papers are cited in csrc/rules/; every float32 operation here is separate and IEEE-rounded, in the same order.
 """
 
 # mypy: ignore-errors
@@ -100,8 +100,8 @@ def sgd(p, g, momentum_buffer, state1, state2, s):
     g = tl.where(s.weight_decay != 0.0, g + s.weight_decay * p, g)
     velocity = tl.where(s.first, g, s.momentum * momentum_buffer + s.one_minus_dampening * g)
     lookahead = tl.where(s.nesterov, g + s.momentum * velocity, velocity)
-    p = p - s.lr * tl.where(s.has_momentum, lookahead, g)
-    return p, velocity, state1, state2
+    update = s.lr * tl.where(s.has_momentum, lookahead, g)
+    return p - update, velocity, state1, state2, update
 
 
 class AdamScalars(NamedTuple):
@@ -145,9 +145,9 @@ def adam(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, s):
     exp_avg = lerp(exp_avg, g, s.one_minus_beta1, s.beta1)
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g * g
     max_exp_avg_sq = tl.where(s.amsgrad, maximum(max_exp_avg_sq, exp_avg_sq), exp_avg_sq)
-    update = s.alpha_t * divide(exp_avg, square_root(max_exp_avg_sq) + s.eps_hat)
-    p = p - tl.where(s.decay != 0.0, update + s.decay * p, update)
-    return p, exp_avg, exp_avg_sq, max_exp_avg_sq
+    adaptive = s.alpha_t * divide(exp_avg, square_root(max_exp_avg_sq) + s.eps_hat)
+    update = tl.where(s.decay != 0.0, adaptive + s.decay * p, adaptive)
+    return p - update, exp_avg, exp_avg_sq, max_exp_avg_sq, update
 
 
 class Rule(NamedTuple):

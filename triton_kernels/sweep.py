@@ -13,8 +13,9 @@ import triton.language as tl
 
 from .blocks import MOST_BLOCK, bf16_at_random, decode_codes, fetch_codes, keep_codes, random_stream
 from .master import exact_param, fetch_master, keep_master, stored_param
-from .phase import CLEARS_GRADS, side_of, sweep_sides
-from .reduce import CLIPS, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
+from .phase import CLEARS_GRADS, rounded, side_of, sweep_sides
+from .reduce import CLIPS, JOINED, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
+from .report import COLUMNS, REPORTS, no_report, tally_block, write_leaf
 from .rules import MAXIMIZE, divide
 from .storage import ANY_STORAGE, decode, fetch, only_if, pointer, storage_bytes, store
 from .table import (
@@ -39,10 +40,16 @@ from .table import (
 
 
 @triton.jit
-def prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE: tl.constexpr):
-    """What becomes of a gradient before the rule sees it."""
+def unscaled(g, scale, unscale):
+    """A gradient divided by its scale, where it has one."""
     if unscale:
         g = divide(g, scale.to(g.dtype))
+    return g
+
+
+@triton.jit
+def prepare_gradient(g, negate, clips, coefficient, SIDE: tl.constexpr):
+    """What becomes of an unscaled gradient before the rule sees it."""
     if SIDE and clips:
         g = g * coefficient.to(g.dtype)
     return tl.where(negate, g * -1.0, g)  # Triton's own minus is 0 − g, which loses the sign of zero
@@ -58,7 +65,8 @@ def sweep_block(
     gradient,
     side,
     blocks,
-    place,  # of the block's elements in their chunk
+    terms,  # where a report's terms of the leaf go, or 0
+    place,  # of the block's elements in their chunk, which is a leaf where leaves are reported
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
@@ -66,6 +74,7 @@ def sweep_block(
     MASTERED: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    REPORT: tl.constexpr,
     C: tl.constexpr,
     LENGTH: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -104,8 +113,11 @@ def sweep_block(
         if STATES > 2:
             z = decode_codes(z, z_codes, storage.state2)
     scale, unscale, negate, clips, coefficient = gradient
-    g = prepare_gradient(g, scale, unscale, negate, clips, coefficient, SIDE)
-    p, x, y, z = UPDATE(p, g, x, y, z, scalars)
+    grad = unscaled(g, scale, unscale)
+    g = prepare_gradient(grad, negate, clips, coefficient, SIDE)
+    before = p
+    p, x, y, z, update = UPDATE(p, g, x, y, z, scalars)
+    after = p
     if MASTERED:
         keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
         p = stored_param(p, address.master, storage.master)
@@ -120,13 +132,16 @@ def sweep_block(
     if BLOCKS:
         keep_codes(x, address.state0, at.state0, has0, storage.state0, scale0, blocks, place, LENGTH, ALIGNED)
         if STATES > 1:
-            keep_codes(
-                y, address.state1, at.state1, has1, storage.state1, scale1, place, begin, bits, t, LENGTH, ALIGNED
-            )
+            keep_codes(y, address.state1, at.state1, has1, storage.state1, scale1, blocks, place, LENGTH, ALIGNED)
         if STATES > 2:
-            keep_codes(
-                z, address.state2, at.state2, has2, storage.state2, scale2, place, begin, bits, t, LENGTH, ALIGNED
-            )
+            keep_codes(z, address.state2, at.state2, has2, storage.state2, scale2, blocks, place, LENGTH, ALIGNED)
+    if REPORT and terms != 0:
+        stored = rounded(p, storage.param, C)
+        if MASTERED:
+            after = tl.where(address.master != 0, after, stored)
+        else:
+            after = stored
+        tally_block(pointer(terms, tl.float64, False), place, mask, grad, before, after, stored, update)
     if SIDE:
         sweep_sides(p, address, at, mask, storage, side, PS, SS, C, ALIGNED)
 
@@ -143,6 +158,7 @@ def sweep_chunk(
     gradient,
     side,
     blocks,
+    terms,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     PS: tl.constexpr,
@@ -151,6 +167,7 @@ def sweep_chunk(
     STRIDED: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    REPORT: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
@@ -177,8 +194,8 @@ def sweep_chunk(
         block = advance_all(address, storage, start)
         mask = i < count - start
         sweep_block(
-            block, all_slots(i), mask, storage, scalars, gradient, side, blocks, start + i,
-            UPDATE, STATES, PS, SS, MASTERED, SIDE, BLOCKS, C, BLOCK, True,
+            block, all_slots(i), mask, storage, scalars, gradient, side, blocks, terms, head + start + i,
+            UPDATE, STATES, PS, SS, MASTERED, SIDE, BLOCKS, REPORT, C, BLOCK, True,
         )  # fmt: skip
     for edge in range(0, 2):
         first = tl.where(edge == 0, 0, head + count)
@@ -195,9 +212,55 @@ def sweep_chunk(
             block = advance_all(address, storage, offset)
             mask = i < last - start
             sweep_block(
-                block, at, mask, storage, scalars, gradient, side, blocks, start + i,
-                UPDATE, STATES, PS, SS, MASTERED, SIDE, BLOCKS, C, EDGES, False,
+                block, at, mask, storage, scalars, gradient, side, blocks, terms, start + i,
+                UPDATE, STATES, PS, SS, MASTERED, SIDE, BLOCKS, REPORT, C, EDGES, False,
             )  # fmt: skip
+
+
+@triton.jit
+def report_chunk(
+    address,
+    storage,
+    layouts,
+    layout,
+    begin,
+    size,
+    scalars,
+    gradient,
+    side,
+    blocks,
+    report,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    PS: tl.constexpr,
+    SS: tl.constexpr,
+    MASTERED: tl.constexpr,
+    STRIDED: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    REPORT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A chunk leaf by leaf where each is reported, else at once."""
+    terms, columns, leaves, first_leaf = report
+    if REPORT and terms != 0:
+        for start in range(0, size, JOINED):
+            count = tl.minimum(size - start, JOINED)
+            leaf = advance_all(address, storage, tl.where(layout == DENSE_LAYOUT, start, 0))
+            sweep_chunk(
+                leaf, storage, layouts, layout, begin + start, count, scalars, gradient, side, blocks, terms,
+                UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, REPORT, C, BLOCK, EDGES, WIDTH,
+            )  # fmt: skip
+            index = first_leaf + (begin + start) // JOINED
+            write_leaf(pointer(terms, tl.float64, False), count, pointer(columns, tl.float64, False), leaves, index)
+    else:
+        sweep_chunk(
+            address, storage, layouts, layout, begin, size, scalars, gradient, side, blocks, terms,
+            UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, REPORT, C, BLOCK, EDGES, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -246,6 +309,9 @@ def clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count,
         "leaf_sums",
         "leaves",
         "results",
+        "first_leaf",
+        "report",
+        "report_terms",
     ]
 )
 def sweep(
@@ -273,6 +339,9 @@ def sweep(
     leaf_sums,  # float64 [leaves]: what `measure` has found
     leaves: tl.int64,
     results,  # float64 [3]: the norm, how many launches were skipped; max_norm
+    first_leaf,  # int64 [rows]: how many leaves the rows before this one have
+    report: tl.int64,  # address of float64 [COLUMNS, leaves]: csrc/report.h; or 0
+    report_terms: tl.int64,  # address of float64 [programs, COLUMNS, JOINED]
     SCALARS: tl.constexpr,
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
@@ -283,6 +352,7 @@ def sweep(
     DOUBLE: tl.constexpr,
     SIDE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    REPORT: tl.constexpr,
     BLOCK: tl.constexpr,
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -292,7 +362,8 @@ def sweep(
     The rule is SCALARS, UPDATE and STATES, the number of its states. The variant is PS and SS, the storage of
     parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
     tensors and float64 are admitted; MASTERED: something is kept beside 16-bit parameters; SIDE: there are outputs
-    beside the update; BLOCKS: states may be codes of 8 bits. A program takes BLOCK elements at a time, in
+    beside the update; BLOCKS: states may be codes of 8 bits; REPORT: numbers about every leaf are among the outputs.
+    A program takes BLOCK elements at a time, in
     vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out alike and shuffles
     through shared memory.
     """
@@ -339,19 +410,25 @@ def sweep(
                 a = advance_all(a, s, tl.where(at == DENSE_LAYOUT, begin, 0))
                 t = next_step(steps)
                 blocks = block_scales(address, rows, row, packed, begin, t, BLOCKS)
+                told = no_report()
+                if REPORT and (phase_flags & REPORTS) != 0:
+                    terms = report_terms.to(tl.int64) + tl.program_id(0).to(tl.int64) * (8 * COLUMNS * JOINED)
+                    told = terms, report.to(tl.int64), leaves.to(tl.int64), tl.load(first_leaf + row)
                 if DOUBLE and computes_in_double(a, s):
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     exact = SCALARS(hypers, flags, next_step(steps), tl.float64)
                     exact_side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
-                    sweep_chunk(
-                        a, s, layouts, at, begin, size, exact, gradient, exact_side, blocks,
-                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, tl.float64, BLOCK // 2, EDGES, WIDTH,
+                    report_chunk(
+                        a, s, layouts, at, begin, size, exact, gradient, exact_side, blocks, told,
+                        UPDATE, STATES, PS, SS, False, STRIDED, SIDE, BLOCKS, REPORT,
+                        tl.float64, BLOCK // 2, EDGES, WIDTH,
                     )  # fmt: skip
                 else:
                     side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float32, SIDE)
-                    sweep_chunk(
-                        a, s, layouts, at, begin, size, scalars, gradient, side, blocks,
-                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, tl.float32, BLOCK, EDGES, WIDTH,
+                    report_chunk(
+                        a, s, layouts, at, begin, size, scalars, gradient, side, blocks, told,
+                        UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, REPORT,
+                        tl.float32, BLOCK, EDGES, WIDTH,
                     )  # fmt: skip
         # Every thread has read the step counts it needs before the last program to arrive writes them.
         tl.debug_barrier()

@@ -172,6 +172,30 @@ struct HostAccess {
     }
   }
 
+  // A thread has its tally for itself.
+  FUSEDOPT_FN static void barrier() {}
+
+  // Puts a term of each element into `to`, or adds it to what is there.
+  template <class W, class T, class X, int M, class Term>
+  FUSEDOPT_FN static void tally(T* to, bool first, const X (&x)[M], int count, const Term& term) {
+    using C = std::remove_reference_t<decltype(X{}[0])>;
+    constexpr int kSize = int(sizeof(X) / sizeof(C));
+    constexpr int kPiece = kLanes<T> < kSize ? kLanes<T> : kSize;
+    using To = Unaligned<Vector<T, kPiece>>;
+    if (W::kPartial) {
+      for (int e = 0; e < count; ++e) to[e] = (first ? T(0) : to[e]) + term(T(x[e / kSize][e % kSize]));
+      return;
+    }
+    FUSEDOPT_UNROLL
+    for (int e = 0; e < M * kSize; e += kPiece) {
+      Vector<C, kPiece> piece;
+      __builtin_memcpy(&piece, reinterpret_cast<const C*>(&x[e / kSize]) + e % kSize, sizeof(piece));
+      const Vector<T, kPiece> terms = term(convert<T>(piece));
+      To& at = *reinterpret_cast<To*>(to + e);
+      at = first ? terms : at + terms;
+    }
+  }
+
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
     i32 i = 0;

@@ -102,6 +102,7 @@ FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
 template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
+  LeafTally tally;
   for (u32 c = first; c < last; ++c) {
     const Chunk chunk = chunk_at<V>(launch, c);
     if (c + kChunksAhead < last) prefetch(launch, chunk_at<V>(launch, c + kChunksAhead));
@@ -113,11 +114,11 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     if constexpr (V::kDouble)
       if (use_double) {
         sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags()),
-                               side_of<V, double>(launch, chunk.tensor), 0, 1);
+                               side_of<V, double>(launch, chunk.tensor, &tally), 0, 1);
         continue;
       }
     sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags()),
-                   side_of<V, float>(launch, chunk.tensor), step);
+                   side_of<V, float>(launch, chunk.tensor, &tally), step);
   }
 }
 

@@ -187,6 +187,18 @@ struct DeviceAccess {
       if (k < count) device::store8(address + u64(k), u8(words[k / 4] >> (8 * (k % 4))));
   }
 
+  FUSEDOPT_FN static void barrier() { device::barrier(); }
+
+  // Puts a term of each element into `to`, in shared memory, or adds it to what is there.
+  template <class W, class T, class C, class Term>
+  FUSEDOPT_FN static void tally(T* to, bool first, const C (&x)[W::value], int, const Term& term) {
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k) {
+      const T value = term(T(x[k]));
+      to[k] = first ? value : to[k] + value;
+    }
+  }
+
   // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.
   template <class V, class C>
   FUSEDOPT_FN static void prepare(ChunkView& chunk) {

@@ -60,10 +60,29 @@ FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, B
     block.in_float = Rule<float>(hypers, step);
 }
 
+// What a block joins, in shared memory: leaves of the gradients, their results, or the tally of a leaf that is
+// reported.
+union BlockJoins {
+  struct {
+    double values[kJoined];
+    double groups[kJoined];
+  } tree;
+  LeafTally tally;
+};
+
+template <class V>
+FUSEDOPT_FN LeafTally* block_tally() {
+  if constexpr (V::kReports)
+    return &device::shared<BlockJoins>().tally;
+  else
+    return nullptr;
+}
+
 template <template <class> class Rule, class V>
 FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block) {
   const int lane = device::thread_index();
   const int lanes = device::block_threads();
+  LeafTally* const tally = block_tally<V>();
   BuiltRule built;
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
@@ -77,17 +96,12 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
                                     next_step(launch, chunk.tensor), lane, lanes);
     else if (V::kDouble && block.view.computes_in_double())
       sweep_chunk<DeviceAccess, V>(block.view, block.in_double, gradient_of<V, double>(launch, block.flags),
-                                   side_of<V, double>(launch, chunk.tensor), lane, lanes);
+                                   side_of<V, double>(launch, chunk.tensor, tally), lane, lanes);
     else
       sweep_chunk<DeviceAccess, V>(block.view, block.in_float, gradient_of<V, float>(launch, block.flags),
-                                   side_of<V, float>(launch, chunk.tensor), lane, lanes);
+                                   side_of<V, float>(launch, chunk.tensor, tally), lane, lanes);
   }
 }
-
-// The joined values of a block: in shared memory.
-struct BlockTree {
-  double values[kJoined];
-};
 
 FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
   const int lane = device::thread_index(), lanes = device::block_threads();
@@ -110,7 +124,7 @@ FUSEDOPT_FN void fill_leaf(const ChunkView& leaf, const Gradient<C>& gradient, d
       DeviceAccess::Packet<C, 1> packet = {};
       DeviceAccess::fetch<Width<1>>(packet, storage, leaf.address[kGrad], at, false);
       DeviceAccess::decode<Width<1>>(packet, storage, g, 1);
-      gradient.prepare(g);
+      gradient.divide(g);
     }
     values[k] = largest ? term<true>(double(g[0])) : term<false>(double(g[0]));
   }
@@ -118,7 +132,7 @@ FUSEDOPT_FN void fill_leaf(const ChunkView& leaf, const Gradient<C>& gradient, d
 
 // The first pass: every block joins the leaves of its chunks.
 template <class V>
-FUSEDOPT_FN void measure_block(const LaunchParams& launch, BlockTree& tree) {
+FUSEDOPT_FN void measure_block(const LaunchParams& launch, double* values) {
   const bool largest = launch.phase.has(kLargestNorm);
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
@@ -127,46 +141,42 @@ FUSEDOPT_FN void measure_block(const LaunchParams& launch, BlockTree& tree) {
     for_each_leaf(launch, chunk, [&](u64 index, const ChunkView& leaf) {
       if (live) {
         if (V::kDouble && leaf.computes_in_double())
-          fill_leaf<V>(leaf, Gradient<double>(launch, 0), tree.values, largest);
+          fill_leaf<V>(leaf, Gradient<double>(launch, 0), values, largest);
         else
-          fill_leaf<V>(leaf, Gradient<float>(launch, 0), tree.values, largest);
-        join_block(tree.values, kJoined, largest);
+          fill_leaf<V>(leaf, Gradient<float>(launch, 0), values, largest);
+        join_block(values, kJoined, largest);
       }
-      if (device::thread_index() == 0) launch.phase.leaf_sums[index] = live ? tree.values[0] : 0.0;
+      if (device::thread_index() == 0) launch.phase.leaf_sums[index] = live ? values[0] : 0.0;
       device::barrier();
     });
   }
 }
 
 // What all leaves join to: every block finds it by itself, in the same order. Groups of 2,048 leaves, then the groups.
-FUSEDOPT_FN double join_leaves(const LaunchParams& launch, BlockTree& tree) {
+FUSEDOPT_FN double join_leaves(const LaunchParams& launch, double* values, double* groups) {
   const bool largest = launch.phase.has(kLargestNorm);
   const u64 leaves = launch.table.leaves;
-  struct Groups {
-    double values[kJoined];
-  };
-  Groups& groups = device::shared<Groups>();
-  for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) groups.values[k] = 0.0;
+  for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) groups[k] = 0.0;
   for (u64 group = 0; group * kJoined < leaves; ++group) {
     device::barrier();
     for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
       const u64 leaf = group * kJoined + u64(k);
-      tree.values[k] = leaf < leaves ? launch.phase.leaf_sums[leaf] : 0.0;
+      values[k] = leaf < leaves ? launch.phase.leaf_sums[leaf] : 0.0;
     }
-    join_block(tree.values, kJoined, largest);
-    if (device::thread_index() == 0) groups.values[group] = tree.values[0];
+    join_block(values, kJoined, largest);
+    if (device::thread_index() == 0) groups[group] = values[0];
   }
-  join_block(groups.values, kJoined, largest);
-  return groups.values[0];
+  join_block(groups, kJoined, largest);
+  return groups[0];
 }
 
 // Measures all gradients and sets what they are multiplied by. False: the launch is to change nothing.
 template <class V>
 FUSEDOPT_FN bool admit_gradients(LaunchParams& launch) {
-  BlockTree& tree = device::shared<BlockTree>();
-  measure_block<V>(launch, tree);
+  auto& tree = device::shared<BlockJoins>().tree;
+  measure_block<V>(launch, tree.values);
   device::grid_barrier(launch.arrivals + 1);
-  const double norm = norm_of(launch.phase, join_leaves(launch, tree));
+  const double norm = norm_of(launch.phase, join_leaves(launch, tree.values, tree.groups));
   const bool refused = is_refused(launch.phase, norm);
   launch.phase.coefficient = coefficient_of(launch.phase, norm);
   if (device::block_index() == 0 && device::thread_index() == 0) {

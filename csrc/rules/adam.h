@@ -42,13 +42,15 @@ struct Adam {
   FUSEDOPT_FN int states() const { return has(kMaximum) ? 3 : 2; }
 
   template <class X>
-  FUSEDOPT_FN void operator()(X& p, X g, X& exp_avg, X& exp_avg_sq, X& max_exp_avg_sq) const {
+  FUSEDOPT_FN X operator()(X& p, X g, X& exp_avg, X& exp_avg_sq, X& max_exp_avg_sq) const {
     g = has(kL2) ? g + l2 * p : g;
     exp_avg = lerp(exp_avg, g, one_minus_beta1, beta1, has(kNearerToGradient));
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;
     max_exp_avg_sq = has(kMaximum) ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq;
-    const X update = alpha_t * (exp_avg / (square_root(max_exp_avg_sq) + eps_hat));
-    p = p - (has(kDecay) ? update + decay * p : update);
+    const X adaptive = alpha_t * (exp_avg / (square_root(max_exp_avg_sq) + eps_hat));
+    const X update = has(kDecay) ? adaptive + decay * p : adaptive;
+    p = p - update;
+    return update;
   }
 };
 

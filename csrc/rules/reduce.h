@@ -15,15 +15,15 @@ FUSEDOPT_FN double term(double x) {
 }
 
 // The sum, or the larger of two: NaN if either is NaN.
-template <bool kLargest>
-FUSEDOPT_FN double join(double a, double b) {
+template <bool kLargest, class T>
+FUSEDOPT_FN T join(T a, T b) {
   return kLargest ? maximum(a, b) : a + b;
 }
 
 // Joins value k with value k + half, for every k below half, until one is left: values[0]. `lane` of `lanes` threads
 // does its share; `barrier` lets all of them come to the end of a level.
-template <bool kLargest, class Barrier>
-FUSEDOPT_FN void join_halves(double* values, int count, int lane, int lanes, const Barrier& barrier) {
+template <bool kLargest, class T, class Barrier>
+FUSEDOPT_FN void join_halves(T* values, int count, int lane, int lanes, const Barrier& barrier) {
   for (int half = count / 2; half > 0; half /= 2) {
     for (int k = lane; k < half; k += lanes) values[k] = join<kLargest>(values[k], values[k + half]);
     barrier();

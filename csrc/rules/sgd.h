@@ -36,11 +36,13 @@ struct SGD {
   FUSEDOPT_FN int states() const { return has(kMoves) ? 1 : 0; }
 
   template <class X>
-  FUSEDOPT_FN void operator()(X& p, X g, X& momentum_buffer, X&, X&) const {
+  FUSEDOPT_FN X operator()(X& p, X g, X& momentum_buffer, X&, X&) const {
     g = has(kL2) ? g + weight_decay * p : g;
     const X velocity = has(kFirst) ? g : momentum * momentum_buffer + one_minus_dampening * g;
     momentum_buffer = velocity;
-    p = p - lr * (has(kLooksAhead) ? g + momentum * velocity : has(kMoves) ? velocity : g);
+    const X update = lr * (has(kLooksAhead) ? g + momentum * velocity : has(kMoves) ? velocity : g);
+    p = p - update;
+    return update;
   }
 };
 

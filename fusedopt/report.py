@@ -1,0 +1,123 @@
+"""What a step did to each parameter: norms of gradient, parameter and update, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .sharded import local
+from .table import Table, real_view
+
+# What a row says beside its name, in order.
+NUMBERS = ("elements", "grad_norm", "param_norm", "update_norm", "update_ratio", "nonfinite", "lost_share")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of one step. A DTensor's are those of its local tensor.
+
+    ``grad_norm`` is that of the unscaled gradient before it is clipped, ``param_norm`` that of the parameter after the
+    step, as it is stored, ``update_norm`` that of the update as the rule found it, in the precision it computes in;
+    ``update_ratio`` is update_norm / param_norm. ``nonfinite`` counts infinite and NaN gradients. ``lost_share`` is the
+    share of elements that are stored as before although their update was not 0.
+
+    Attributes:
+        rows: one for each parameter that had a gradient: its ``name``, and the numbers. ``pandas.DataFrame(rows)``
+            makes a table of them.
+        whole: the numbers of all parameters together.
+    """
+
+    rows: list[dict[str, Any]]
+    whole: dict[str, Any]
+
+    def scalars(self, prefix: str = "") -> dict[str, float]:
+        """The numbers in a flat dict, as TensorBoard and W&B take them: ``grad_norm``, ``grad_norm/<name>``, ...
+
+        Args:
+            prefix: stands before every key.
+        """
+        found = {f"{prefix}{number}": float(self.whole[number]) for number in NUMBERS[1:]}
+        for row in self.rows:
+            found |= {f"{prefix}{number}/{row['name']}": float(row[number]) for number in NUMBERS[1:]}
+        return found
+
+    def __str__(self) -> str:
+        """The table as text."""
+        lines = [("parameter", *NUMBERS), *(_words(row["name"], row) for row in self.rows), _words("all", self.whole)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                [line[0].ljust(widths[0]), *(word.rjust(w) for word, w in zip(line[1:], widths[1:], strict=True))]
+            )
+            for line in lines
+        )
+
+    def __rich__(self) -> Any:
+        """The table for ``rich.print``."""
+        from rich.table import Table as RichTable
+
+        table = RichTable("parameter")
+        for number in NUMBERS:
+            table.add_column(number, justify="right")
+        for row in self.rows:
+            table.add_row(*_words(row["name"], row))
+        table.add_section()
+        table.add_row(*_words("all", self.whole))
+        return table
+
+
+def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
+    """Joins what the last launches kept.
+
+    Args:
+        tables: of one optimizer.
+        names: of its parameters.
+    """
+    rows, everything, elements = [], [], 0
+    for table in tables:
+        live = set(table.reported)
+        if not live or table.partials is None:
+            continue
+        partials = table.partials.cpu()
+        first = 0
+        for row in table.rows:
+            leaves = partials[:, first : first + row.leaves]
+            first += row.leaves
+            if row.param not in live:
+                leaves.zero_()
+                continue
+            count = real_view(local(row.param)).numel()
+            elements += count
+            rows.append({"name": names[row.param], **_numbers(leaves, count)})
+        everything.append(partials)
+    return Report(rows, _numbers(torch.cat(everything, dim=1), elements))
+
+
+def _numbers(leaves: Tensor, elements: int) -> dict[str, Any]:
+    """What leaves in the columns of csrc/report.h come to."""
+    grad, param, update, nonfinite, lost = reference.joined_leaves(leaves, largest=False).tolist()
+    grad, param, update = (_root(square) for square in (grad, param, update))
+    return {
+        "elements": elements,
+        "grad_norm": grad,
+        "param_norm": param,
+        "update_norm": update,
+        "update_ratio": update / param if param else math.nan,
+        "nonfinite": nonfinite if math.isnan(nonfinite) else int(nonfinite),
+        "lost_share": lost / elements if elements else 0.0,
+    }
+
+
+def _root(square: float) -> float:
+    return square if math.isnan(square) else math.sqrt(square)
+
+
+def _words(name: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    whole = ("elements", "nonfinite")
+    return (name, *(str(numbers[key]) if key in whole else f"{numbers[key]:.4g}" for key in NUMBERS))

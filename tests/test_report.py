@@ -1,0 +1,164 @@
+"""What a report says of a step has the bits of the reference on every backend, and is what it says it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+
+from .running import ONE_RUN_EACH, Run, as_params
+from .tensors import same_bits
+from .test_norm import GRIDS, THREADS
+from .test_phase import DTYPES, LAYOUTS, OPTIMIZERS, assert_same_bits, make, set_gradients, tensors_of
+
+each_run = pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "all": {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9, "copies": True, "zero_grads": True},
+}
+MASTERS = {"fp32": torch.bfloat16, "split": torch.bfloat16, "kahan": torch.float16}
+
+
+def assert_same_report(one: Any, other: Any) -> None:
+    assert [row["name"] for row in one.rows] == [row["name"] for row in other.rows]
+    numbers, others = (torch.tensor(list(it.scalars().values()), dtype=torch.float64) for it in (one, other))
+    assert bool(same_bits(numbers, others).all()), f"\n{one}\n{other}"
+
+
+def compare(run: Run, optimizer: str, dtype: torch.dtype, layout: str = "dense", **options: Any) -> None:
+    """Steps as the reference does, the report and everything written included."""
+    made = make(optimizer, run, dtype, layout, report=True, **options)
+    truth = make(optimizer, Run("reference"), dtype, layout, report=True, **options)
+    for step in range(2):
+        for it, params in (made, truth):
+            set_gradients(params, step, layout)
+            it.step()
+        assert_same_bits(tensors_of(*made), tensors_of(*truth))
+        assert_same_report(made[0].report(), truth[0].report())
+
+
+@each_run
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_report_has_the_bits_of_the_reference(dtype: str, layout: str, run: Run, settings: Run) -> None:
+    compare(run, "AdamW", DTYPES[dtype], layout)
+
+
+@each_run
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_report_beside_everything_else_has_the_bits_of_the_reference(optimizer: str, run: Run, settings: Run) -> None:
+    compare(run, optimizer, torch.float32, **BESIDE["all"])
+
+
+@each_run
+@pytest.mark.parametrize("mode", MASTERS)
+def test_a_report_beside_kept_bits_of_16_bit_parameters_has_the_bits_of_the_reference(
+    mode: str, run: Run, settings: Run
+) -> None:
+    compare(run, "AdamW", MASTERS[mode], master=mode, **BESIDE["all"])
+
+
+@pytest.mark.parametrize("run", as_params((*THREADS, *GRIDS)))
+def test_threads_and_grids_change_no_bit_of_a_report(run: Run, settings: Run) -> None:
+    found = []
+    for backend in (run.backend, "reference"):
+        generator = torch.Generator().manual_seed(3)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (70_001, 3, 4096)]
+        optimizer = fusedopt.SGD(params, lr=0.1, momentum=0.9, report=True, backend=backend)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+        found.append(optimizer.report())
+    assert_same_report(*found)
+
+
+@each_run
+def test_norms_are_those_of_torch(run: Run, settings: Run) -> None:
+    optimizer, params = make("SGD", run, torch.float32, report=True, max_grad_norm=0.1)
+    set_gradients(params, 0)
+    scale = torch.tensor(4.0, device=run.device)
+    optimizer.grad_scale, optimizer.found_inf = scale, torch.zeros((), device=run.device)
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    report = optimizer.report()
+    assert report.whole["grad_norm"] == float(optimizer.grad_norm)
+    for row, param, old in zip(report.rows, params, before, strict=True):
+        assert row["elements"] == param.numel()
+        assert row["grad_norm"] == pytest.approx(float((param.grad / scale).norm()), rel=1e-6)
+        assert row["param_norm"] == pytest.approx(float(param.detach().norm()), rel=1e-6)
+        rounding = torch.finfo(torch.float32).eps * row["param_norm"]  # of the subtraction
+        assert row["update_norm"] == pytest.approx(float((param.detach() - old).norm()), abs=rounding)
+    norms = [row["update_norm"] for row in report.rows]
+    assert report.whole["update_norm"] == pytest.approx(math.hypot(*norms))
+
+
+@each_run
+def test_infinite_and_nan_gradients_are_counted(run: Run, settings: Run) -> None:
+    optimizer, params = make("AdamW", run, torch.float32, report=True)
+    set_gradients(params, 0)
+    params[4].grad[[0, 1023, 1024, 2048, 5002]] = torch.tensor(
+        [math.nan, math.inf, -math.inf, math.nan, math.inf], device=run.device
+    )
+    optimizer.step()
+    report = optimizer.report()
+    assert [row["nonfinite"] for row in report.rows] == [0, 0, 0, 0, 5, 0]
+    assert report.whole["nonfinite"] == 5
+
+
+# A step that is too small for bfloat16, beside one that is not and one of size 0.
+@each_run
+@pytest.mark.parametrize(("mode", "share"), [(None, 0.5), ("fp32", 0.0), ("split", 0.0)])
+def test_updates_lost_to_rounding_are_counted(mode: str | None, share: float, run: Run, settings: Run) -> None:
+    weight = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16, device=run.device))
+    optimizer = fusedopt.SGD([weight], lr=1.0, master=mode, report=True, backend=run.backend)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[:2000], weight.grad[2000:3000] = 2.0**-12, 0.25
+    optimizer.step()
+    assert optimizer.report().whole["lost_share"] == share
+
+
+@each_run
+def test_a_skipped_step_leaves_the_report_of_the_last(run: Run, settings: Run) -> None:
+    optimizer, params = make("AdamW", run, torch.float32, report=True, skip_nonfinite=True)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = optimizer.report()
+    set_gradients(params, 2)
+    params[3].grad[7] = math.nan
+    optimizer.step()
+    assert_same_report(before, optimizer.report())
+
+
+def test_a_report_reads_as_rows_scalars_and_text() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = fusedopt.AdamW(model.named_parameters(), report=True)
+    with pytest.raises(RuntimeError, match="none has been taken"):
+        optimizer.report()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    report = optimizer.report()
+    assert [row["name"] for row in report.rows] == ["weight", "bias"]
+    assert all(row.keys() == {"name", *report.whole} for row in report.rows)
+    scalars = report.scalars("optim/")
+    assert scalars["optim/grad_norm"] == report.whole["grad_norm"]
+    assert scalars["optim/update_ratio/bias"] == report.rows[1]["update_ratio"]
+    assert str(report).splitlines()[-1].startswith("all")
+    assert report.__rich__().row_count == 3
+
+
+def test_parameters_without_gradient_are_not_in_the_report() -> None:
+    optimizer, params = make("AdamW", Run("cpu"), torch.float32, report=True)
+    for step, expected in ((0, "012345"), (1, "01345"), (2, "012345")):
+        set_gradients(params, step)
+        optimizer.step()
+        assert "".join(row["name"] for row in optimizer.report().rows) == expected
+
+
+def test_a_report_is_refused_where_none_is_kept() -> None:
+    with pytest.raises(RuntimeError, match="report=True"):
+        fusedopt.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).report()

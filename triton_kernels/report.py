@@ -1,0 +1,45 @@
+"""What a report says of each leaf, twin of csrc/report.h: terms in a program's own memory, then joined."""
+
+# mypy: ignore-errors
+# Kernel code: its types are Triton's, and Triton writes compile-time arguments in capitals.
+
+import triton
+import triton.language as tl
+
+from .reduce import JOINED, join_halves
+
+REPORTS = tl.constexpr(128)  # csrc/phase.h: PhaseFlag
+COLUMNS = tl.constexpr(5)  # csrc/report.h: ReportColumn
+
+
+@triton.jit
+def no_report():
+    """Stands where nothing is reported."""
+    zero = tl.full([], 0, tl.int64)
+    return zero, zero, zero, zero
+
+
+@triton.jit
+def tally_block(terms, place, mask, grad, before, after, stored, update):
+    """The terms of a block, at its places in the leaf: squares of gradient, parameter and update, and both events."""
+    grad = grad.to(tl.float64)
+    stored = stored.to(tl.float64)
+    lost = (before == after) & (update != 0.0)
+    update = update.to(tl.float64)
+    at = terms + place
+    tl.store(at, grad * grad, mask=mask)
+    tl.store(at + JOINED, stored * stored, mask=mask)
+    tl.store(at + 2 * JOINED, update * update, mask=mask)
+    tl.store(at + 3 * JOINED, tl.where(grad - grad == 0.0, 0.0, 1.0).to(tl.float64), mask=mask)
+    tl.store(at + 4 * JOINED, tl.where(lost, 1.0, 0.0).to(tl.float64), mask=mask)
+
+
+@triton.jit
+def write_leaf(terms, size, columns, leaves, index):
+    """Joins the terms of a leaf of some size, and writes them down as that leaf of the table."""
+    tl.debug_barrier()
+    k = tl.arange(0, JOINED)
+    for column in range(0, COLUMNS):
+        joined = join_halves(tl.load(terms + column * JOINED + k, mask=k < size, other=0.0), False)
+        tl.store(columns + column * leaves + index, joined)
+    tl.debug_barrier()
