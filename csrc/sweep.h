@@ -246,7 +246,7 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   FUSEDOPT_UNROLL
   for (int k = 0; k < M; ++k) rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   master.keep(chunk, x[kParam], at, count);
-  if constexpr (V::kBlocks)
+  if constexpr (V::kBlocks && !V::kFixed)
     if (chunk.mode() & kRoundsAtRandom) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
