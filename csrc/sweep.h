@@ -307,7 +307,7 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     seen.update[k] = rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   copy(seen.after, x[kParam]);
   master.keep(chunk, x[kParam], at, count);
-  if constexpr (V::kBlocks)
+  if constexpr (V::kBlocks && !V::kFixed)
     if (chunk.mode() & kRoundsAtRandom) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
