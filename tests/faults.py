@@ -232,7 +232,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("cpu: a tail is an element short", HOST_ACCESS, "i, chunk.size - i);", "i, chunk.size - i - 1);", (SIZES,)),
     Fault("cpu: a whole vector where an element is missing", HOST_ACCESS, "i + N <= ch", "i + N - 1 <= ch", (SIZES,)),
-    Fault("cpu: a tail is read to its full width", HOST_ACCESS, "if (W::kPartial) {", "if (false) {", (OVERRUNS,)),
+    Fault(
+        "cpu: a tail is read to its full width",
+        HOST_ACCESS,
+        "(W::kPartial) {\n      __b",
+        "(false) {\n      __b",
+        (OVERRUNS,),
+    ),
     Fault(
         "cpu: usual branches taken for the rule's own",
         ENGINE,

@@ -211,7 +211,7 @@ struct RandomTable {
       case kNoDouble:
         return int(random.below(kFloat64));
       default:
-        return int(random.below(kStorages));
+        return int(random.below(kFloat64 + 1));
     }
   }
 
