@@ -201,7 +201,10 @@ class FusedOptimizer(Optimizer):
     def refresh(self) -> None:
         """Looks at all tensors again.
 
-        Needed only after ``state_tensor.data = ...``, which is otherwise noticed within 64 steps.
+        Needed only where the tensor itself stays and its memory changes behind it. ``tensor.data = ...``,
+        ``tensor.resize_`` and a freed storage are otherwise noticed within 64 steps for a state or for a copy of
+        ``copy_to``. A storage that is shrunk without being moved is not noticed, nor is that of a gradient whose shape
+        and strides stay. Resizing a storage between steps frees memory that the next step may use: call this after it.
         """
         self._forget_tables()
 

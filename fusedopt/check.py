@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import STORAGES
-from .layout import overlaps_itself
+from .layout import overlaps_itself, span
 from .rules import Group, Rule
 from .sharded import check_placements, check_together, is_pending
 from .sharded import local as local
@@ -115,6 +115,7 @@ def check_parameter(name: str, param: Tensor) -> None:
             f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that share "
             "memory; update the tensor that it is a view of"
         )
+    check_memory(name, param)
     check_placements(name, param)
 
 
@@ -137,6 +138,21 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool
         raise TypeError(f"gradient of {name} has dtype {grad.dtype}, the parameter {param.dtype}")
     if is_wrapper(local(grad)) and not is_pending(local(grad)):
         raise TypeError(f"gradient of {name} is a {type(grad).__name__}, which wraps other tensors")
+    check_memory(f"gradient of {name}", grad)
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor that reaches past its storage, which was freed or shrunk under it (``storage.resize_``)."""
+    tensor = local(tensor)
+    if tensor.layout != torch.strided or is_pending(tensor) or tensor.numel() == 0:
+        return
+    storage = tensor.untyped_storage()
+    reach = span(tensor)[1] - storage.data_ptr()
+    if reach > storage.nbytes():
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype} needs a storage of {reach} bytes, but its "
+            f"storage has {storage.nbytes()}: it was freed or shrunk"
+        )
 
 
 def check_state(row: str, param: Tensor, name: str, tensor: Tensor) -> None:
@@ -158,6 +174,7 @@ def check_state(row: str, param: Tensor, name: str, tensor: Tensor) -> None:
             f"{name} of {row} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that "
             "share memory"
         )
+    check_memory(f"{name} of {row}", tensor)
 
 
 def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> None:
@@ -171,8 +188,11 @@ def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> Non
     if isinstance(step, Tensor):
         if step.numel() != 1:
             raise ValueError(f"step of {row} must have 1 element, but it has {step.numel()}")
+        check_memory(f"step of {row}", step)
         if step.device.type != "cpu":
             return  # to look at it would wait for the device
+    if not _is_number(step):
+        raise ValueError(f"step of {row} must be a count, but it is {step!r}")
     count = float(step)
     if not (count >= 0.0 and count.is_integer()):
         raise ValueError(f"step of {row} must be a count, but it is {count}")
@@ -195,6 +215,17 @@ def is_wrapper(tensor: Tensor) -> bool:
 def real_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of a tensor's real numbers."""
     return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a real number or a tensor of one. A tensor on a GPU is not looked at: that would wait."""
+    if isinstance(value, Tensor):
+        return not value.is_meta and not value.is_complex()
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, (str, bytes, bytearray))
 
 
 def _to_scalar(value: float | Tensor) -> float | Tensor:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .check import local, real_dtype
+from .check import check_memory, local, real_dtype
 from .layout import may_share_memory, neighbours, overlaps_itself
 from .storages import STORAGES
 
@@ -166,6 +166,8 @@ def average_dtype(param: Tensor) -> torch.dtype:
 def check_copy(name: str, param: Tensor, copy: Tensor) -> None:
     """Refuses a copy that does not fit its parameter, by name and with both values."""
     what = f"copy_to of {name}"
+    if not isinstance(copy, Tensor):
+        raise TypeError(f"{what} must be a tensor, but it is {copy!r}")
     if copy.shape != param.shape:
         raise ValueError(f"{what} has shape {tuple(copy.shape)}, the parameter {tuple(param.shape)}")
     if copy.device != param.device:
@@ -174,6 +176,7 @@ def check_copy(name: str, param: Tensor, copy: Tensor) -> None:
         raise TypeError(f"{what} has dtype {copy.dtype}, the parameter {param.dtype}")
     if overlaps_itself(local(copy)):
         raise ValueError(f"{what} has elements that share memory")
+    check_memory(what, copy)
 
 
 def check_cleared(grads: Sequence[tuple[str, Tensor]]) -> None:

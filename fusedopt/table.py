@@ -18,6 +18,7 @@ from . import holds
 from .check import (
     check_gradient,
     check_hyperparameters,
+    check_memory,
     check_parameter,
     check_state,
     check_step,
@@ -27,7 +28,7 @@ from .check import (
 )
 from .core import Core, make_core
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
-from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared
+from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
     ROUNDING_KEY,
     as_asked,
@@ -74,6 +75,7 @@ class Row:
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
         addresses: of the state tensors, when the row was made.
         copy: what the parameter is written to as it is updated; None: nothing.
+        copy_facts: where that lay and how, when the row was made; None: no row was made of it yet.
         is_dense: whether all slots are dense and in the same order.
         leaves: that its elements make; 0: it never had a gradient.
     """
@@ -88,6 +90,7 @@ class Row:
     stand_in: Tensor | None = None
     addresses: list[int] = field(default_factory=list)
     copy: Tensor | None = None
+    copy_facts: tuple[Any, ...] | None = None
     is_dense: bool = True
     leaves: int = 0
 
@@ -203,8 +206,9 @@ class Table:
         return replace(self.phase, ema_decay=self.ema_decay).decay_at(step)
 
     def is_current(self) -> bool:
-        """Whether the state tensors lie where the rows point. That they are the very ones, ``refresh`` watches."""
-        return self.core.states_in_place()
+        """Whether states and copies lie where the rows point. That states are the very ones, ``refresh`` watches."""
+        copies = ((row, row.copy) for row in self.rows if row.copy is not None)
+        return self.core.states_in_place() and all(row.copy_facts in (None, _facts(copy)) for row, copy in copies)
 
     def state_of(self, row: Row) -> dict[str, Any]:
         """What the optimizer's state has for a row's parameter."""
@@ -226,7 +230,7 @@ class Table:
             raise error
 
     def _holds(self, row: Row) -> bool:
-        state = self._state.get(row.param, {})
+        state = self._found(row)
         if self.rule.keeps_step and state.get("step") is not row.step:
             return False
         if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
@@ -237,14 +241,10 @@ class Table:
         """Takes over what the optimizer's state already has: after a load, a move, or an outside change."""
         found = [self._present(row) for row in rows]
         kept = [self._kept(row) for row in rows]
-        for row, present in zip(rows, found, strict=True):
-            for name, tensor in present.items():
-                check_state(row.name, row.param, name, tensor)
-            check_master(row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
-            check_codes(self.rule, row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
-            check_rounding(row.name, row.param, self.groups[row.group], self._state.get(row.param, {}))
+        for row in rows:
+            self._check_found(row)
             if self.rule.keeps_step:
-                check_step(row.name, self._state.get(row.param, {}), self.rule.states)
+                check_step(row.name, self._found(row), self.rule.states)
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
         _check_apart(rows, everything)
         for row, present in zip(rows, everything, strict=True):
@@ -253,15 +253,33 @@ class Table:
             row.addresses = _state_addresses(row)
         self._adopt_steps(rows)
 
-    def _present(self, row: Row) -> dict[str, Tensor]:
+    def _found(self, row: Row) -> dict[str, Any]:
+        """What the optimizer's state has for a row's parameter, if anything."""
         state = self._state.get(row.param, {})
+        if not isinstance(state, dict):
+            raise TypeError(f"the state of {row.name} must be a dict, but it is {state!r}")
+        return state
+
+    def _check_found(self, row: Row) -> None:
+        """Refuses a state that does not fit the parameter as it is now."""
+        group, state = self.groups[row.group], self._found(row)
+        for name, tensor in self._present(row).items():
+            check_state(row.name, row.param, name, tensor)
+        check_master(row.name, row.param, group, state)
+        check_codes(self.rule, row.name, row.param, group, state)
+        check_rounding(row.name, row.param, group, state)
+        for name, tensor in self._kept(row).items():
+            check_memory(f"{name} of {row.name}", tensor)
+
+    def _present(self, row: Row) -> dict[str, Tensor]:
+        state = self._found(row)
         return {
             name: state[name] for name in (*self.rule.states, *self.phase.states) if isinstance(state.get(name), Tensor)
         }
 
     def _kept(self, row: Row) -> dict[str, Tensor]:
         """What is kept beside the parameter and its states, where its group asks for it."""
-        state = self._state.get(row.param, {})
+        state = self._found(row)
         return {key: state[key] for key in self._kept_names(row) if state.get(key) is not None}
 
     def _kept_names(self, row: Row) -> tuple[str, ...]:
@@ -336,10 +354,10 @@ class Table:
             if row.param.grad is not None:
                 check_parameter(row.name, row.param)
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
-                group, state = self.groups[row.group], self._state.get(row.param, {})
-                check_master(row.name, row.param, group, state)
-                check_codes(self.rule, row.name, row.param, group, state)
-                check_rounding(row.name, row.param, group, state)
+                self._check_found(row)
+                if row.copy is not None:
+                    check_copy(row.name, row.param, row.copy)
+                group, state = self.groups[row.group], self._found(row)
                 wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
                 check_no_double(row.name, row.param, group, [row.param.grad, row.copy, *wanted])
         if self.phase.zero_grads:
@@ -395,6 +413,7 @@ class Table:
             return
         self._set_live_row(row, grad)
         row.addresses = _state_addresses(row)
+        row.copy_facts = None if row.copy is None else _facts(row.copy)
         state = self._state.get(row.param)
         if state is not None:
             entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
@@ -562,6 +581,12 @@ def _stand_in(param: Tensor) -> Tensor | None:
 
 def _state_addresses(row: Row) -> list[int]:
     return [local(tensor).data_ptr() for tensor in row.states.values()]
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies and how."""
+    shard = local(tensor)
+    return shard.data_ptr(), shard.shape, shard.stride(), shard.dtype
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fusedopt
 
 from .kit import CLASSES, FULL_OPTIONS
+from .memory_faults import FAULTS as MEMORY_FAULTS
+
+ROOT = Path(__file__).parents[2]
 
 Setup = Callable[[], tuple[Tensor, Tensor]]
 
@@ -247,6 +255,23 @@ def test_states_that_share_memory_are_refused() -> None:
     optimizer.state[param].update(exp_avg=both[:3], exp_avg_sq=both[2:])
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .* and exp_avg_sq of parameter 0 .* share memory"):
         optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def memory_outcomes() -> dict[str, list[str]]:
+    """What the steps raised by fault, as far as the process came."""
+    command = [sys.executable, "-m", "tests.contract.memory_faults"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return dict(json.loads(line) for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize("fault", MEMORY_FAULTS)
+def test_memory_that_changed_behind_the_optimizer_is_refused(fault: str, memory_outcomes: dict[str, list[str]]) -> None:
+    *_, message = MEMORY_FAULTS[fault]
+    assert fault in memory_outcomes, "the process ended"
+    told = memory_outcomes[fault]
+    assert len(told) == 2, told
+    assert all(re.search(message, each) for each in told), told
 
 
 # Hyperparameters: constructor options, the error, its message.
