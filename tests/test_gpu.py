@@ -1,4 +1,7 @@
-"""What only a GPU can show: very many tensors, groups and elements, two streams at once, and compute-sanitizer."""
+"""What only a GPU can show: very many tensors, groups and elements, CUDA graphs, streams, several GPUs, sanitizers.
+
+None of it has been run on a GPU so far.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 import fusedopt
 
@@ -23,6 +29,16 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
 
 each_run = pytest.mark.parametrize("run", as_params([Run("cuda", "cuda"), Run("triton", "cuda")]))
+cuda_run = pytest.mark.parametrize("run", as_params([Run("cuda", "cuda")]))  # the backend that knows its captures
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Adam": {"amsgrad": True, "weight_decay": 0.1},
+    "AdamW": {"weight_decay": 0.1},
+}
+each_class = pytest.mark.parametrize("cls", OPTIMIZERS)
+FEW = 5
+MORE_THAN_RIDE_IN_A_LAUNCH = 400  # gradients; kInlineGrads in csrc/cuda/kernel.h ride
 
 
 @each_run
@@ -91,6 +107,158 @@ def test_optimizers_on_two_streams_at_once_do_not_disturb_each_other(run: Run, s
     for (mine, _), (expected, _) in zip(beside, alone, strict=True):
         for one, other in zip(mine, expected, strict=True):
             assert same_bits(one.detach(), other.detach()).all()
+
+
+def make_params(count: int = FEW, device: str = "cuda") -> list[Parameter]:
+    """Parameters of two dtypes with gradients, equal at every call."""
+    generator = torch.Generator().manual_seed(7)
+    params = []
+    for k in range(count):
+        size, dtype = (1, 5, 2049, 31, 70_001)[k] if k < FEW else 3, (torch.float32, torch.bfloat16)[k % 2]
+        params.append(Parameter(torch.randn(size, generator=generator).to(device, dtype)))
+        params[-1].grad = torch.randn(size, generator=generator).to(device, dtype)
+    return params
+
+
+def change_gradients(params: list[Parameter]) -> None:
+    """Other values in the same memory: a graph reads gradients where it found them."""
+    torch._foreach_mul_([param.grad for param in params if param.grad is not None], -0.95)
+
+
+def captured(optimizer: Optimizer) -> Callable[[], None]:
+    """A step as a CUDA graph; the optimizer has taken one before, as a capture allocates and builds nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
+def everything(optimizer: Any) -> list[torch.Tensor]:
+    """Parameters and states."""
+    params = [param.detach() for group in optimizer.param_groups for param in group["params"]]
+    return [*params, *(value for param in params_of(optimizer) for value in optimizer.state[param].values())]
+
+
+def params_of(optimizer: Any) -> list[Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    for mine, expected in zip(everything(one), everything(other), strict=True):
+        assert same_bits(mine, expected).all()
+
+
+@each_run
+@each_class
+@pytest.mark.parametrize("count", [FEW, MORE_THAN_RIDE_IN_A_LAUNCH])
+def test_a_graph_replayed_under_a_schedule_is_the_eager_run_bit_for_bit(
+    cls: str, count: int, run: Run, settings: Run
+) -> None:
+    """A learning rate on the device is read at each replay; the step count advances there."""
+    optimizers = []
+    for replays in (False, True):
+        params = make_params(count, run.device)
+        lr = torch.tensor(0.0625, device=run.device)
+        optimizer = getattr(fusedopt, cls)(params, lr=lr, backend=run.backend, **OPTIMIZERS[cls])
+        scheduler = LambdaLR(optimizer, lambda taken: 1.0 / (1.0 + taken))
+        optimizer.step()
+        step = captured(optimizer) if replays else optimizer.step
+        for _ in range(100):
+            change_gradients(params)
+            scheduler.step()
+            step()
+        assert optimizer.param_groups[0]["lr"] is lr
+        assert lr.item() == torch.tensor(0.0625 / 101).item()
+        optimizers.append(optimizer)
+    assert_same(*optimizers)
+    if cls != "SGD":
+        assert {state["step"].item() for state in optimizers[1].state.values()} == {101.0}
+
+
+@cuda_run
+@each_class
+def test_python_numbers_keep_the_value_of_the_capture_until_they_are_synced(cls: str, run: Run, settings: Run) -> None:
+    """Eager steps with the values that a replay must use, beside the replays."""
+    optimizers, steps = [], []
+    for replays in (False, True):
+        params = make_params(device=run.device)
+        groups = [{"params": params[:2], "lr": 0.5}, {"params": params[2:], "lr": 0.25}]
+        optimizers.append(getattr(fusedopt, cls)(groups, lr=1.0, backend=run.backend, **OPTIMIZERS[cls]))
+        optimizers[-1].step()
+        steps.append(captured(optimizers[-1]) if replays else optimizers[-1].step)
+    eager, graphed = optimizers
+    for factor in (1.0, 0.5, 0.125):
+        for group in graphed.param_groups:
+            group["lr"] *= factor
+        for is_synced in (False, True):
+            if is_synced:
+                graphed.sync_hyperparameters()
+                for group, theirs in zip(eager.param_groups, graphed.param_groups, strict=True):
+                    group["lr"] = theirs["lr"]
+            for _ in range(3):
+                for optimizer, step in zip(optimizers, steps, strict=True):
+                    change_gradients(params_of(optimizer))
+                    step()
+            assert_same(graphed, eager)
+
+
+@cuda_run
+def test_syncing_after_a_gradient_moved_is_refused_by_name_and_fine_once_it_is_back(run: Run, settings: Run) -> None:
+    params = make_params(device=run.device)
+    optimizer = fusedopt.AdamW(params, lr=0.5, backend=run.backend)
+    optimizer.step()
+    replay = captured(optimizer)
+    replay()
+    seen = params[2].grad
+    assert seen is not None
+    for moved in (seen.clone(), None):
+        params[2].grad = moved
+        with pytest.raises(RuntimeError, match=rf"parameter 2 of group 0: 1 of {FEW} .*capture again"):
+            optimizer.sync_hyperparameters()
+    params[2].grad = seen
+    optimizer.sync_hyperparameters()
+    replay()
+    torch.cuda.synchronize()
+
+
+@each_run
+def test_a_step_on_a_side_stream_is_ordered_there_and_leaves_the_current_one(run: Run, settings: Run) -> None:
+    """Work before and after a step, on the step's stream, sees it in order."""
+    optimizers = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        params = make_params(device=run.device)
+        optimizer = fusedopt.AdamW(params, lr=0.5, backend=run.backend)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                change_gradients(params)
+                optimizer.step()
+                torch._foreach_mul_([param.detach() for param in params], 0.5)
+            assert torch.cuda.current_stream() == stream
+        torch.cuda.current_stream().wait_stream(stream)
+        optimizers.append(optimizer)
+    assert_same(*optimizers)
+
+
+@each_run
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, there are {torch.cuda.device_count()}")
+def test_parameters_on_two_gpus_are_updated_in_one_launch_on_each(run: Run, settings: Run) -> None:
+    first, second = make_params(device="cuda:0"), make_params(device="cuda:1")
+    together = fusedopt.AdamW([*first, *second], lr=0.5, backend=run.backend)
+    alone = fusedopt.AdamW(make_params(device="cuda:0"), lr=0.5, backend=run.backend)
+    for _ in range(5):
+        for optimizer in (together, alone):
+            change_gradients(params_of(optimizer))
+        before = fusedopt.launch_count()
+        together.step()
+        assert fusedopt.launch_count() - before == 2
+        alone.step()
+    assert torch.cuda.current_device() == 0
+    for param, other, expected in zip(first, second, params_of(alone), strict=True):
+        for mine in (param, other):
+            assert same_bits(mine.detach().cpu(), expected.detach().cpu()).all()
+            for name, value in alone.state[expected].items():
+                assert same_bits(together.state[mine][name].cpu(), value.cpu()).all()
 
 
 @each_run
