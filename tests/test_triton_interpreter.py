@@ -32,6 +32,8 @@ MODULES = [
     pytest.param("test_amp.py", "with_everything or without_the_scaler", id="test_amp, a part"),
     pytest.param("test_report.py", "", id="test_report", marks=pytest.mark.slow),
     pytest.param("test_report.py", "f32-dense or split or fp32 or counted", id="test_report, a part"),
+    pytest.param("test_blocks.py", "", id="test_blocks", marks=pytest.mark.slow),
+    pytest.param("test_blocks.py", "torch.float32", id="test_blocks, a part"),
     pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
     pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]
