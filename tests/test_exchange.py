@@ -1,0 +1,68 @@
+"""Torch without DLPack's C exchange table (before 2.10): tensors are read by their attributes, to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedopt import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A process of its own: whether torch has the table is asked once, when fusedopt is imported.
+STEPS = """
+import hashlib, sys
+import torch
+if "without" in sys.argv and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    del torch.Tensor.__dlpack_c_exchange_api__
+import fusedopt
+from fusedopt.core import compiled
+
+def numbers(n, seed):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+
+digest = hashlib.sha256()
+for name in ("SGD", "Adam", "AdamW"):
+    more = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+    values = [
+        numbers(5, 0), numbers(2049, 1).bfloat16(), numbers(64, 2)[::2], numbers(12, 3).view(3, 4).t(),
+        numbers(0, 4), numbers(1, 5)[0], numbers(7, 6).double(), torch.view_as_complex(numbers(6, 7).view(3, 2)),
+    ]
+    params = [torch.nn.Parameter(value) for value in values]
+    groups = [{"params": params[:3]}, {"params": params[3:], "lr": torch.tensor(0.125)}]
+    optimizer = getattr(fusedopt, name)(groups, lr=0.5, backend="cpu", **more)
+    for step in range(6):
+        for k, param in enumerate(params):
+            fresh = torch.view_as_real(param.detach()) if param.is_complex() else param.detach()
+            grad = numbers(fresh.numel(), 10 * step + k).view(fresh.shape).to(fresh.dtype)
+            param.grad = torch.view_as_complex(grad) if param.is_complex() else grad
+        params[step].grad = None
+        optimizer.step()
+    for tensor in [*params, *(value for param in params for value in optimizer.state[param].values())]:
+        tensor = tensor.detach().contiguous()
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+print(compiled.uses_exchange(), digest.hexdigest())
+"""
+
+
+def bits(*arguments: str) -> list[str]:
+    """Whether the exchange table was used, and the digest of all parameters and states."""
+    command = [sys.executable, "-c", STEPS, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+@pytest.mark.skipif(backends.compiled is None, reason="no compiled extension")
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch has no exchange table")
+def test_without_the_exchange_table_a_step_has_the_same_bits() -> None:
+    with_table, without = bits(), bits("without")
+    assert [with_table[0], without[0]] == ["True", "False"]
+    assert len(with_table[1]) == hashlib.sha256().digest_size * 2
+    assert with_table[1] == without[1]
