@@ -298,11 +298,13 @@ def find_backend(name: str | None) -> Backend | None:
     Raises:
         ValueError: there is none of that name.
     """
-    name = name or os.environ.get("FUSEDOPT_BACKEND") or None
+    asked = name
+    name = asked or os.environ.get("FUSEDOPT_BACKEND") or None
     if name is None:
         return None
     if name not in _ALL:
-        raise ValueError(f"backend '{name}' is unknown; there are {', '.join(_ALL)}")
+        source = "backend" if asked else "backend of FUSEDOPT_BACKEND"
+        raise ValueError(f"{source} '{name}' is unknown; there are {', '.join(_ALL)}")
     return _ALL[name]
 
 

@@ -39,6 +39,7 @@ class FusedOptimizer(Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     _finds_inf = False  # within step_finding_inf
+    _is_swapped = False  # whether swap_ema() has put the averages in the parameters' place
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
     def __init__(
@@ -167,10 +168,10 @@ class FusedOptimizer(Optimizer):
         """Puts the averages in the place of the parameters, for an evaluation, and the parameters back at its end.
 
         A parameter that has no average yet keeps its value. Values change places, tensors do not: what a CUDA graph or
-        a gradient bucket points to stays valid. No step may be taken within.
+        a gradient bucket points to stays valid.
 
         Raises:
-            RuntimeError: no average is kept.
+            RuntimeError: no average is kept; or a step is taken within, which would be lost.
 
         Example:
             >>> import torch, fusedopt
@@ -191,9 +192,11 @@ class FusedOptimizer(Optimizer):
         with torch.no_grad():
             for param, _ in held:
                 param.copy_(self.state[param][EMA])
+        self._is_swapped = True
         try:
             yield
         finally:
+            self._is_swapped = False
             with torch.no_grad():
                 for param, value in held:
                     param.copy_(value)
@@ -343,6 +346,8 @@ class FusedOptimizer(Optimizer):
         self._steps_until_check = ADDRESS_CHECK_PERIOD
 
     def _launch(self) -> None:
+        if self._is_swapped:
+            raise RuntimeError("a step within swap_ema() would be lost: the averages are in the parameters' place")
         tables = self._current_tables()
         if self._finds_inf and not self._is_one_launch(tables):
             raise RuntimeError("the parameters no longer are on one device, where one launch could find an infinity")

@@ -28,14 +28,20 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> N
 
 def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Refuses a value below 0, and NaN. A tensor on a GPU is not looked at: that would wait for the GPU."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element, but it has {value.numel()} elements")
-        if value.device.type != "cpu":
-            return
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, but it has {value.numel()} elements")
+    check_number(name, value)
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return
     if not value >= 0.0:
         what = name if name == "learning rate" else f"{name} value"
         raise ValueError(f"Invalid {what}: {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuses what is neither a real number nor a tensor of them with memory."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number or a tensor of 1 element, but it is {value!r}")
 
 
 def check_betas(
@@ -46,12 +52,15 @@ def check_betas(
     Returns:
         The decay rates, tensors of one element as 0-dim tensors, as torch keeps them.
     """
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"betas must be 2 decay rates, but they are {betas!r}")
     if len(betas) != 2:
         raise ValueError(f"betas must be 2 decay rates, but there are {len(betas)}")
     for index, beta in enumerate(betas):
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"Tensor betas[{index}] must be 1-element, but it has {beta.numel()} elements")
     for index, beta in enumerate(betas):
+        check_number(f"betas[{index}]", beta)
         on_device = isinstance(beta, Tensor) and beta.device.type != "cpu"
         if not on_device and not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")

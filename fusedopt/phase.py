@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .check import check_memory, local, real_dtype
+from .check import check_memory, check_number, local, real_dtype
 from .layout import may_share_memory, neighbours, overlaps_itself
 from .storages import STORAGES
 
@@ -71,6 +71,11 @@ class Phase:
     def __post_init__(self) -> None:
         """Refuses what no step could use."""
         decay = self.ema_decay
+        for name in ("ema_decay", "max_grad_norm", "norm_type"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
+        if self.copy_to is not None and not isinstance(self.copy_to, (Mapping, Sequence)):
+            raise TypeError(f"copy_to must be a sequence of tensors or a dict by parameter, but it is {self.copy_to!r}")
         if isinstance(decay, Tensor):
             if decay.numel() != 1:
                 raise ValueError(f"Tensor ema_decay must be 1-element, but it has {decay.numel()} elements")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence  # at run time: torch reads the operator's schema from its annotations
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,7 @@ def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
 
 
 @torch.library.custom_op("fusedopt::step", mutates_args=("params",))
-def step(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
+def step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], number: int) -> None:
     """One step of an optimizer.
 
     Args:
@@ -71,5 +72,5 @@ def step(params: list[Tensor], grads: list[Tensor], places: list[int], number: i
 
 
 @step.register_fake
-def _(params: list[Tensor], grads: list[Tensor], places: list[int], number: int) -> None:
+def _(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], number: int) -> None:
     return None

@@ -300,3 +300,14 @@ def test_gradients_that_can_not_be_cleared_are_refused_before_anything_changes()
     with pytest.raises(ValueError, match="share memory"):
         optimizer.step()
     assert first.tolist() == [1.0] * 4
+
+
+def test_a_step_within_swapped_averages_is_refused() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.5)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="within swap_ema"):
+        optimizer.step()
+    optimizer.step()
+    assert param.tolist() == [0.0, 0.0]
