@@ -303,8 +303,8 @@ def find_backend(name: str | None) -> Backend | None:
     if name is None:
         return None
     if name not in _ALL:
-        source = "backend" if asked else "backend of FUSEDOPT_BACKEND"
-        raise ValueError(f"{source} '{name}' is unknown; there are {', '.join(_ALL)}")
+        source = "" if asked else " (named by FUSEDOPT_BACKEND)"
+        raise ValueError(f"backend '{name}' is unknown{source}; there are {', '.join(_ALL)}")
     return _ALL[name]
 
 
