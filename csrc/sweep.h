@@ -121,20 +121,24 @@ struct Gradient {
 // Where element i of a chunk lies in each slot, in elements from the slot's address.
 struct DenseIndex {
   i32 i;
+  FUSEDOPT_FN DenseIndex(const ChunkView&, i32 i) : i(i) {}
   FUSEDOPT_FN i64 operator()(int) const { return i; }
 };
 
 struct StridedIndex {
   i64 offset[kElementSlots];
 
-  FUSEDOPT_FN StridedIndex(const i64* layout, i64 i) {
+  FUSEDOPT_FN StridedIndex(const ChunkView& chunk, i32 i) {
+    const i64* const layout = chunk.layout;
+    for (int s = 0; s < kElementSlots; ++s) offset[s] = layout ? 0 : i;
+    if (!layout) return;
     const i64 ndim = layout[0];
     const i64* sizes = layout + 1;
     const i64* strides = sizes + ndim;
-    for (int s = 0; s < kElementSlots; ++s) offset[s] = 0;
+    i64 rest = chunk.begin + i;
     for (i64 d = ndim - 1; d >= 0; --d) {
-      const i64 coordinate = i % sizes[d];
-      i /= sizes[d];
+      const i64 coordinate = rest % sizes[d];
+      rest /= sizes[d];
       for (int s = 0; s < kElementSlots; ++s) offset[s] += coordinate * strides[s * ndim + d];
     }
   }
@@ -327,49 +331,42 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], seen, place, count);
 }
 
+// Element i of a chunk alone; a vector is walked where the chunk is dense only.
+template <class V, class W>
+using IndexOf = Either<V::kStrided && W::value == 1, StridedIndex, DenseIndex>;
+
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
                             int lane, int lanes) {
-  if (V::kStrided && chunk.layout) {
-    FUSEDOPT_LOOP
-    for (i32 i = lane; i < chunk.size; i += lanes)
-      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), i,
-                                           1, NoBlock{});
-    return;
-  }
   Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
-    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, i, count, NoBlock{});
+    using W = decltype(width);
+    sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
   });
 }
 
-// A chunk whose leaves are reported: half a leaf, its other half, what both joined to.
+// A chunk of which leaves may be reported: half a leaf, its other half, what both joined to; else all of it at once.
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
                               int lanes) {
   const auto barrier = [] { Access::barrier(); };
+  const bool wanted = side.report.is_wanted();
+  const i32 piece = wanted ? i32(kHalfLeaf) : chunk.size;
+  const i32 pieces = wanted ? 2 : 1;
   FUSEDOPT_LOOP
-  for (i32 at = 0; at < chunk.size; at += i32(kLeaf)) {
-    const ChunkView leaf = chunk.part(at, i32(kLeaf));
-    barrier();  // the last leaf is written
-    if (leaf.size < kLeaf) clear_tally(*side.report.tally, lane, lanes);
-    barrier();
-    FUSEDOPT_LOOP
-    for (side.report.half = 0; side.report.half < 2; ++side.report.half) {
-      const ChunkView half = leaf.part(side.report.half * kHalfLeaf, kHalfLeaf);
-      sweep_part<Access, V>(half, rule, gradient, side, lane, lanes);
+  for (i32 at = 0; at < chunk.size; at += piece * pieces) {
+    const ChunkView leaf = chunk.part(at, piece * pieces);
+    if (wanted) {
+      barrier();  // the last leaf is written
+      if (leaf.size < kLeaf) clear_tally(*side.report.tally, lane, lanes);
       barrier();
     }
-    write_leaf(side.report, u64(leaf.begin / kLeaf), lane, lanes, barrier);
+    FUSEDOPT_LOOP
+    for (side.report.half = 0; side.report.half < pieces; ++side.report.half) {
+      sweep_part<Access, V>(leaf.part(side.report.half * piece, piece), rule, gradient, side, lane, lanes);
+      if (wanted) barrier();
+    }
+    if (wanted) write_leaf(side.report, u64(leaf.begin / kLeaf), lane, lanes, barrier);
   }
-}
-
-// Calls visit(index of element i of a chunk in every slot).
-template <class V, class Visit>
-FUSEDOPT_FN void at_element(const ChunkView& chunk, i32 i, const Visit& visit) {
-  if (V::kStrided && chunk.layout)
-    visit(StridedIndex(chunk.layout, chunk.begin + i));
-  else
-    visit(DenseIndex{i});
 }
 
 // A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
@@ -385,12 +382,7 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
       part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
     Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) {
       using W = decltype(width);
-      if constexpr (W::value > 1)
-        sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, DenseIndex{i}, i, n, part);
-      else
-        at_element<V>(chunk, i, [&](const auto& at) {
-          sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, at, i, n, part);
-        });
+      sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, IndexOf<V, W>(chunk, i), i, n, part);
     });
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s) {
@@ -407,8 +399,9 @@ template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
                              int lane, int lanes) {
   if constexpr (V::kReports)
-    if (side.report.is_wanted()) return report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
-  sweep_part<Access, V>(chunk, rule, gradient, side, lane, lanes);
+    report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
+  else
+    sweep_part<Access, V>(chunk, rule, gradient, side, lane, lanes);
 }
 
 // Sets a chunk's gradient to 0: what is left of a step that is skipped, where gradients are to be cleared.
@@ -418,7 +411,7 @@ FUSEDOPT_FN void clear_chunk(const ChunkView& chunk, int lane, int lanes) {
   const X zero[1] = {};
   FUSEDOPT_LOOP
   for (i32 i = lane; i < chunk.size; i += lanes) {
-    const i64 at = chunk.layout ? StridedIndex(chunk.layout, chunk.begin + i)(kGrad) : i64(i);
+    const i64 at = StridedIndex(chunk, i)(kGrad);
     Access::template store<Width<1>>(chunk.storage_of(kGrad), chunk.address[kGrad], at, false, zero, 1);
   }
 }

@@ -199,6 +199,10 @@ struct HostAccess {
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
     i32 i = 0;
+    if (V::kStrided && chunk.layout) {
+      for (; i < chunk.size; ++i) visit(Width<1>{}, i, 1);
+      return;
+    }
     constexpr int N = kBlock<V>;
     for (; i + N <= chunk.size; i += N) visit(Width<N>{}, i, N);
     for (; i + kNarrow <= chunk.size; i += kNarrow) visit(Width<kNarrow>{}, i, kNarrow);

@@ -206,21 +206,29 @@ struct DeviceAccess {
     chunk.aligned = aligned_slots<V, width<V, C>()>(chunk, chunk.boundary);
   }
 
-  // Elements up to a 16-byte boundary and behind the last vector one by one, the rest in vectors; lanes take turns.
+  // Elements up to a 16-byte boundary and behind the last vector one by one, the rest in vectors; lanes take turns. A
+  // strided chunk has no vectors. The general variants have one loop for aligned and misaligned chunks: two of them
+  // would double what takes longest to compile.
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
     constexpr int N = width<V, C>();
-    const i32 head = chunk.boundary < chunk.size ? chunk.boundary : chunk.size;
+    constexpr bool kAlignedLoop = V::kFixed || V::kFeatures == 0;
+    const bool dense = !(V::kStrided && chunk.layout);
+    const i32 head = dense && chunk.boundary < chunk.size ? chunk.boundary : chunk.size;
     const i32 last = head + (chunk.size - head) / N * N;
-    if (chunk.aligned == kAllSlots) {
+    if (kAlignedLoop && chunk.aligned == kAllSlots) {
       FUSEDOPT_LOOP
-      for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N>{}, i, N);
+      for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N, kAlignedLoop>{}, i, N);
     } else {
       FUSEDOPT_LOOP
       for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N, false>{}, i, N);
     }
-    const i32 edge = lane < head ? lane : last + lane - head;
-    if (edge < chunk.size) visit(Width<1>{}, edge, 1);
+    const i32 singles = head + chunk.size - last;
+    FUSEDOPT_LOOP
+    for (i32 k = lane; k < singles; k += lanes) {
+      visit(Width<1>{}, k < head ? k : last + k - head, 1);
+      if (!V::kStrided) break;  // fewer than there are lanes
+    }
   }
 
  private:
