@@ -18,6 +18,19 @@ PLACES = (0, 1, 2, 2047, 2048, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33 + 12_34
 SEEDS = ((0, 1), (0, 2), (0x7FFF, 1), (0x00AB_CDEF, 100_000))
 
 
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from fusedopt.triton_kernels.blocks import random_stream
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def draw(places, numbers, words, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        k = tl.arange(0, COUNT)
+        drawn = random_stream(tl.load(places + k), tl.load(numbers), tl.load(numbers + 1))
+        tl.store(words + k, drawn.to(tl.int64))
+
+
 def expected(seed: int, step: int) -> list[int]:
     words: list[int] = blocks.stream(torch.tensor(PLACES), seed, step).tolist()
     return words
@@ -42,17 +55,6 @@ def test_words_of_cpp_are_those_of_torch(seed: int, step: int, tmp_path: Path) -
 @pytest.mark.parametrize(("seed", "step"), SEEDS)
 @pytest.mark.parametrize("run", as_params([Run("triton")]))
 def test_words_of_triton_are_those_of_torch(run: Run, seed: int, step: int) -> None:
-    import triton
-    import triton.language as tl
-
-    from fusedopt.triton_kernels.blocks import random_stream
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def draw(places, numbers, words, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-        k = tl.arange(0, COUNT)
-        drawn = random_stream(tl.load(places + k), tl.load(numbers), tl.load(numbers + 1))
-        tl.store(words + k, drawn.to(tl.int64))
-
     places = torch.tensor([*PLACES, *[0] * (16 - len(PLACES))])
     words = torch.zeros_like(places)
     draw[(1,)](places, torch.tensor([seed, step]), words, 16)
