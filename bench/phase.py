@@ -107,6 +107,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="turns that are measured (default: %(default)s)")
     arguments = parser.parse_args()
+    for name in ("threads", "rounds"):
+        if getattr(arguments, name) < (2 if name == "rounds" else 1):
+            parser.error(f"--{name} is {getattr(arguments, name)}: too few")
+    try:
+        load(arguments.workload)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     shapes = [shape for group in load(arguments.workload).groups for shape in group.shapes()]
     sides = [torch_side(make_params(shapes)), fused_side(make_params(shapes))]
