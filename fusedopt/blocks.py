@@ -47,7 +47,7 @@ def coded(
     finite = largest.isfinite()
     used = finite & (reach >= SMALLEST)
     scales = torch.where(finite, torch.where(used, reach, 0.0), torch.nan)
-    y = rows * torch.where(used, most / largest, 0.0).unsqueeze(1)
+    y = rows * torch.where(used, torch.full_like(largest, most) / largest, 0.0).unsqueeze(1)
     least = rows > 0.0
     if dtype == torch.int8:
         codes = (torch.where(y < most, y, most) + 1.5 * 2.0**23).view(torch.int32) & 0xFF
