@@ -322,6 +322,8 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     if (s != kGrad && Access::has(chunk, rule, s)) {
       if constexpr (V::kBlocks)
         if (V::codes(s, chunk.storage)) {
+          FUSEDOPT_UNROLL
+          for (int k = 0; k < M; ++k) x[s][k] = what_is_coded(V::storage(s, chunk.storage), x[s][k]);
           block.take(state_of(s), x[s]);
           continue;
         }
@@ -374,13 +376,14 @@ template <class Access, class V, class Rule>
 FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, u64 step,
                               int lane, int lanes) {
   const RandomStream random(0, step), rounding(chunk.mode() >> kKeyShift, step);
-  Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) {
+  // All of it is inlined, so that on a CPU the rule's branches are known in the loops: a call would hide them.
+  Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) FUSEDOPT_INLINE {
     typename Access::template Part<V> part;
     part.rounding = rounding;
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s)
       part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
-    Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) {
+    Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
       using W = decltype(width);
       sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, IndexOf<V, W>(chunk, i), i, n, part);
     });

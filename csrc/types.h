@@ -6,11 +6,13 @@
 #define FUSEDOPT_UNROLL _Pragma("unroll")
 #define FUSEDOPT_UNROLL_SLOTS _Pragma("unroll")
 #define FUSEDOPT_LOOP _Pragma("unroll 1")
+#define FUSEDOPT_INLINE  // behind a lambda's parameters
 #else
 #define FUSEDOPT_FN inline __attribute__((always_inline))
 #define FUSEDOPT_UNROLL _Pragma("GCC unroll 16")
 #define FUSEDOPT_UNROLL_SLOTS _Pragma("GCC unroll 8")
 #define FUSEDOPT_LOOP
+#define FUSEDOPT_INLINE __attribute__((always_inline))
 #endif
 
 namespace fusedopt {

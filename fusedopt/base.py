@@ -243,7 +243,7 @@ class FusedOptimizer(Optimizer):
             asked = {"rounding": group.get("rounding")}
             asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
             for name, mode in asked.items() if self._phase.flags else ():
-                if mode == CODES or (name == "rounding" and mode is not None):
+                if mode in CODES or (name == "rounding" and mode is not None):
                     raise ValueError(f"{name}={mode!r} and {self._phase} can not work together yet: no kernel has both")
         super().add_param_group(param_group)
         self._see_params()

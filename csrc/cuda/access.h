@@ -174,10 +174,11 @@ struct DeviceAccess {
   FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
                                      const RandomStream& random, i32 first, int count) {
     const u64 place = u64(chunk.begin + first);
+    const u32 shift = RandomStream::has_high_half(place) ? 16u : 0u;
     u32 words[kPart / 4] = {};
     FUSEDOPT_UNROLL
     for (int k = 0; k < kPart; ++k) {
-      const u32 bits = random.bits(place, u32(k));
+      const u32 bits = random.bits(RandomStream::word_of(place), u32(k)) >> shift & 0xFFFFu;
       words[k / 4] |= code_from_float<u32>(storage, part.value[state][k], inverse, bits) << (8 * (k % 4));
     }
     const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
