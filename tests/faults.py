@@ -168,8 +168,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "strided chunks begin at 0",
         SWEEP,
-        "side, StridedIndex(chunk.layout, chunk.begin + i)",
-        "side, StridedIndex(chunk.layout, i)",
+        "i64 rest = chunk.begin + i;",
+        "i64 rest = i;",
         (LAYOUTS, CHUNKS),
     ),
     Fault(
@@ -188,7 +188,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     # states in 8 bits, random words, what is kept beside 16-bit parameters
     Fault("blocks: a mean's code read without its sign", BLOCK, "(code ^ 0x80u) | kOnes", "code | kOnes", (BLOCKS,)),
-    Fault("blocks: roots rounded to nearest", BLOCK, "| 0x3F800000u) - 1.5f;", "| 0x3F800000u) * 0.0f;", (BLOCKS,)),
+    Fault(
+        "blocks: roots rounded to nearest",
+        BLOCK,
+        "| 0x3F800000u) - (1.5f - 0x1p-17f);",
+        "| 0x3F800000u) * 0.0f;",
+        (BLOCKS,),
+    ),
     Fault("blocks: a root becomes 0", BLOCK, "least = x > none ? one : none;", "least = none;", (BLOCKS,)),
     Fault("blocks: infinity keeps its scale", BLOCK, "largest < 0x7F800000u", "largest <= 0x7F800000u", (BLOCKS,)),
     Fault("blocks: scales whose inverse overflows", BLOCK, "reach >= 1.17549435e-38f", "reach > 0.0f", (BLOCKS,)),
@@ -307,8 +313,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "report: no barrier after half a leaf",
         SWEEP,
-        "side, lane, lanes);\n      barrier();",
-        "side, lane, lanes);",
+        "if (wanted) barrier();",
+        "",
         (REPORT,),
     ),
     Fault("report: every update of 0 is lost", SWEEP, "& (seen.update[k] != zero)", "", (REPORT,)),
@@ -364,8 +370,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "head of a misaligned tensor left out",
         ACCESS,
-        "lane < head ? lane : last + lane - head",
-        "last + lane",
+        "k < head ? k : last + k - head",
+        "last + k",
         (SIZES,),
     ),
     Fault(
@@ -516,7 +522,11 @@ FAULTS: tuple[Fault, ...] = (
         (INTERPRETED_BLOCKS,),
     ),
     Fault(
-        "triton: blocks: roots rounded to nearest", TRITON_BLOCKS, "inverse + dither", "inverse", (INTERPRETED_BLOCKS,)
+        "triton: blocks: roots rounded to nearest",
+        TRITON_BLOCKS,
+        "y + (bits_float((random << 7) | 0x3F800000) - 1.49999237060546875)",
+        "y",
+        (INTERPRETED_BLOCKS,),
     ),
     Fault(
         "triton: blocks: a root becomes 0",
