@@ -169,13 +169,7 @@ FUSEDOPT_FN void tally_vector(const LeafReport& report, bool keeps_rest, const W
     events[k] = seen.grad[k] - seen.grad[k] == zero ? zero : one;
     events[k] = events[k] + ((seen.before[k] == after) & (seen.update[k] != zero) ? lost : zero);
   }
-  const auto square = [](auto x) { return x * x; };
-  const bool first = report.half == 0;
-  LeafTally& tally = *report.tally;
-  Access::template tally<W>(tally.squares[kGradSquares] + place, first, seen.grad, count, square);
-  Access::template tally<W>(tally.squares[kParamSquares] + place, first, p, count, square);
-  Access::template tally<W>(tally.squares[kUpdateSquares] + place, first, seen.update, count, square);
-  Access::template tally<W>(tally.events + place, first, events, count, [](auto x) { return x; });
+  Access::template tally<W>(report, place, seen.grad, p, seen.update, events, count);
 }
 
 // A vector of what comes beside the update. The parameter is read back where its storage has rounded it: average and
@@ -327,40 +321,39 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], seen, place, count);
 }
 
-template <class Access, class V, class C, class Rule, class S>
-FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
-                            int lane, int lanes) {
-  if (V::kStrided && chunk.layout) {
-    FUSEDOPT_LOOP
-    for (i32 i = lane; i < chunk.size; i += lanes)
-      sweep_vector<Access, V, C, Width<1>>(chunk, rule, gradient, side, StridedIndex(chunk.layout, chunk.begin + i), i,
-                                           1, NoBlock{});
-    return;
-  }
-  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
-    sweep_vector<Access, V, C, decltype(width)>(chunk, rule, gradient, side, DenseIndex{i}, i, count, NoBlock{});
-  });
+// A vector by its place in the chunk, whatever layout that has.
+template <class Access, class V, class C, class W, class Rule, class S>
+FUSEDOPT_FN void sweep_at(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side, i32 i,
+                          int count) {
+  if constexpr (V::kStrided && W::value == 1)
+    if (chunk.layout) {
+      const StridedIndex at(chunk.layout, chunk.begin + i);
+      return sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, at, i, count, NoBlock{});
+    }
+  sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, DenseIndex{i}, i, count, NoBlock{});
 }
 
-// A chunk whose leaves are reported: half a leaf, its other half, what both joined to.
+// Calls visit(width, first element, how many) for the vectors of a chunk that are this lane's.
+template <class Access, class V, class C, class Visit>
+FUSEDOPT_FN void each_vector(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
+  if (V::kStrided && chunk.layout) {
+    FUSEDOPT_LOOP
+    for (i32 i = lane; i < chunk.size; i += lanes) visit(Width<1>{}, i, 1);
+    return;
+  }
+  Access::template walk<V, C>(chunk, lane, lanes, visit);
+}
+
+// A chunk whose leaves are reported.
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
                               int lanes) {
-  const auto barrier = [] { Access::barrier(); };
   FUSEDOPT_LOOP
-  for (i32 at = 0; at < chunk.size; at += i32(kLeaf)) {
-    const ChunkView leaf = chunk.part(at, i32(kLeaf));
-    barrier();  // the last leaf is written
-    if (leaf.size < kLeaf) clear_tally(*side.report.tally, lane, lanes);
-    barrier();
-    FUSEDOPT_LOOP
-    for (side.report.half = 0; side.report.half < 2; ++side.report.half) {
-      const ChunkView half = leaf.part(side.report.half * kHalfLeaf, kHalfLeaf);
-      sweep_part<Access, V>(half, rule, gradient, side, lane, lanes);
-      barrier();
-    }
-    write_leaf(side.report, u64(leaf.begin / kLeaf), lane, lanes, barrier);
-  }
+  for (i32 at = 0; at < chunk.size; at += i32(kLeaf))
+    Access::template report_leaf<V, C>(chunk.part(at, i32(kLeaf)), side.report, lane, lanes,
+                                       [&](const ChunkView& view, auto width, i32 i, int count) {
+                                         sweep_at<Access, V, C, decltype(width)>(view, rule, gradient, side, i, count);
+                                       });
 }
 
 // Calls visit(index of element i of a chunk in every slot).
@@ -408,7 +401,9 @@ FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gra
                              int lane, int lanes) {
   if constexpr (V::kReports)
     if (side.report.is_wanted()) return report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
-  sweep_part<Access, V>(chunk, rule, gradient, side, lane, lanes);
+  each_vector<Access, V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
+    sweep_at<Access, V, C, decltype(width)>(chunk, rule, gradient, side, i, count);
+  });
 }
 
 // Sets a chunk's gradient to 0: what is left of a step that is skipped, where gradients are to be cleared.
@@ -454,10 +449,10 @@ FUSEDOPT_FN u64 next_step(const LaunchParams& launch, u32 tensor) {
 
 // What becomes of the gradients of a group in this launch.
 template <class V, class C>
-FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags) {
+FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags, double coefficient) {
   Gradient<C> gradient(launch, flags);
   if constexpr (V::kSide) {
-    gradient.coefficient = C(launch.phase.coefficient);
+    gradient.coefficient = C(coefficient);
     gradient.clips = launch.phase.has(kClips);
   }
   return gradient;
@@ -472,14 +467,14 @@ FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c) {
 
 // Where a tensor's leaves are reported; `tally` is room for the terms of one.
 template <class V>
-FUSEDOPT_FN LeafReport report_of(const LaunchParams& launch, u32 tensor, LeafTally* tally) {
+FUSEDOPT_FN LeafReport report_of(const LaunchParams& launch, u32 tensor, void* tally) {
   if (!V::kReports || !launch.phase.has(kReports)) return {};
   return {tally, launch.phase.report + launch.table.first_leaf[tensor], launch.table.leaves};
 }
 
 // What side outputs of a tensor's chunk need: nothing in a variant without them.
 template <class V, class C>
-FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, LeafTally* tally) {
+FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, void* tally) {
   if constexpr (V::kSide)
     return Side<C>(launch.phase, next_step(launch, tensor), report_of<V>(launch, tensor, tally));
   else

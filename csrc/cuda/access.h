@@ -189,14 +189,48 @@ struct DeviceAccess {
 
   FUSEDOPT_FN static void barrier() { device::barrier(); }
 
-  // Puts a term of each element into `to`, in shared memory, or adds it to what is there.
-  template <class W, class T, class C, class Term>
-  FUSEDOPT_FN static void tally(T* to, bool first, const C (&x)[W::value], int, const Term& term) {
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < W::value; ++k) {
-      const T value = term(T(x[k]));
-      to[k] = first ? value : to[k] + value;
+  // The terms of half a leaf, in shared memory; those of the other half are added, as the tree of reduce.h begins.
+  static constexpr int kHalfLeaf = kJoined / 2;
+  struct Tally {
+    double squares[kReportSquares][kHalfLeaf];
+    float events[kHalfLeaf];
+  };
+
+  template <class W, class C>
+  FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const C (&grad)[W::value],
+                                const C (&param)[W::value], const C (&update)[W::value], const C (&events)[W::value],
+                                int) {
+    Tally& to = *static_cast<Tally*>(report.tally);
+    const bool first = report.half == 0;
+    add_terms(to.squares[kGradSquares] + place, first, grad, [](double x) { return x * x; });
+    add_terms(to.squares[kParamSquares] + place, first, param, [](double x) { return x * x; });
+    add_terms(to.squares[kUpdateSquares] + place, first, update, [](double x) { return x * x; });
+    add_terms(to.events + place, first, events, [](float x) { return x; });
+  }
+
+  // Sweeps a leaf half by half, and writes down what its terms join to.
+  template <class V, class C, class Visit>
+  FUSEDOPT_FN static void report_leaf(const ChunkView& leaf, LeafReport& report, int lane, int lanes,
+                                      const Visit& visit) {
+    Tally& tally = *static_cast<Tally*>(report.tally);
+    barrier();  // the last leaf is written
+    if (leaf.size < kLeaf) clear(tally, lane, lanes);
+    barrier();
+    FUSEDOPT_LOOP
+    for (report.half = 0; report.half < 2; ++report.half) {
+      const ChunkView half = leaf.part(report.half * kHalfLeaf, kHalfLeaf);
+      each_vector<DeviceAccess, V, C>(half, lane, lanes,
+                                      [&](auto width, i32 i, int count) { visit(half, width, i, count); });
+      barrier();
     }
+    FUSEDOPT_LOOP
+    for (int s = 0; s < kReportSquares; ++s)
+      join_halves<false>(tally.squares[s], kHalfLeaf, lane, lanes, [] { barrier(); });
+    join_halves<false>(tally.events, kHalfLeaf, lane, lanes, [] { barrier(); });
+    if (lane != 0) return;
+    const double squares[kReportSquares] = {tally.squares[kGradSquares][0], tally.squares[kParamSquares][0],
+                                            tally.squares[kUpdateSquares][0]};
+    write_leaf(report, u64(leaf.begin / kLeaf), squares, tally.events[0]);
   }
 
   // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.
@@ -229,6 +263,24 @@ struct DeviceAccess {
     return sizeof(C) == 8 ? 2 : V::kWidth;
   }
   static constexpr u32 kAllSlots = (1u << kElementSlots) - 1;
+
+  template <class T, class C, int N, class Term>
+  FUSEDOPT_FN static void add_terms(T* to, bool first, const C (&x)[N], const Term& term) {
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < N; ++k) {
+      const T value = term(T(x[k]));
+      to[k] = first ? value : to[k] + value;
+    }
+  }
+
+  // For a leaf that does not fill the tally: absent elements are 0.
+  FUSEDOPT_FN static void clear(Tally& tally, int lane, int lanes) {
+    FUSEDOPT_LOOP
+    for (int k = lane; k < kHalfLeaf; k += lanes) {
+      for (int s = 0; s < kReportSquares; ++s) tally.squares[s][k] = 0.0;
+      tally.events[k] = 0.0f;
+    }
+  }
 
   // The slots of which N elements, counted from element `boundary`, start on a boundary of their own size (at most
   // 16 bytes). A slot that is absent is never accessed and counts as aligned.
