@@ -5,6 +5,7 @@ ncu … python -m bench.ncu gpt2-124m adamw float32 kept fusedopt-cuda
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import shutil
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from bench import timing, workloads
 from bench.case import Case
 from bench.contender import Contender, Gradients
-from bench.peers import PEERS, Peer
+from bench.peers import HYPER, PEERS, Peer
 
 METRICS = {
     "gpu__time_duration.sum": "time",
@@ -114,5 +116,19 @@ def main(workload: str, optimizer: str, dtype: str, gradients: str, peer: str) -
         torch.cuda.profiler.stop()
 
 
+def read_arguments() -> list[str]:
+    """The words of a case and a peer."""
+    parser = argparse.ArgumentParser(
+        prog="ncu ... python -m bench.ncu",
+        description="Steps of one case, the last of them under Nsight Compute; `python -m bench profile` calls it.",
+    )
+    parser.add_argument("workload", help="COUNTxNUMEL or a name")
+    parser.add_argument("optimizer", choices=list(HYPER))
+    parser.add_argument("dtype", choices=[*workloads.DTYPES, "mixed"])
+    parser.add_argument("gradients", choices=timing.GRADIENTS)
+    parser.add_argument("peer", choices=list(PEERS), metavar="peer", help="such as fusedopt-cuda or torch-fused")
+    return list(vars(parser.parse_args()).values())
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*read_arguments())

@@ -103,10 +103,17 @@ def measure(sides: Sequence[Side], grads: Sequence[Tensor], rounds: int) -> list
 def main() -> None:
     """Reads the command line, measures, checks that both arrived at the same parameters, and prints."""
     parser = argparse.ArgumentParser(description="The optimizer phase: torch's best recipe against one fused launch.")
-    parser.add_argument("--workload", default="gpt2-124m")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--workload", default="gpt2-124m", help="COUNTxNUMEL or a name (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns that are measured (default: %(default)s)")
     arguments = parser.parse_args()
+    for name in ("threads", "rounds"):
+        if getattr(arguments, name) < (2 if name == "rounds" else 1):
+            parser.error(f"--{name} is {getattr(arguments, name)}: too few")
+    try:
+        load(arguments.workload)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     shapes = [shape for group in load(arguments.workload).groups for shape in group.shapes()]
     sides = [torch_side(make_params(shapes)), fused_side(make_params(shapes))]

@@ -9,6 +9,7 @@ Where that Python already imports torch, the environment sees it and no other is
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shlex
 import site
@@ -22,7 +23,11 @@ BUILD_PACKAGES = ["setuptools>=77", "ninja>=1.11", "pybind11>=2.13"]  # as [buil
 
 def main() -> int:
     """Create what is missing; running it again is harmless."""
-    folder, torch = Path(sys.argv[1]), shlex.split(sys.argv[2])
+    parser = argparse.ArgumentParser(description="Makes a virtual environment with torch, the tools and fusedopt.")
+    parser.add_argument("folder", type=Path, help="of the environment, such as .venv")
+    parser.add_argument("torch", type=shlex.split, help="what pip installs where this Python has no torch")
+    arguments = parser.parse_args()
+    folder, torch = arguments.folder, arguments.torch
     if sys.version_info < (3, 10):
         print(
             f"error: Python 3.10 or newer is needed, {sys.executable} is {sys.version.split()[0]}",

@@ -121,20 +121,24 @@ struct Gradient {
 // Where element i of a chunk lies in each slot, in elements from the slot's address.
 struct DenseIndex {
   i32 i;
+  FUSEDOPT_FN DenseIndex(const ChunkView&, i32 i) : i(i) {}
   FUSEDOPT_FN i64 operator()(int) const { return i; }
 };
 
 struct StridedIndex {
   i64 offset[kElementSlots];
 
-  FUSEDOPT_FN StridedIndex(const i64* layout, i64 i) {
+  FUSEDOPT_FN StridedIndex(const ChunkView& chunk, i32 i) {
+    const i64* const layout = chunk.layout;
+    for (int s = 0; s < kElementSlots; ++s) offset[s] = layout ? 0 : i;
+    if (!layout) return;
     const i64 ndim = layout[0];
     const i64* sizes = layout + 1;
     const i64* strides = sizes + ndim;
-    for (int s = 0; s < kElementSlots; ++s) offset[s] = 0;
+    i64 rest = chunk.begin + i;
     for (i64 d = ndim - 1; d >= 0; --d) {
-      const i64 coordinate = i % sizes[d];
-      i /= sizes[d];
+      const i64 coordinate = rest % sizes[d];
+      rest /= sizes[d];
       for (int s = 0; s < kElementSlots; ++s) offset[s] += coordinate * strides[s * ndim + d];
     }
   }
@@ -312,6 +316,8 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     if (s != kGrad && Access::has(chunk, rule, s)) {
       if constexpr (V::kBlocks)
         if (V::codes(s, chunk.storage)) {
+          FUSEDOPT_UNROLL
+          for (int k = 0; k < M; ++k) x[s][k] = what_is_coded(V::storage(s, chunk.storage), x[s][k]);
           block.take(state_of(s), x[s]);
           continue;
         }
@@ -321,48 +327,28 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], seen, place, count);
 }
 
-// A vector by its place in the chunk, whatever layout that has.
-template <class Access, class V, class C, class W, class Rule, class S>
-FUSEDOPT_FN void sweep_at(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side, i32 i,
-                          int count) {
-  if constexpr (V::kStrided && W::value == 1)
-    if (chunk.layout) {
-      const StridedIndex at(chunk.layout, chunk.begin + i);
-      return sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, at, i, count, NoBlock{});
-    }
-  sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, DenseIndex{i}, i, count, NoBlock{});
+// Element i of a chunk alone; a vector is walked where the chunk is dense only.
+template <class V, class W>
+using IndexOf = Either<V::kStrided && W::value == 1, StridedIndex, DenseIndex>;
+
+template <class Access, class V, class C, class Rule, class S>
+FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
+                            int lane, int lanes) {
+  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
+    using W = decltype(width);
+    sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
+  });
 }
 
-// Calls visit(width, first element, how many) for the vectors of a chunk that are this lane's.
-template <class Access, class V, class C, class Visit>
-FUSEDOPT_FN void each_vector(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
-  if (V::kStrided && chunk.layout) {
-    FUSEDOPT_LOOP
-    for (i32 i = lane; i < chunk.size; i += lanes) visit(Width<1>{}, i, 1);
-    return;
-  }
-  Access::template walk<V, C>(chunk, lane, lanes, visit);
-}
-
-// A chunk whose leaves are reported.
+// A chunk of which leaves may be reported: in the order that suits the tally.
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
                               int lanes) {
-  FUSEDOPT_LOOP
-  for (i32 at = 0; at < chunk.size; at += i32(kLeaf))
-    Access::template report_leaf<V, C>(chunk.part(at, i32(kLeaf)), side.report, lane, lanes,
-                                       [&](const ChunkView& view, auto width, i32 i, int count) {
-                                         sweep_at<Access, V, C, decltype(width)>(view, rule, gradient, side, i, count);
-                                       });
-}
-
-// Calls visit(index of element i of a chunk in every slot).
-template <class V, class Visit>
-FUSEDOPT_FN void at_element(const ChunkView& chunk, i32 i, const Visit& visit) {
-  if (V::kStrided && chunk.layout)
-    visit(StridedIndex(chunk.layout, chunk.begin + i));
-  else
-    visit(DenseIndex{i});
+  Access::template report_chunk<V, C>(
+      chunk, side.report, lane, lanes, [&](const ChunkView& view, auto width, i32 i, int count) {
+        using W = decltype(width);
+        sweep_vector<Access, V, C, W>(view, rule, gradient, side, IndexOf<V, W>(view, i), i, count, NoBlock{});
+      });
 }
 
 // A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
@@ -370,20 +356,16 @@ template <class Access, class V, class Rule>
 FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, u64 step,
                               int lane, int lanes) {
   const RandomStream random(0, step), rounding(chunk.mode() >> kKeyShift, step);
-  Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) {
+  // All of it is inlined, so that on a CPU the rule's branches are known in the loops: a call would hide them.
+  Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) FUSEDOPT_INLINE {
     typename Access::template Part<V> part;
     part.rounding = rounding;
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s)
       part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
-    Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) {
+    Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
       using W = decltype(width);
-      if constexpr (W::value > 1)
-        sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, DenseIndex{i}, i, n, part);
-      else
-        at_element<V>(chunk, i, [&](const auto& at) {
-          sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, at, i, n, part);
-        });
+      sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, IndexOf<V, W>(chunk, i), i, n, part);
     });
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s) {
@@ -400,10 +382,9 @@ template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
                              int lane, int lanes) {
   if constexpr (V::kReports)
-    if (side.report.is_wanted()) return report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
-  each_vector<Access, V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
-    sweep_at<Access, V, C, decltype(width)>(chunk, rule, gradient, side, i, count);
-  });
+    report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
+  else
+    sweep_part<Access, V>(chunk, rule, gradient, side, lane, lanes);
 }
 
 // Sets a chunk's gradient to 0: what is left of a step that is skipped, where gradients are to be cleared.
@@ -413,7 +394,7 @@ FUSEDOPT_FN void clear_chunk(const ChunkView& chunk, int lane, int lanes) {
   const X zero[1] = {};
   FUSEDOPT_LOOP
   for (i32 i = lane; i < chunk.size; i += lanes) {
-    const i64 at = chunk.layout ? StridedIndex(chunk.layout, chunk.begin + i)(kGrad) : i64(i);
+    const i64 at = StridedIndex(chunk, i)(kGrad);
     Access::template store<Width<1>>(chunk.storage_of(kGrad), chunk.address[kGrad], at, false, zero, 1);
   }
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import blocks, exact, reference
 from .core import compiled, why_not_compiled
 from .phase import EMA
-from .precision import ROUNDING_KEY, block_of, coded_states, master_key, rounds_at_random, scale_key, widened
+from .precision import ROUNDING_KEY, coded_states, master_key, recoded, rounds_at_random, scale_key, widened
 from .table import Row, Table, local, real_view
 
 # Best first.
@@ -160,7 +160,7 @@ class Reference:
             if rounds_at_random(row.param, group):
                 _round_at_random(table, row, step, updates)
             for name in coded:
-                _keep_codes(row, name, block_of(group), step, updates)
+                _keep_codes(table, row, name, step, updates)
             for name, update in updates.items():
                 if name in tensors and update is not None:
                     real_view(tensors[name]).copy_(update)
@@ -284,12 +284,13 @@ def _round_at_random(table: Table, row: Row, step: int, updates: dict[str, Tenso
     updates["param"] = blocks.at_random(param, int(table.state_of(row)[ROUNDING_KEY]), step)
 
 
-def _keep_codes(row: Row, name: str, block: int, step: int, updates: dict[str, Tensor | None]) -> None:
+def _keep_codes(table: Table, row: Row, name: str, step: int, updates: dict[str, Tensor | None]) -> None:
     """Writes a state's scales, and leaves in the updates its codes."""
     value = updates[name]
     assert value is not None  # every rule updates the states that its groups need
-    updates[name], scales = blocks.coded(value, row.states[name].dtype, block=block, step=step)
-    row.states[scale_key(name)].copy_(scales)
+    made = recoded(table.rule, table.groups[row.group], name, value, step)
+    updates[name] = made[name]
+    row.states[scale_key(name)].copy_(made[scale_key(name)])
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

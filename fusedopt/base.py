@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
@@ -249,7 +249,7 @@ class FusedOptimizer(Optimizer):
             asked = {"rounding": group.get("rounding")}
             asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
             for name, mode in asked.items() if self._phase.flags else ():
-                if mode == CODES or (name == "rounding" and mode is not None):
+                if mode in CODES or (name == "rounding" and mode is not None):
                     raise ValueError(f"{name}={mode!r} and {self._phase} can not work together yet: no kernel has both")
         super().add_param_group(param_group)
         self._see_params()
@@ -282,12 +282,15 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: it is that of another model or of another optimizer; nothing was changed.
         """
-        state_dict = state_dict.copy()
+        checkpoint.expect("loaded state dict", state_dict, Mapping)
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        loaded = checkpoint.read(self._rule, self.param_groups, state_dict, self._name_of, self._fill_groups)
+        loaded = checkpoint.read(
+            self._rule, self._phase.states, self.param_groups, state_dict, self._name_of, self._fill_groups
+        )
         self.__setstate__(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -510,6 +513,8 @@ def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
     """A scalar of the gradient scaler, float32 on a table's device."""
     if scalar is None:
         return None
+    if not isinstance(scalar, Tensor):
+        raise TypeError(f"grad_scale and found_inf must be tensors of 1 element, but one is {scalar!r}")
     if scalar.numel() != 1:
         raise ValueError(f"grad_scale and found_inf must have 1 element, but one has {scalar.numel()}")
     return scalar.to(device=device, dtype=torch.float32, non_blocking=True)

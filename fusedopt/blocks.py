@@ -17,6 +17,8 @@ from torch import Tensor
 from .reference import square_root
 
 SMALLEST = 2.0**-126  # scale: below, its inverse could overflow
+FLOAT8 = torch.float8_e4m3fn
+MOST_CODE = {torch.int8: 127.0, torch.uint8: 255.0, FLOAT8: 448.0}
 _MASK = 0xFFFFFFFF
 
 
@@ -25,33 +27,43 @@ def block_count(numel: int, block: int) -> int:
     return -(-numel // block)
 
 
-def coded(values: Tensor, dtype: torch.dtype, *, block: int, step: int = 0) -> tuple[Tensor, Tensor]:
+def coded(
+    values: Tensor, dtype: torch.dtype, *, block: int, step: int = 0, is_square: bool = False
+) -> tuple[Tensor, Tensor]:
     """Codes of a state and the scale of each block of them.
 
     Args:
         values: the state, float32.
-        dtype: int8: a mean; uint8: a mean of squares, coded by its root.
+        dtype: int8: a mean; uint8: a mean of squares, coded by its root; float8_e4m3fn: either, as it is.
         block: elements of a block, counted in row-major order.
-        step: the count of this step, which decides how roots are rounded.
+        step: the count of this step, which decides how means of squares are rounded.
+        is_square: whether it is a mean of squares.
     """
     rows = _in_blocks(values.contiguous().reshape(-1), block)
+    rows = square_root(rows) if dtype == torch.uint8 else rows
+    most = MOST_CODE[dtype]
     largest = rows.abs().amax(dim=1)
-    is_mean = dtype == torch.int8
-    reach = largest / 127.0 if is_mean else square_root(largest) / 255.0
+    reach = largest / most
     finite = largest.isfinite()
     used = finite & (reach >= SMALLEST)
     scales = torch.where(finite, torch.where(used, reach, 0.0), torch.nan)
-    inverse = torch.where(used, 1.0 / reach, 0.0).unsqueeze(1)
-    if is_mean:
-        y = rows * inverse
-        y = torch.where(y < 127.0, y, 127.0)
-        codes = (torch.where(y > -127.0, y, -127.0) + 1.5 * 2.0**23).view(torch.int32) & 0xFF
+    y = rows * torch.where(used, torch.full_like(largest, most) / largest, 0.0).unsqueeze(1)
+    least = rows > 0.0
+    if dtype == torch.int8:
+        codes = (torch.where(y < most, y, most) + 1.5 * 2.0**23).view(torch.int32) & 0xFF
         codes = (codes ^ 0x80) - 0x80
+    elif dtype == FLOAT8 and not is_square:
+        y = torch.where(y < most, y, most)
+        codes = torch.where(y > -most, y, -most).to(FLOAT8)
+    elif dtype == FLOAT8:
+        codes = _float8_at_random(torch.where(y < most, y, most), _halves(rows, step)).maximum(least)
+        codes = codes.to(torch.uint8).view(FLOAT8)
     else:
-        y = square_root(rows) * inverse + _dither(rows, step)
-        y = torch.where(y < 255.0, y, 255.0)
-        least = (rows > 0.0).to(torch.float32)
-        codes = (torch.where(y > least, y, least) + 2.0**23).view(torch.int32) & 0xFF
+        dither = ((_halves(rows, step) << 7) | 0x3F800000).to(torch.int32).view(torch.float32) - (1.5 - 2.0**-17)
+        y = y + dither
+        y = torch.where(y < most, y, most)
+        smallest = least.to(torch.float32)
+        codes = (torch.where(y > smallest, y, smallest) + 2.0**23).view(torch.int32) & 0xFF
     return codes.reshape(-1)[: values.numel()].to(dtype).reshape(values.shape), scales
 
 
@@ -59,7 +71,7 @@ def decoded(codes: Tensor, scales: Tensor, *, block: int) -> Tensor:
     """The state that codes and scales stand for, in float32."""
     scale = scales.repeat_interleave(block)[: codes.numel()]
     y = codes.contiguous().reshape(-1).to(torch.float32) * scale
-    return (y if codes.dtype == torch.int8 else y * y).reshape(codes.shape)
+    return (y * y if codes.dtype == torch.uint8 else y).reshape(codes.shape)
 
 
 def random_bits(counter: Tensor, key: int | Tensor, other_key: int) -> Tensor:
@@ -86,9 +98,18 @@ def at_random(values: Tensor, key: int, step: int) -> Tensor:
     return torch.where(values.isfinite(), signed.view(torch.float32), values)
 
 
-def _dither(rows: Tensor, step: int) -> Tensor:
-    bits = stream(torch.arange(rows.numel(), device=rows.device), 0, step)
-    return (((bits >> 9) | 0x3F800000).to(torch.int32).view(torch.float32) - 1.5).reshape(rows.shape)
+def _halves(rows: Tensor, step: int) -> Tensor:
+    """16 random bits for each element: those that are 16 apart share a word."""
+    places = torch.arange(rows.numel(), device=rows.device).reshape(rows.shape)
+    words = stream((places >> 5 << 4) | (places & 15), 0, step)
+    return torch.where((places >> 4 & 1) == 1, words >> 16, words & 0xFFFF)
+
+
+def _float8_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """Bits of one of the two float8 beside x, from 0 to the largest: csrc/storage/codec.h."""
+    is_small = x < 2.0**-6
+    bits = torch.where(is_small, x + 2.0**-6, x).view(torch.int32).to(torch.int64)
+    return (bits - (torch.where(is_small, 121, 120) << 23) + (random << 4) + 8) >> 20
 
 
 def _in_blocks(flat: Tensor, block: int) -> Tensor:

@@ -92,6 +92,8 @@ def check_hyperparameters(rule: Rule, groups: Sequence[Group]) -> None:
                 value = group[key] if item < 0 else group[key][item]
                 if isinstance(value, str):
                     raise TypeError("text is no number")
+                if isinstance(value, Tensor) and value.is_meta:
+                    raise TypeError("there is no memory on the meta device")
                 is_scalar = not isinstance(value, Tensor) or value.numel() == 1
                 if is_scalar and not (isinstance(value, Tensor) and value.device.type != "cpu"):
                     float(value)

@@ -35,6 +35,7 @@ StateDict = dict[str, Any]
 
 def read(
     rule: Rule,
+    more: Sequence[str],
     groups: Sequence[dict[str, Any]],
     state_dict: Mapping[str, Any],
     name_of: Callable[[int, int], str],
@@ -44,6 +45,7 @@ def read(
 
     Args:
         rule: of the optimizer that loads.
+        more: states of the parameter's shape that it keeps beside the rule's.
         groups: its ``param_groups``, which stay as they are.
         state_dict: what was saved.
         name_of: what error messages call parameter ``place`` of group ``index``, as ``name_of(index, place)``.
@@ -75,7 +77,7 @@ def read(
             state[key] = value  # not of a parameter: kept as it is, as torch does
             continue
         g, k = place_of[key]
-        state[groups[g]["params"][k]] = _fitted(rule, name_of(g, k), groups[g]["params"][k], groups[g], value)
+        state[groups[g]["params"][k]] = _fitted(rule, more, name_of(g, k), groups[g]["params"][k], groups[g], value)
     return {"state": state, "param_groups": saved_groups}
 
 
@@ -98,17 +100,17 @@ def as_step(step: Any, device: torch.device) -> Tensor:
 
 def _check_form(state_dict: Mapping[str, Any]) -> None:
     """Refuses what no optimizer can have saved: parts that are missing, or of another type."""
-    _expect("loaded state dict", state_dict, Mapping)
-    _expect("'state' of the loaded state dict", _part("loaded state dict", state_dict, "state"), Mapping)
+    expect("loaded state dict", state_dict, Mapping)
+    expect("'state' of the loaded state dict", _part("loaded state dict", state_dict, "state"), Mapping)
     groups = _part("loaded state dict", state_dict, "param_groups")
-    _expect("'param_groups' of the loaded state dict", groups, Sequence)
+    expect("'param_groups' of the loaded state dict", groups, Sequence)
     for index, group in enumerate(groups):
         name = f"group {index} of the loaded state dict"
-        _expect(name, group, dict)
+        expect(name, group, dict)
         params = _part(name, group, "params")
-        _expect(f"'params' of {name}", params, Sequence)
+        expect(f"'params' of {name}", params, Sequence)
         for key in params:
-            _expect(f"a parameter of {name}", key, Hashable)
+            expect(f"a parameter of {name}", key, Hashable)
 
 
 def _part(name: str, whole: Mapping[str, Any], key: str) -> Any:
@@ -117,7 +119,8 @@ def _part(name: str, whole: Mapping[str, Any], key: str) -> Any:
     return whole[key]
 
 
-def _expect(name: str, value: Any, kind: type) -> None:
+def expect(name: str, value: Any, kind: type) -> None:
+    """Refuses a value of another type, by name."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, but it is a {type(value).__name__}")
 
@@ -149,12 +152,14 @@ def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
             raise RuntimeError(f"group {index} of the loaded state dict: {error}") from error
 
 
-def _fitted(rule: Rule, name: str, param: Tensor, group: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+def _fitted(
+    rule: Rule, more: Sequence[str], name: str, param: Tensor, group: Mapping[str, Any], value: Mapping[str, Any]
+) -> dict[str, Any]:
     """The state of one parameter, on its device."""
-    _expect(f"loaded state of {name}", value, Mapping)
+    expect(f"loaded state of {name}", value, Mapping)
     if rule.keeps_step:
         check_step(name, value, rule.states)
-    for key in rule.states:
+    for key in (*rule.states, *more):
         if isinstance(value.get(key), Tensor):
             check_state(name, param, key, value[key])
     check_master(name, param, group, value)

@@ -127,6 +127,8 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
 def _why_no_twin(optimizer: Optimizer) -> str:
     names = ", ".join(f"torch.optim.{plain.__name__}" for plain in TWINS)
     given = type(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        return f"fuse takes an optimizer ({names}), but it was given {optimizer!r}"
     if isinstance(optimizer, tuple(TWINS)):
         return f"fuse takes {names} themselves; {_full_name(given)} is a subclass, whose step may do otherwise"
     return f"fuse takes {names}; {_full_name(given)} has no fused twin"

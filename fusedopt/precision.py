@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .blocks import block_count, coded, decoded, random_bits
+from .blocks import FLOAT8, block_count, coded, decoded, random_bits
 from .rules import Group, Rule
 from .sharded import is_sharded
-from .storages import CODE_STORAGES
+from .storages import CODE_STORAGES, FLOAT8_SQUARE, KEPT_STORAGES
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODES = torch.int8  # as a state_dtype: 8 bits an element and a scale for each block
+CODES = (torch.int8, FLOAT8)  # as a state_dtype: 8 bits an element and a scale for each block
 BLOCKS = (32, 64, 128, 256)
 DEFAULT_BLOCK = 128
 MODE_KEYS = ("state_dtype", "state_block", "master", "rounding")
@@ -66,8 +66,8 @@ def check_modes(rule: Rule, group: Group) -> None:
     for name, dtype in by_name.items():
         if name not in rule.states:
             raise ValueError(f"state_dtype names '{name}'; the states are {', '.join(rule.states)}")
-        if dtype not in (None, CODES, *STATE_DTYPES):
-            known = ", ".join(map(str, (*STATE_DTYPES, CODES)))
+        if dtype not in (None, *CODES, *STATE_DTYPES):
+            known = ", ".join(map(str, (*STATE_DTYPES, *CODES)))
             raise ValueError(f"state_dtype of {name} is {dtype}; it must be {known} or None")
         if dtype == torch.float16 and name in rule.squares:
             raise ValueError(
@@ -86,7 +86,7 @@ def state_dtype_of(group: Group, name: str) -> torch.dtype | None:
 def as_asked(tensor: Tensor, param: Tensor, group: Group, name: str) -> Tensor:
     """A state in the dtype that its group asks for; float64 and complex parameters keep theirs."""
     dtype = state_dtype_of(group, name)
-    if dtype in (None, CODES) or not takes_modes(param) or tensor.dtype == dtype:
+    if dtype in (None, *CODES) or not takes_modes(param) or tensor.dtype == dtype:
         return tensor
     return tensor.to(dtype)
 
@@ -136,7 +136,7 @@ def scale_key(name: str) -> str:
 
 def is_coded(param: Tensor, group: Group, name: str) -> bool:
     """Whether a group asks for codes of a state."""
-    return takes_modes(param) and state_dtype_of(group, name) == CODES
+    return takes_modes(param) and state_dtype_of(group, name) in CODES
 
 
 def coded_states(rule: Rule, param: Tensor, group: Group) -> tuple[str, ...]:
@@ -144,21 +144,34 @@ def coded_states(rule: Rule, param: Tensor, group: Group) -> tuple[str, ...]:
     return tuple(name for name in rule.states_of(group) if is_coded(param, group, name))
 
 
-def code_dtype(rule: Rule, name: str) -> torch.dtype:
+def code_dtype(rule: Rule, group: Group, name: str) -> torch.dtype:
     """The dtype of a state's codes."""
+    if state_dtype_of(group, name) == FLOAT8:
+        return FLOAT8
     return torch.uint8 if name in rule.squares else torch.int8
+
+
+def kept_storage(rule: Rule, name: str, dtype: torch.dtype) -> int:
+    """The storage of a state, or of anything else that is kept: csrc/storage/storage.h."""
+    return FLOAT8_SQUARE if dtype == FLOAT8 and name in rule.squares else KEPT_STORAGES[dtype]
 
 
 def blank_codes(rule: Rule, param: Tensor, group: Group, name: str) -> dict[str, Tensor]:
     """Codes and scales of a state before its first step. Blocks are counted in row-major order: so codes lie."""
-    codes = torch.zeros(param.shape, dtype=code_dtype(rule, name), device=param.device)
+    codes = torch.zeros(param.shape, dtype=code_dtype(rule, group, name), device=param.device)
     scales = torch.zeros(block_count(param.numel(), block_of(group)), device=param.device)
     return {name: codes, scale_key(name): scales}
 
 
 def as_codes(rule: Rule, group: Group, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Codes and scales of a state that is there in floating point."""
-    codes, scales = coded(tensor.detach().to(torch.float32), code_dtype(rule, name), block=block_of(group))
+    return recoded(rule, group, name, tensor.detach().to(torch.float32), step=0)
+
+
+def recoded(rule: Rule, group: Group, name: str, values: Tensor, step: int) -> dict[str, Tensor]:
+    """Codes and scales of a state's values, float32, at a step."""
+    dtype, is_square = code_dtype(rule, group, name), name in rule.squares
+    codes, scales = coded(values, dtype, block=block_of(group), step=step, is_square=is_square)
     return {name: codes, scale_key(name): scales}
 
 
@@ -174,12 +187,12 @@ def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mappi
     """Refuses codes that the group did not ask for, or those of another block size."""
     wanted = coded_states(rule, param, group)
     if wanted and is_sharded(param):
-        raise ValueError(f"{name} is a DTensor, of which no states in 8 bits are kept: state_dtype must not be {CODES}")
+        raise ValueError(f"{name} is a DTensor, of which no states in 8 bits are kept yet")
     for key in rule.states:
         tensor, scales = state.get(key), state.get(scale_key(key))
         if not isinstance(tensor, Tensor) or tensor.dtype not in CODE_STORAGES:
             continue
-        if key not in wanted or tensor.dtype != code_dtype(rule, key):
+        if key not in wanted or tensor.dtype != code_dtype(rule, group, key):
             raise ValueError(
                 f"{key} of {name} is codes of {tensor.dtype}, but state_dtype is {state_dtype_of(group, key)}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"

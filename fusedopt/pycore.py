@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .rules import Rule
-from .storages import CODE_STORAGES, STORAGES
+from .storages import CODE_STORAGES, FLOAT8_SQUARE, STORAGES
 
 # csrc/types.h as typecodes of array: unsigned and signed integers of 32 and 64 bits.
 U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
@@ -179,7 +179,7 @@ class PyTable:
         if FLOAT64 in params | states:
             features |= DOUBLE_FEATURE
         rounds_at_random = any(packed >> MODE_SHIFT & ROUNDS_AT_RANDOM for packed in self._storage)
-        if rounds_at_random or {SIGNED8, ROOT8, CODES8} & states:
+        if rounds_at_random or {CODES8, FLOAT8_SQUARE, *CODE_STORAGES.values()} & states:
             features |= BLOCK_FEATURE
         if any(self._address[MASTER * self._rows : (MASTER + 1) * self._rows]):
             features |= MASTER_FEATURE

@@ -39,6 +39,7 @@ from .precision import (
     check_no_double,
     check_rounding,
     coded_states,
+    kept_storage,
     make_master,
     make_rounding_key,
     master_key,
@@ -51,12 +52,12 @@ from .precision import (
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
 from .sharded import is_sharded, settled
-from .storages import KEPT_STORAGES
+from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
-STATE_SLOTS = 3
+STATES_AT, STATE_SLOTS = 2, 3
 NOTHING = Phase()
 
 
@@ -331,7 +332,7 @@ class Table:
             tensor = row.states.get(name)
             if tensor is None:
                 continue
-            if tensor.is_floating_point():
+            if tensor.dtype not in CODE_STORAGES:
                 made = as_codes(self.rule, group, name, tensor)
             elif not tensor.is_contiguous():
                 made = {name: tensor.contiguous()}
@@ -473,7 +474,10 @@ class Table:
         scales = [row.states.get(scale_key(name)) if name in needed else None for name in self.rule.states]
         scales += [None] * (STATE_SLOTS - len(scales))
         addresses += [_address(scale) for scale in scales]
-        storages = [0 if slot is None else KEPT_STORAGES[slot.dtype] for slot in slots]
+        names = dict(enumerate(self.rule.states, STATES_AT))
+        storages = [
+            0 if slot is None else kept_storage(self.rule, names.get(k, ""), slot.dtype) for k, slot in enumerate(slots)
+        ]
         # Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
         keep = [
             tensor.detach()

@@ -42,12 +42,24 @@ OVERRUNS = Suite("overruns", ("tests/test_sanitizers.py", "-k", "random_tables_p
 COLLECTED = Suite("collected", ("tests/contract/test_behaviours.py", "-k", "garbage"))
 MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
+BLOCKS = Suite("blocks", ("tests/test_blocks.py", "-k", "cpu or emulated"))
+RANDOM = Suite("random words", ("tests/test_random.py",))
+PRECISION = Suite("precision", ("tests/test_precision.py", "-k", "cpu or emulated"))
+PHASE = Suite("phase", ("tests/test_phase.py", "-k", "cpu or emulated"))
+NORM = Suite("norm", ("tests/test_norm.py", "-k", "cpu or emulated"))
+REPORT = Suite("report", ("tests/test_report.py", "-k", "cpu or emulated"))
 REFERENCE = Suite("reference", ("tests/test_accuracy.py", "tests/test_bits.py", "-k", "reference or cpu-baseline-2"))
 INTERPRETED = Suite("interpreted", ("tests/test_bits.py", "-k", "f32 and not unscaled"), INTERPRETER)
 INTERPRETED_UNSCALED = Suite("interpreted, unscaled", ("tests/test_bits.py", "-k", "unscaled and f32"), INTERPRETER)
 INTERPRETED_SIZES = Suite("interpreted sizes", ("tests/test_sizes.py", "-k", "f32 or programs"), INTERPRETER)
 INTERPRETED_LAYOUTS = Suite("interpreted layouts", ("tests/test_layouts.py",), INTERPRETER)
 INTERPRETED_STEP = Suite("interpreted step", ("tests/test_step.py", "-k", "found_inf or without_gradient"), INTERPRETER)
+INTERPRETED_BLOCKS = Suite("interpreted blocks", ("tests/test_blocks.py", "-k", "triton"), INTERPRETER)
+INTERPRETED_RANDOM = Suite("interpreted random words", ("tests/test_random.py",), INTERPRETER)
+INTERPRETED_PRECISION = Suite("interpreted precision", ("tests/test_precision.py", "-k", "triton"), INTERPRETER)
+INTERPRETED_PHASE = Suite("interpreted phase", ("tests/test_phase.py", "-k", "triton"), INTERPRETER)
+INTERPRETED_NORM = Suite("interpreted norm", ("tests/test_norm.py", "-k", "triton"), INTERPRETER)
+INTERPRETED_REPORT = Suite("interpreted report", ("tests/test_report.py", "-k", "triton"), INTERPRETER)
 TRITON_CODE = Suite("Triton's code", ("tests/test_triton_aot.py", "-k", "sm_90 and f32 and adam"))
 CUDA_CODE = Suite("CUDA's code", ("tests/test_cubins.py", "-k", "90 or contracted"), cuda=True)
 
@@ -75,6 +87,13 @@ ADAM = "csrc/rules/adam.h"
 SGD = "csrc/rules/sgd.h"
 RULE = "csrc/rules/rule.h"
 CODEC = "csrc/storage/codec.h"
+BLOCK = "csrc/storage/block.h"
+RANDOM_BITS = "csrc/storage/random.h"
+MASTER = "csrc/storage/master.h"
+PHASE_OF = "csrc/phase.h"
+NORM_OF = "csrc/norm.h"
+REPORT_OF = "csrc/report.h"
+REDUCE = "csrc/rules/reduce.h"
 SWEEP = "csrc/sweep.h"
 KERNEL = "csrc/cuda/kernel.h"
 ACCESS = "csrc/cuda/access.h"
@@ -86,6 +105,11 @@ TRITON_RULES = "triton_kernels/rules.py"
 TRITON_STORAGE = "triton_kernels/storage.py"
 TRITON_SWEEP = "triton_kernels/sweep.py"
 TRITON_TABLE = "triton_kernels/table.py"
+TRITON_BLOCKS = "triton_kernels/blocks.py"
+TRITON_MASTER = "triton_kernels/master.py"
+TRITON_PHASE = "triton_kernels/phase.py"
+TRITON_REDUCE = "triton_kernels/reduce.py"
+TRITON_REPORT = "triton_kernels/report.py"
 PYTHON = "fusedopt/reference.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -162,6 +186,148 @@ FAULTS: tuple[Fault, ...] = (
         "rest < launch.chunk_elements ? rest - 1 :",
         (SIZES,),
     ),
+    # states in 8 bits, random words, what is kept beside 16-bit parameters
+    Fault("blocks: a mean's code read without its sign", BLOCK, "(code ^ 0x80u) | kOnes", "code | kOnes", (BLOCKS,)),
+    Fault("blocks: roots rounded to nearest", BLOCK, "| 0x3F800000u) - 1.5f;", "| 0x3F800000u) * 0.0f;", (BLOCKS,)),
+    Fault("blocks: a root becomes 0", BLOCK, "least = x > none ? one : none;", "least = none;", (BLOCKS,)),
+    Fault("blocks: infinity keeps its scale", BLOCK, "largest < 0x7F800000u", "largest <= 0x7F800000u", (BLOCKS,)),
+    Fault("blocks: scales whose inverse overflows", BLOCK, "reach >= 1.17549435e-38f", "reach > 0.0f", (BLOCKS,)),
+    Fault("blocks: negative numbers are the largest", BLOCK, "(x) & 0x7FFFFFFFu", "(x)", (BLOCKS,)),
+    Fault("blocks: every chunk has the scales of the first", SWEEP, "(u64(begin) >> block_bits)", "u64(0)", (BLOCKS,)),
+    Fault("blocks: neighbours share a scale", SWEEP, "i >> chunk.block_bits", "i >> (chunk.block_bits + 1)", (BLOCKS,)),
+    Fault(
+        "blocks: one stream for all parameters", SWEEP, "rounding(chunk.mode() >> kKeyShift", "rounding(0", (BLOCKS,)
+    ),
+    Fault(
+        "blocks: threads of a block do not share the largest",
+        ACCESS,
+        "largest = other > largest ? other : largest;",
+        "(void)other;",
+        (BLOCKS,),
+    ),
+    Fault(
+        "blocks: a partial vector counts to the largest",
+        HOST_ACCESS,
+        "for (int k = count; k % L != 0; ++k) part.value[state][k] = 0.0f;",
+        "",
+        (BLOCKS,),
+    ),
+    Fault("random words: the same at every step", RANDOM_BITS, "32), step);", "32), 0u);", (RANDOM, BLOCKS)),
+    Fault("random words: another mixing step", RANDOM_BITS, "x ^ (x >> 15)", "x ^ (x >> 16)", (RANDOM, BLOCKS)),
+    Fault("random words: repeat after 2^32 elements", RANDOM_BITS, "key ^ u32(place >> 32)", "key", (RANDOM,)),
+    Fault(
+        "bf16 at random: infinity rounded", CODEC, "return x - x == X{} ? rounded : x;", "return rounded;", (BLOCKS,)
+    ),
+    Fault(
+        "master: a changed parameter not seen",
+        MASTER,
+        "kept) == p ? kept : p",
+        "kept) == p ? kept : kept",
+        (PRECISION,),
+    ),
+    Fault("low bits: to nearest even", MASTER, "bits + 0x8000u", "bits + 0x7FFFu + ((bits >> 16) & 1u)", (PRECISION,)),
+    Fault("low bits: not those of this parameter", MASTER, "joined != joined ? p : joined", "joined", (PRECISION,)),
+    Fault("low bits: of a NaN", MASTER, "exact != exact ? nothing : bit", "false ? nothing : bit", (PRECISION,)),
+    Fault("compensation not given back", MASTER, "return p + kept;", "return p;", (PRECISION,)),
+    Fault("compensation of infinity", MASTER, "lost - lost == nothing ? lost : nothing", "lost", (PRECISION,)),
+    # what a launch does beside the update
+    Fault("average: the first is not the parameter", PHASE_OF, "first(t <= 1)", "first(false)", (PHASE,)),
+    Fault("average: no warm-up", PHASE_OF, "phase.has(kWarmsUp) && most < d", "false", (PHASE,)),
+    Fault("average: its nearer end is the first", PHASE_OF, "!(one_minus_decay < C(0.5))", "false", (PHASE,)),
+    Fault(
+        "average: of the parameter before it is rounded",
+        SWEEP,
+        "(side.averages || side.copies || side.report.is_wanted())",
+        "false",
+        (PHASE,),
+    ),
+    Fault("gradient not cleared", SWEEP, "  if (side.clears) {", "  if (false) {", (PHASE,)),
+    Fault("gradient not cleared in a skipped step", KERNEL, "if (V::kSide) skip_block(launch);", "", (PHASE, NORM)),
+    Fault(
+        "cpu: gradient not cleared in a skipped step",
+        "csrc/cpu/dispatch.cpp",
+        "if (is_skipped(launch)) return skip(launch);",
+        "if (is_skipped(launch)) return;",
+        (PHASE, NORM),
+    ),
+    Fault("norm: gradients not clipped", SWEEP, "launch.phase.has(kClips);", "false;", (NORM,)),
+    Fault("norm: gradients made larger", REDUCE, "coefficient >= 1.0 ? 1.0 : coefficient", "coefficient", (NORM,)),
+    Fault("norm: nothing added to what divides", REDUCE, "(norm + 1e-6)", "norm", (NORM,)),
+    Fault("norm: root of the largest", NORM_OF, "phase.has(kLargestNorm) ? joined : square", "square", (NORM,)),
+    Fault("norm: infinity let pass", NORM_OF, "phase.has(kSkipsNonfinite) && !is_finite(norm)", "false", (NORM,)),
+    Fault(
+        "norm: one sum for the leaves of a chunk", NORM_OF, "visit(first + u64(at / kLeaf),", "visit(first,", (NORM,)
+    ),
+    Fault("norm: magnitudes with their signs", REDUCE, "(x < 0.0 ? -x : x)", "x", (NORM,)),
+    Fault("norm: skipped steps not counted", KERNEL, "phase.results[0] += 1.0;", ";", (NORM,)),
+    Fault("norm: no barrier in the tree", REDUCE, "    barrier();\n", "", (NORM,)),
+    Fault(
+        "norm: no barrier of the grid",
+        KERNEL,
+        "tree.values);\n  device::grid_barrier(launch.arrivals + 1);",
+        "tree.values);",
+        (NORM,),
+    ),
+    Fault(
+        "norm: no barrier after a leaf's sum",
+        KERNEL,
+        "live ? values[0] : 0.0;\n      device::barrier();",
+        "live ? values[0] : 0.0;",
+        (NORM,),
+    ),
+    Fault(
+        "norm: no barrier between groups of leaves",
+        KERNEL,
+        "++group) {\n    device::barrier();",
+        "++group) {",
+        (NORM,),
+    ),
+    Fault(
+        "norm: the last group of leaves for all",
+        KERNEL,
+        "groups[group] = values[0];",
+        "groups[0] = values[0];",
+        (NORM,),
+    ),
+    Fault(
+        "cpu: norm: only the first leaves of a group of them",
+        "csrc/cpu/dispatch.cpp",
+        "groups[first / kJoined] = values[0];",
+        "groups[0] = values[0];",
+        (NORM,),
+    ),
+    Fault(
+        "report: the rest of a short leaf is another's",
+        ACCESS,
+        "if (leaf.size < kLeaf) clear",
+        "if (false) clear",
+        (REPORT,),
+    ),
+    Fault(
+        "report: no barrier before a leaf is cleared",
+        ACCESS,
+        "        barrier();  // the last leaf is written\n",
+        "",
+        (REPORT,),
+    ),
+    Fault(
+        "report: no barrier after half a leaf",
+        ACCESS,
+        "        if (wanted) barrier();\n",
+        "",
+        (REPORT,),
+    ),
+    Fault("report: every update of 0 is lost", SWEEP, "& (seen.update[k] != zero)", "", (REPORT,)),
+    Fault(
+        "report: the second half takes the place of the first",
+        ACCESS,
+        "first = report.half == 0;",
+        "first = true;",
+        (REPORT,),
+    ),
+    Fault(
+        "report: lost updates counted as infinite", REPORT_OF, "events - lost * i64(kLostEvent)", "events", (REPORT,)
+    ),
     # the kernel and its access to memory
     Fault(
         "no barrier before the rule is replaced",
@@ -184,7 +350,7 @@ FAULTS: tuple[Fault, ...] = (
         "  if (!block.is_last)",
         (BITS,),
     ),
-    Fault("arrivals not reset", KERNEL, "if (device::thread_index() == 0) *launch.arrivals = 0;", "", (BITS,)),
+    Fault("arrivals not reset", KERNEL, "  *launch.arrivals = 0;\n", "", (BITS,)),
     Fault("the first block advances the steps", KERNEL, "== device::block_count() - 1;", "== 0;", (BITS, CHUNKS, STEP)),
     Fault(
         "a rule outlives its step count",
@@ -348,6 +514,109 @@ FAULTS: tuple[Fault, ...] = (
         (INTERPRETED_LAYOUTS,),
     ),
     Fault("triton: approximate division", TRITON_RULES, "tl.div_rn(a, b)", "a / b", (TRITON_CODE,)),
+    Fault(
+        "triton: blocks: a mean's code without its sign",
+        TRITON_BLOCKS,
+        "(codes ^ 0x80)",
+        "codes",
+        (INTERPRETED_BLOCKS,),
+    ),
+    Fault(
+        "triton: blocks: roots rounded to nearest", TRITON_BLOCKS, "inverse + dither", "inverse", (INTERPRETED_BLOCKS,)
+    ),
+    Fault(
+        "triton: blocks: a root becomes 0",
+        TRITON_BLOCKS,
+        "tl.where(x > 0.0, 1.0, 0.0)",
+        "x * 0.0",
+        (INTERPRETED_BLOCKS,),
+    ),
+    Fault(
+        "triton: blocks: scales whose inverse overflows",
+        TRITON_BLOCKS,
+        "reach >= 1.1754943508222875e-38",
+        "reach > 0.0",
+        (INTERPRETED_BLOCKS,),
+    ),
+    Fault(
+        "triton: blocks: of 256 have two scales",
+        TRITON_BLOCKS,
+        "tl.where(bits >= 8, join(largest, LENGTH, MOST_BLOCK), largest)",
+        "largest",
+        (INTERPRETED_BLOCKS,),
+    ),
+    Fault(
+        "triton: random words: repeat after 2^32 elements",
+        TRITON_BLOCKS,
+        " ^ (place >> 32).to(tl.uint32)",
+        "",
+        (INTERPRETED_RANDOM,),
+    ),
+    Fault(
+        "triton: master: a changed parameter not seen",
+        TRITON_MASTER,
+        "tl.where(rounded_to_16(single, param_storage) == p, single, p)",
+        "single",
+        (INTERPRETED_PRECISION,),
+    ),
+    Fault(
+        "triton: low bits: without their sign",
+        TRITON_MASTER,
+        "(half.to(tl.uint32) ^ 0x8000) - 0x8000",
+        "half.to(tl.uint32)",
+        (INTERPRETED_PRECISION,),
+    ),
+    Fault(
+        "triton: compensation of infinity",
+        TRITON_MASTER,
+        "tl.where(lost - lost == 0.0, lost, 0.0)",
+        "lost",
+        (INTERPRETED_PRECISION,),
+    ),
+    Fault(
+        "triton: average: no warm-up",
+        TRITON_PHASE,
+        "tl.where(((flags & WARMS_UP) != 0) &",
+        "tl.where((t < 0) &",
+        (INTERPRETED_PHASE,),
+    ),
+    Fault(
+        "triton: gradient not cleared",
+        TRITON_PHASE,
+        "only_if(clears, mask)",
+        "only_if(clears & first, mask)",
+        (INTERPRETED_PHASE,),
+    ),
+    Fault(
+        "triton: norm: gradients made larger",
+        TRITON_REDUCE,
+        "(max_norm < 0.0) | (coefficient >= 1.0)",
+        "max_norm < 0.0",
+        (INTERPRETED_NORM,),
+    ),
+    Fault("triton: norm: magnitudes with their signs", TRITON_REDUCE, "tl.abs(g)", "g", (INTERPRETED_NORM,)),
+    Fault(
+        "triton: norm: the last group of leaves for all",
+        TRITON_REDUCE,
+        "k == first // JOINED",
+        "k == 0",
+        (INTERPRETED_NORM,),
+    ),
+    Fault(
+        "triton: norm: infinity let pass",
+        TRITON_SWEEP,
+        "| (norm - norm == 0.0)",
+        "| (norm == norm)",
+        (INTERPRETED_NORM,),
+    ),
+    Fault(
+        "triton: report: the rest of a short leaf is another's",
+        TRITON_REPORT,
+        "mask=k < size,",
+        "mask=k < JOINED,",
+        (INTERPRETED_REPORT,),
+    ),
+    Fault("triton: report: every update of 0 is lost", TRITON_REPORT, " & (update != 0.0)", "", (INTERPRETED_REPORT,)),
     # the compilers
     Fault("cuda: products contracted into fma", "build_support/device.py", "--fmad=false", "--fmad=true", (CUDA_CODE,)),
     Fault(

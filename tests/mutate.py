@@ -80,7 +80,6 @@ def main() -> int:
     except Problem as problem:
         console.print(f"[red]error[/red]: {problem}", highlight=False)
         return 2
-    write_page(outcomes)
     console.print(summary(outcomes))
     survivors = [fault.name for fault, outcome in outcomes.items() if not outcome.caught_by]
     console.print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} faults caught", highlight=False)
@@ -93,8 +92,9 @@ def wanted(fault: Fault, words: Iterable[str] | None) -> bool:
 
 
 def run(faults: list[Fault], console: Console) -> dict[Fault, Outcome]:
-    """Plants each fault; shows how far it is."""
+    """Plants each fault; shows how far it is, and writes the page after each, so that a run may be interrupted."""
     outcomes: dict[Fault, Outcome] = {}
+    commit = describe_commit()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         suites = list(dict.fromkeys(suite for fault in faults for suite in fault.suites))
@@ -111,6 +111,7 @@ def run(faults: list[Fault], console: Console) -> dict[Fault, Outcome]:
         for fault in faults:
             progress.update(task, description=fault.name)
             outcomes[fault] = outcome = try_fault(fault)
+            write_page(outcomes, commit)
             progress.console.print(
                 f"{'[green]caught[/green]' if outcome.caught_by else '[red]SURVIVED[/red]'} {fault.name}"
             )
@@ -223,11 +224,11 @@ runs the tests named there until one fails. This page is written by it: the last
 """
 
 
-def write_page(outcomes: dict[Fault, Outcome]) -> None:
+def write_page(outcomes: dict[Fault, Outcome], commit: str) -> None:
     """Writes docs/mutation.md; faults that were not tried keep what the page says of them."""
     old = dict(re.findall(r"^(\| (.*?) \| `.*)$", PAGE.read_text(), re.MULTILINE)) if PAGE.exists() else {}
     known = {name: row for row, name in old.items()}
-    today, commit = datetime.datetime.now(datetime.timezone.utc).date(), describe_commit()
+    today = datetime.datetime.now(datetime.timezone.utc).date()
     rows = []
     for fault in FAULTS:
         if fault in outcomes:
@@ -241,10 +242,14 @@ def write_page(outcomes: dict[Fault, Outcome]) -> None:
 
 
 def describe_commit() -> str:
-    """The commit, with a plus sign where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    """The commit, with a plus sign where what is copied differs from it."""
+    commit = git("rev-parse", "--short=7", "HEAD") or "unknown"
+    return commit + "+" * bool(git("status", "--porcelain", "--", *COPIED))
+
+
+def git(*words: str) -> str:
+    """What git says in the repository; empty where there is none."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -127,3 +127,100 @@ def test_every_float32_is_written_as_torch_writes_it(
         optimizer.step()
         assert_same_bits(buffer.cpu(), parameter.grad.cpu().to(dtype), parameter.grad.cpu())
     record_property("count:float32 values written to 16 bits", 256 * size)
+
+
+# ---- float8 ---------------------------------------------------------------------------------------------------------
+# Blocks of 32 that hold one 448 each: their scale is 1, so that the codes are the float8 of the values themselves.
+
+F8 = torch.float8_e4m3fn
+BLOCK = 32
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """Values with a 448 before every 31 of them."""
+    rows = torch.zeros(-(-values.numel() // (BLOCK - 1)) * (BLOCK - 1), dtype=torch.float32)
+    rows[: values.numel()] = values
+    rows = rows.reshape(-1, BLOCK - 1)
+    return torch.cat([torch.full((rows.shape[0], 1), 448.0), rows], dim=1).flatten()
+
+
+def step8(param: Tensor, grad: Tensor, codes: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of SGD with lr 1 and momentum 1 from codes whose scales are 1; parameter, codes and scales after it."""
+    parameter = torch.nn.Parameter(param.to(run.device))
+    parameter.grad = grad.to(run.device)
+    options: dict[str, Any] = {"state_dtype": F8, "state_block": BLOCK, "backend": run.backend}
+    optimizer = fusedopt.SGD([parameter], lr=1.0, momentum=1.0, **options)
+    state = optimizer.state[parameter]
+    state["momentum_buffer"] = codes.clone().to(run.device)
+    state["momentum_buffer_scale"] = torch.ones(-(-codes.numel() // BLOCK), device=run.device)
+    optimizer.step()
+    found = parameter.detach(), state["momentum_buffer"], state["momentum_buffer_scale"]
+    return found[0].cpu(), found[1].cpu(), found[2].cpu()
+
+
+@pytest.mark.parametrize("run", as_params(RUNS))
+def test_every_float8_is_read_as_torch_reads_it_and_written_as_itself(run: Run, settings: Run) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(F8).float()
+    codes = in_blocks(every).to(F8)
+    zeros = minus_zeros(codes.numel(), torch.float32)
+    param, after, scales = step8(zeros, zeros.clone(), codes, run)
+    assert_same_bits(param, -codes.float(), codes.float())
+    whole = scales.isfinite().repeat_interleave(BLOCK)  # the blocks without a NaN
+    assert whole.sum() == codes.numel() - 2 * BLOCK
+    assert torch.equal(after.view(torch.uint8)[whole], codes.view(torch.uint8)[whole])
+    assert (scales[scales.isfinite()] == 1.0).all()
+
+
+def float8_boundaries() -> Tensor:
+    """Around every float8, every middle between two of them, and what is below the least: a few float32 each."""
+    every = torch.arange(127, dtype=torch.uint8).view(F8).double()
+    centres = torch.cat([every, (every[1:] + every[:-1]) / 2, every[1] * 2.0 ** -torch.arange(1, 30).double()])
+    bits = centres.float().view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)
+    values = bits.clamp(min=0).view(torch.float32).flatten().clamp(max=448.0)
+    return torch.cat([values, -values])
+
+
+@pytest.mark.parametrize("run", as_params(RUNS))
+def test_every_float8_rounding_boundary_is_written_as_torch_writes_it(run: Run, settings: Run) -> None:
+    values = in_blocks(float8_boundaries())
+    zeros = minus_zeros(values.numel(), torch.float32)
+    _, codes, scales = step8(zeros, values, torch.zeros(values.numel()).to(F8), run)
+    assert (scales == 1.0).all()
+    assert_same_bits(codes.float(), (values + 0.0).to(F8).float(), values)
+
+
+@pytest.mark.slow
+def test_every_float32_up_to_the_largest_is_the_float8_that_torch_makes_of_it(record_property: Any) -> None:
+    size, run, count = 31 << 19, Run("cpu"), 0
+    for high in range(0, 0x43E00001, size):
+        patterns = torch.arange(high, min(high + size, 0x43E00001), dtype=torch.int64).to(torch.int32)
+        values = in_blocks(patterns.view(torch.float32))
+        zeros = minus_zeros(values.numel(), torch.float32)
+        _, codes, _ = step8(zeros, values, torch.zeros(values.numel()).to(F8), run)
+        assert torch.equal(codes.view(torch.uint8), values.to(F8).view(torch.uint8))
+        count += patterns.numel()
+    record_property("count:float32 values written to float8", count)
+
+
+@pytest.mark.parametrize("run", as_params(RUNS))
+def test_a_mean_of_squares_becomes_one_of_the_two_float8_beside_it_and_never_0(run: Run, settings: Run) -> None:
+    every = torch.arange(127, dtype=torch.uint8).view(F8).double()
+    shares = torch.tensor([0.0, 0.1, 0.5, 0.9], dtype=torch.float64)
+    between = (every[:-1, None] + shares * (every[1:] - every[:-1])[:, None]).flatten()
+    tiny = every[1] * 2.0 ** -torch.arange(1, 30).double()
+    grads = in_blocks(torch.cat([between, tiny]).float()).sqrt()
+    parameter = torch.nn.Parameter(torch.zeros_like(grads).to(run.device))
+    parameter.grad = grads.to(run.device)
+    optimizer = fusedopt.Adam(  # whose exp_avg_sq is the square of the gradient
+        [parameter], betas=(0.9, 0.0), state_dtype={"exp_avg_sq": F8}, state_block=BLOCK, backend=run.backend
+    )
+    optimizer.step()
+    state = optimizer.state[parameter]
+    scales = state["exp_avg_sq_scale"].cpu().double().repeat_interleave(BLOCK)
+    found = state["exp_avg_sq"].cpu().double()
+    y = (grads * grads).double() / scales
+    # A scale and its inverse are rounded: what lies that near to a float8 may be taken for it.
+    low = every[torch.searchsorted(every, y * (1 + 2**-22), right=True) - 1]
+    high = every[torch.searchsorted(every, y * (1 - 2**-22)).clamp(max=126)]
+    assert ((found == low) | (found == high)).all()
+    assert (found[grads > 0] > 0).all()

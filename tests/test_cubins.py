@@ -145,10 +145,12 @@ def test_the_vector_loop_moves_each_slot_once_in_16_byte_accesses(rule: str, var
 def test_kernels_that_choose_storages_at_run_time_have_a_loop_of_wide_accesses(
     rule: str, variant: str, sm: int
 ) -> None:
+    """Only "any" has a loop for aligned chunks alone; the others choose the width of each slot's access within it."""
     slots = 2 + RULES[rule]
-    loops = vector_loops(kernel(rule, variant, sm))
+    found = kernel(rule, variant, sm)
+    loops = vector_loops(found) if variant == "any" else found.innermost_loops
     # A slot of 4 bytes takes two accesses for 8 elements, one of 2 bytes takes one.
-    assert any(loop.count(r"LDG\.E\.128") == 2 * slots for loop in loops), [loop.opcodes for loop in loops]
+    assert any(loop.count(r"LDG\.E\.128") >= 2 * slots for loop in loops), [loop.opcodes for loop in loops]
 
 
 @each_rule

@@ -11,7 +11,7 @@ import torch
 
 import fusedopt
 
-from .running import ONE_RUN_EACH, Run, as_params
+from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
 from .tensors import same_bits
 from .test_phase import DTYPES, LAYOUTS, assert_same_bits, make, set_gradients, tensors_of
 
@@ -153,6 +153,22 @@ def test_threads_and_grids_change_no_bit_of_the_norm(run: Run, settings: Run) ->
         norms.append((optimizer.grad_norm.clone(), [param.detach().clone() for param in params]))
     assert torch.equal(norms[0][0], norms[1][0])
     assert all(torch.equal(one, other) for one, other in zip(norms[0][1], norms[1][1], strict=True))
+
+
+# 2,048 leaves are one group; Triton's interpreter takes long over so many tensors.
+@pytest.mark.parametrize("run", as_params([run for run in ONE_RUN_EACH if not INTERPRETED or run.backend != "triton"]))
+def test_more_leaves_than_one_group_have_the_bits_of_the_reference(run: Run, settings: Run) -> None:
+    norms = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        generator = torch.Generator().manual_seed(7)
+        params = [torch.nn.Parameter(torch.ones((), device=device)) for _ in range(2 * 2048 + 5)]
+        optimizer = fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0, backend=backend)
+        for param in params:
+            param.grad = torch.randn((), generator=generator).to(device)
+        optimizer.step()
+        norms.append([optimizer.grad_norm.cpu(), torch.stack([param.detach().cpu() for param in params])])
+    for mine, expected in zip(*norms, strict=True):
+        assert torch.equal(mine, expected)
 
 
 @each_run

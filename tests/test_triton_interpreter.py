@@ -34,6 +34,7 @@ MODULES = [
     pytest.param("test_report.py", "f32-dense or split or fp32 or counted", id="test_report, a part"),
     pytest.param("test_blocks.py", "", id="test_blocks", marks=pytest.mark.slow),
     pytest.param("test_blocks.py", "torch.float32", id="test_blocks, a part"),
+    pytest.param("test_random.py", "", id="test_random"),
     pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
     pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
 ]

@@ -8,7 +8,19 @@ import triton
 import triton.language as tl
 
 from .rules import square_root
-from .storage import SIGNED8, bits_float, float_bits, is_code, only_if, pointer
+from .storage import (
+    FLOAT8,
+    ROOT8,
+    SIGNED8,
+    bits_float,
+    f8_at_random,
+    f8_from_float,
+    float_bits,
+    float_from_f8,
+    is_code,
+    only_if,
+    pointer,
+)
 
 MOST_BLOCK = tl.constexpr(256)  # elements
 
@@ -58,7 +70,8 @@ def decode_codes(x, bits, storage):
     codes = codes.to(tl.uint32)
     mean = (bits_float((codes ^ 0x80) | 0x4B000000) - 8388736.0) * scale
     root = (bits_float(codes | 0x4B000000) - 8388608.0) * scale
-    return tl.where(is_code(storage), tl.where(storage == SIGNED8, mean, root * root), x)
+    coded = tl.where(storage == SIGNED8, mean, tl.where(storage == ROOT8, root * root, float_from_f8(codes) * scale))
+    return tl.where(is_code(storage), coded, x)
 
 
 @triton.jit
@@ -79,28 +92,41 @@ def largest_of_block(x, mask, bits, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def random_halves(place, t):
+    """16 random bits for elements by their places: those that are 16 apart share a word."""
+    words = random_stream((place >> 5 << 4) | (place & 15), tl.full([], 0, tl.uint32), t)
+    return tl.where((place >> 4 & 1) != 0, words >> 16, words & 0xFFFF)
+
+
+@triton.jit
+def encode(x, y, random, storage, most):
+    """The codes of x, of which y is scaled to the codes' range."""
+    capped = tl.where(y < most, y, most)
+    mean = float_bits(capped + 12582912.0)
+    float8 = f8_from_float(tl.where(capped > -most, capped, -most))
+    float8_square = tl.maximum(f8_at_random(capped, random), tl.where(x > 0.0, 1, 0).to(tl.uint32))
+    root = y + (bits_float((random << 7) | 0x3F800000) - 1.49999237060546875)  # 1.5 - 2^-17
+    root = tl.where(root < most, root, most)
+    least = tl.where(x > 0.0, 1.0, 0.0)
+    root = float_bits(tl.where(root > least, root, least) + 8388608.0)
+    coded = tl.where(storage == FLOAT8, float8, float8_square)
+    return tl.where(storage == SIGNED8, mean, tl.where(storage == ROOT8, root, coded)) & 0xFF
+
+
+@triton.jit
 def keep_codes(x, address, index, mask, storage, scales, blocks, place, LENGTH: tl.constexpr, ALIGNED: tl.constexpr):
     """Writes a state as codes, and the scales of its blocks, where it is kept so."""
     if is_code(storage):
         _scales, begin, bits, t, _at_random, _key = blocks
+        x = tl.where(storage == ROOT8, square_root(x), x)
         largest = largest_of_block(x, mask, bits, LENGTH)
-        value = bits_float(largest.to(tl.uint32))
-        is_mean = storage == SIGNED8
-        reach = tl.where(is_mean, tl.div_rn(value, 127.0), tl.div_rn(square_root(value), 255.0))
+        most = tl.where(storage == SIGNED8, 127.0, tl.where(storage == ROOT8, 255.0, 448.0))
+        reach = tl.div_rn(bits_float(largest.to(tl.uint32)), most)
         finite = largest < 0x7F800000
         used = finite & (reach >= 1.1754943508222875e-38)
         scale = tl.where(finite, tl.where(used, reach, 0.0), float("nan"))
-        inverse = tl.where(used, tl.div_rn(1.0, tl.where(used, reach, 1.0)), 0.0)
-        mean = x * inverse
-        mean = tl.where(mean < 127.0, mean, 127.0)
-        mean = tl.where(mean > -127.0, mean, -127.0)
-        random = random_stream(begin + place, tl.full([], 0, tl.uint32), t)
-        dither = bits_float((random >> 9) | 0x3F800000) - 1.5
-        root = square_root(x) * inverse + dither
-        root = tl.where(root < 255.0, root, 255.0)
-        least = tl.where(x > 0.0, 1.0, 0.0)
-        root = tl.where(root > least, root, least)
-        codes = float_bits(tl.where(is_mean, mean + 12582912.0, root + 8388608.0)) & 0xFF
+        y = x * tl.where(used, tl.div_rn(most, tl.where(used, bits_float(largest.to(tl.uint32)), 1.0)), 0.0)
+        codes = encode(x, y, random_halves(begin + place, t), storage, most)
         tl.store(pointer(address, tl.uint8, ALIGNED) + index, codes.to(tl.uint8), mask=mask)
         first = (place & ((1 << bits) - 1)) == 0
         tl.store(scale_pointer(scales, place, bits), scale, mask=mask & first)

@@ -19,6 +19,8 @@ FLOAT64 = tl.constexpr(3)
 LOW_BITS = tl.constexpr(4)
 SIGNED8 = tl.constexpr(5)
 ROOT8 = tl.constexpr(6)
+FLOAT8 = tl.constexpr(7)
+FLOAT8_SQUARE = tl.constexpr(8)
 ANY_STORAGE = tl.constexpr(-1)  # a variant that reads the storage of each slot at run time
 
 
@@ -77,9 +79,39 @@ def f16_from_float(x):
 
 
 @triton.jit
+def float_from_f8(byte):
+    """Exact: 4 bits of exponent, 3 of mantissa, no infinity."""
+    sign = (byte & 0x80) << 24
+    shifted = (byte & 0x7F) << 20
+    normal = shifted + (120 << 23)
+    denormal = float_bits(bits_float(shifted + (121 << 23)) - 0.015625)  # 2^-6, whose bits are 121 << 23
+    finite = tl.where(shifted < (1 << 23), denormal, normal)
+    return bits_float(sign | tl.where(shifted == (0x7F << 20), 0x7FC00000, finite))
+
+
+@triton.jit
+def f8_from_float(x):
+    """Of a magnitude up to 448, to nearest even; below 2^-6 one float addition rounds at the right bit."""
+    bits = float_bits(x)
+    magnitude = bits & 0x7FFFFFFF
+    denormal = float_bits(bits_float(magnitude) + 16384.0) - (141 << 23)  # 2^14, whose bits are 141 << 23
+    normal = (magnitude - (120 << 23) + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
+    return ((bits >> 24) & 0x80) | tl.where(magnitude < (121 << 23), denormal, normal)
+
+
+@triton.jit
+def f8_at_random(x, random):
+    """Of x from 0 to 448, to one of the two beside it, by 16 random bits."""
+    dropped = (random << 4) + 8
+    normal = (float_bits(x) - (120 << 23) + dropped) >> 20
+    denormal = (float_bits(x + 0.015625) - (121 << 23) + dropped) >> 20
+    return tl.where(x < 0.015625, denormal, normal)
+
+
+@triton.jit
 def is_code(storage):
     """Whether elements are codes of 8 bits."""
-    return (storage == SIGNED8) | (storage == ROOT8)
+    return (storage >= SIGNED8) & (storage <= FLOAT8_SQUARE)
 
 
 @triton.jit

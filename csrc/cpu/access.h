@@ -32,6 +32,7 @@ struct HostAccess {
   template <class V>
   static constexpr int kBlock = V::kFixed ? 16 : 64;
   static constexpr int kNarrow = 16;  // the rest of a tensor
+  static constexpr int kShared = 16;  // elements that share their random words with as many others
 
   // Nothing is fetched ahead: the hardware does that.
   template <class C, int N>
@@ -85,6 +86,23 @@ struct HostAccess {
                 [&](auto code) { return float_from_code<X>(storage, widen8(code), scale); });
   }
 
+  template <class U>
+  FUSEDOPT_FN static U larger(U one, U other) {
+    return one > other ? one : other;
+  }
+  // By halves: one after the other would keep the block waiting.
+  template <class U>
+  FUSEDOPT_FN static u32 largest_lane(const U& lanes) {
+    constexpr int L = int(sizeof(U) / sizeof(u32));
+    if constexpr (L == 1) {
+      return lanes[0];
+    } else {
+      Vector<u32, L / 2> halves[2];
+      __builtin_memcpy(halves, &lanes, sizeof(lanes));
+      return largest_lane(larger(halves[0], halves[1]));
+    }
+  }
+
   // A block of states in float: the elements of a block are updated, then coded, in vectors.
   using Floats = Vector<float, kLanes<float>>;
   using Words = Like<u32, Floats>;
@@ -92,8 +110,11 @@ struct HostAccess {
   struct Part {
     float scale[kStates];
     float value[kStates][kMostBlock];
-    i32 at;     // where the next vector goes
-    u64 place;  // of its first element in the tensor
+    Words most[kStates] = {};  // the largest magnitudes so far, by lane: of whole vectors, while they come
+    bool folds = false;
+    i32 folded = 0;  // elements of which that is
+    i32 at;          // where the next vector goes
+    u64 place;       // of its first element in the tensor
     RandomStream rounding;
 
     FUSEDOPT_FN void move_to(const ChunkView& chunk, i32 first, i32 i) {
@@ -103,6 +124,11 @@ struct HostAccess {
     template <class Y, int M>
     FUSEDOPT_FN void take(int state, const Y (&x)[M]) {
       __builtin_memcpy(value[state] + at, x, sizeof(x));
+      if constexpr (sizeof(Y) == sizeof(Floats)) {
+        if (!folds) return;
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < M; ++k) most[state] = larger(most[state], magnitude_bits<Words>(x[k]));
+      }
     }
   };
 
@@ -131,10 +157,13 @@ struct HostAccess {
       }
       return;
     }
+    part.folds = true;
     for (; i + kNarrow <= count; i += kNarrow) {
       part.move_to(chunk, first, i);
       visit(Width<kNarrow>{}, first + i, kNarrow);
     }
+    part.folds = false;
+    part.folded = i;
     part.move_to(chunk, first, i);
     if (i < count) visit(Width<kNarrow, true, true>{}, first + i, count - i);
   }
@@ -144,32 +173,22 @@ struct HostAccess {
   FUSEDOPT_FN static u32 join_part(Part<V>& part, int state, int count, int) {
     constexpr int L = kLanes<float>;
     for (int k = count; k % L != 0; ++k) part.value[state][k] = 0.0f;
-    Words most = {};
-    for (int k = 0; k < count; k += L) {
-      const Words bits = magnitude_bits<Words>(*reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k));
-      most = bits > most ? bits : most;
-    }
-    u32 largest = 0;
-    for (int k = 0; k < L; ++k) largest = most[k] > largest ? most[k] : largest;
-    return largest;
+    Words most = part.most[state];
+    for (int k = part.folded; k < count; k += L)
+      most = larger(most, magnitude_bits<Words>(*reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k)));
+    return largest_lane(most);
   }
 
   template <class V>
   FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
                                      const RandomStream& random, i32 first, int count) {
-    constexpr int L = kLanes<float>;
     const u64 place = u64(chunk.begin + first);
     const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
-    for (int k = 0; k < count; k += L) {
-      const Floats x = *reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k);
-      const Like<u8, Floats> codes =
-          narrow8(code_from_float<Words>(storage, x, inverse, random.bits(place + u64(k), places<Floats>(0))));
-      const int left = count - k;
-      if (left >= L)
-        __builtin_memcpy(reinterpret_cast<void*>(address + u64(k)), &codes, sizeof(codes));
-      else
-        __builtin_memcpy(reinterpret_cast<void*>(address + u64(k)), &codes, u64(left));
-    }
+    const float* const x = part.value[state];
+    if (count % (2 * kShared) == 0)
+      encode<true>(x, address, storage, inverse, random, place, count);
+    else
+      encode<false>(x, address, storage, inverse, random, place, count);
   }
 
   // The terms of N elements.
@@ -225,19 +244,30 @@ struct HostAccess {
     ++tally.count;
   }
 
+  // A chunk of which leaves may be reported.
   template <class V, class C, class Visit>
-  FUSEDOPT_FN static void report_leaf(const ChunkView& leaf, LeafReport& report, int, int, const Visit& visit) {
-    if (V::kStrided && leaf.layout)
-      report_vectors<1, V>(leaf, report, visit);
-    else if (leaf.size == kLeaf)
-      report_vectors<kBlock<V>, V>(leaf, report, visit);
-    else
-      report_vectors<kNarrow, V>(leaf, report, visit);
+  FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
+                                       const Visit& visit) {
+    if (!report.is_wanted())
+      return walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) { visit(chunk, width, i, count); });
+    for (i32 at = 0; at < chunk.size; at += i32(kLeaf)) {
+      const ChunkView leaf = chunk.part(at, i32(kLeaf));
+      if (V::kStrided && leaf.layout)
+        report_vectors<1>(leaf, report, visit);
+      else if (leaf.size == kLeaf)
+        report_vectors<kBlock<V>>(leaf, report, visit);
+      else
+        report_vectors<kNarrow>(leaf, report, visit);
+    }
   }
 
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
     i32 i = 0;
+    if (V::kStrided && chunk.layout) {
+      for (; i < chunk.size; ++i) visit(Width<1>{}, i, 1);
+      return;
+    }
     constexpr int N = kBlock<V>;
     for (; i + N <= chunk.size; i += N) visit(Width<N>{}, i, N);
     for (; i + kNarrow <= chunk.size; i += kNarrow) visit(Width<kNarrow>{}, i, kNarrow);
@@ -246,7 +276,7 @@ struct HostAccess {
 
  private:
   // A leaf in vectors of N elements; those it lacks count as 0.
-  template <int N, class V, class Visit>
+  template <int N, class Visit>
   FUSEDOPT_FN static void report_vectors(const ChunkView& leaf, LeafReport& report, const Visit& visit) {
     constexpr int kVectors = int(kLeaf) / N;
     Tally& tally = *static_cast<Tally*>(report.tally);
@@ -291,8 +321,9 @@ struct HostAccess {
 
   template <class T>
   FUSEDOPT_FN static T first_few(T x, int count) {
-    for (int k = 0; k < int(sizeof(T) / sizeof(x[0])); ++k) x[k] = k < count ? x[k] : 0;
-    return x;
+    T found = {};
+    for (int k = 0; k < int(sizeof(T) / sizeof(x[0])); ++k) found[k] = k < count ? x[k] : 0;
+    return found;
   }
 
   template <int N>
@@ -321,6 +352,26 @@ struct HostAccess {
     __builtin_memcpy(events, last.events, sizeof(events));
     join_halves<false>(events, N, 0, 1, [] {});
     write_leaf(report, u64(leaf.begin / kLeaf), squares, events[0]);
+  }
+
+  // Codes of the elements of a block; kWhole: none is missing of those that share words.
+  template <bool kWhole>
+  FUSEDOPT_FN static void encode(const float* from, u64 address, int storage, float inverse, const RandomStream& random,
+                                 u64 place, int count) {
+    constexpr int L = kLanes<float>;
+    const auto put = [&](int k, const Words& bits) FUSEDOPT_INLINE {
+      if (!kWhole && k >= count) return;
+      const Floats x = *reinterpret_cast<const Unaligned<Floats>*>(from + k);
+      const Like<u8, Floats> codes = narrow8(code_from_float<Words>(storage, x, inverse, bits));
+      const int bytes = kWhole || count - k > L ? L : count - k;
+      __builtin_memcpy(reinterpret_cast<void*>(address + u64(k)), &codes, kWhole ? u64(L) : u64(bytes));
+    };
+    for (int k = 0; k < count; k += 2 * kShared)
+      for (int j = k; j < k + kShared; j += L) {
+        const Words words = random.bits(RandomStream::word_of(place + u64(j)), places<Floats>(0));
+        put(j, words & 0xFFFFu);
+        put(j + kShared, words >> 16);
+      }
   }
 
   template <class W, class X, int M>

@@ -106,7 +106,7 @@ void skip(const LaunchParams& launch) {
       continue;
     }
     for (i32 i = 0; i < view.size; ++i) {
-      const i64 at = StridedIndex(view.layout, view.begin + i)(kGrad);
+      const i64 at = StridedIndex(view, i)(kGrad);
       std::memset(reinterpret_cast<void*>(view.address[kGrad] + u64(at) * bytes), 0, bytes);
     }
   }

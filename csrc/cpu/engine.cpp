@@ -143,7 +143,7 @@ double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient) {
     __builtin_memcpy(gathered + to, x, u64(count) * sizeof(C));
   };
   if (V::kStrided && leaf.layout)
-    for (i32 i = 0; i < leaf.size; ++i) fetch(Width<1>{}, StridedIndex(leaf.layout, leaf.begin + i)(kGrad), i, 1);
+    for (i32 i = 0; i < leaf.size; ++i) fetch(Width<1>{}, StridedIndex(leaf, i)(kGrad), i, 1);
   else
     Access::template walk<V, C>(leaf, 0, 1, [&](auto width, i32 i, int count) { fetch(width, i, i, count); });
   if (gradient.unscale)

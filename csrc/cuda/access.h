@@ -174,10 +174,11 @@ struct DeviceAccess {
   FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
                                      const RandomStream& random, i32 first, int count) {
     const u64 place = u64(chunk.begin + first);
+    const u32 shift = RandomStream::has_high_half(place) ? 16u : 0u;
     u32 words[kPart / 4] = {};
     FUSEDOPT_UNROLL
     for (int k = 0; k < kPart; ++k) {
-      const u32 bits = random.bits(place, u32(k));
+      const u32 bits = random.bits(RandomStream::word_of(place), u32(k)) >> shift & 0xFFFFu;
       words[k / 4] |= code_from_float<u32>(storage, part.value[state][k], inverse, bits) << (8 * (k % 4));
     }
     const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
@@ -208,29 +209,29 @@ struct DeviceAccess {
     add_terms(to.events + place, first, events, [](float x) { return x; });
   }
 
-  // Sweeps a leaf half by half, and writes down what its terms join to.
+  // A chunk of which leaves may be reported: half a leaf, its other half, what both joined to; else all of it at once.
   template <class V, class C, class Visit>
-  FUSEDOPT_FN static void report_leaf(const ChunkView& leaf, LeafReport& report, int lane, int lanes,
-                                      const Visit& visit) {
-    Tally& tally = *static_cast<Tally*>(report.tally);
-    barrier();  // the last leaf is written
-    if (leaf.size < kLeaf) clear(tally, lane, lanes);
-    barrier();
+  FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
+                                       const Visit& visit) {
+    const bool wanted = report.is_wanted();
+    const i32 piece = wanted ? i32(kHalfLeaf) : chunk.size;
+    const i32 pieces = wanted ? 2 : 1;
     FUSEDOPT_LOOP
-    for (report.half = 0; report.half < 2; ++report.half) {
-      const ChunkView half = leaf.part(report.half * kHalfLeaf, kHalfLeaf);
-      each_vector<DeviceAccess, V, C>(half, lane, lanes,
-                                      [&](auto width, i32 i, int count) { visit(half, width, i, count); });
-      barrier();
+    for (i32 at = 0; at < chunk.size; at += piece * pieces) {
+      const ChunkView leaf = chunk.part(at, piece * pieces);
+      if (wanted) {
+        barrier();  // the last leaf is written
+        if (leaf.size < kLeaf) clear(*static_cast<Tally*>(report.tally), lane, lanes);
+        barrier();
+      }
+      FUSEDOPT_LOOP
+      for (report.half = 0; report.half < pieces; ++report.half) {
+        const ChunkView part = leaf.part(report.half * piece, piece);
+        walk<V, C>(part, lane, lanes, [&](auto width, i32 i, int count) { visit(part, width, i, count); });
+        if (wanted) barrier();
+      }
+      if (wanted) write_joined(leaf, report, lane, lanes);
     }
-    FUSEDOPT_LOOP
-    for (int s = 0; s < kReportSquares; ++s)
-      join_halves<false>(tally.squares[s], kHalfLeaf, lane, lanes, [] { barrier(); });
-    join_halves<false>(tally.events, kHalfLeaf, lane, lanes, [] { barrier(); });
-    if (lane != 0) return;
-    const double squares[kReportSquares] = {tally.squares[kGradSquares][0], tally.squares[kParamSquares][0],
-                                            tally.squares[kUpdateSquares][0]};
-    write_leaf(report, u64(leaf.begin / kLeaf), squares, tally.events[0]);
   }
 
   // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.
@@ -240,21 +241,29 @@ struct DeviceAccess {
     chunk.aligned = aligned_slots<V, width<V, C>()>(chunk, chunk.boundary);
   }
 
-  // Elements up to a 16-byte boundary and behind the last vector one by one, the rest in vectors; lanes take turns.
+  // Elements up to a 16-byte boundary and behind the last vector one by one, the rest in vectors; lanes take turns. A
+  // strided chunk has no vectors. The general variants have one loop for aligned and misaligned chunks: two of them
+  // would double what takes longest to compile.
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
     constexpr int N = width<V, C>();
-    const i32 head = chunk.boundary < chunk.size ? chunk.boundary : chunk.size;
+    constexpr bool kAlignedLoop = V::kFixed || V::kFeatures == 0;
+    const bool dense = !(V::kStrided && chunk.layout);
+    const i32 head = dense && chunk.boundary < chunk.size ? chunk.boundary : chunk.size;
     const i32 last = head + (chunk.size - head) / N * N;
-    if (chunk.aligned == kAllSlots) {
+    if (kAlignedLoop && chunk.aligned == kAllSlots) {
       FUSEDOPT_LOOP
-      for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N>{}, i, N);
+      for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N, kAlignedLoop>{}, i, N);
     } else {
       FUSEDOPT_LOOP
       for (i32 i = head + lane * N; i < last; i += lanes * N) visit(Width<N, false>{}, i, N);
     }
-    const i32 edge = lane < head ? lane : last + lane - head;
-    if (edge < chunk.size) visit(Width<1>{}, edge, 1);
+    const i32 singles = head + chunk.size - last;
+    FUSEDOPT_LOOP
+    for (i32 k = lane; k < singles; k += lanes) {
+      visit(Width<1>{}, k < head ? k : last + k - head, 1);
+      if (!V::kStrided) break;  // fewer than there are lanes
+    }
   }
 
  private:
@@ -271,6 +280,19 @@ struct DeviceAccess {
       const T value = term(T(x[k]));
       to[k] = first ? value : to[k] + value;
     }
+  }
+
+  // Joins the terms of a leaf, by all lanes, and writes it down.
+  FUSEDOPT_FN static void write_joined(const ChunkView& leaf, const LeafReport& report, int lane, int lanes) {
+    Tally& tally = *static_cast<Tally*>(report.tally);
+    FUSEDOPT_LOOP
+    for (int s = 0; s < kReportSquares; ++s)
+      join_halves<false>(tally.squares[s], kHalfLeaf, lane, lanes, [] { barrier(); });
+    join_halves<false>(tally.events, kHalfLeaf, lane, lanes, [] { barrier(); });
+    if (lane != 0) return;
+    const double squares[kReportSquares] = {tally.squares[kGradSquares][0], tally.squares[kParamSquares][0],
+                                            tally.squares[kUpdateSquares][0]};
+    write_leaf(report, u64(leaf.begin / kLeaf), squares, tally.events[0]);
   }
 
   // For a leaf that does not fill the tally: absent elements are 0.

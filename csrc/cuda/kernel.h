@@ -124,7 +124,7 @@ FUSEDOPT_FN void fill_leaf(const ChunkView& leaf, const Gradient<C>& gradient, d
   for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
     C g[1] = {};
     if (k < leaf.size) {
-      const i64 at = leaf.layout ? StridedIndex(leaf.layout, leaf.begin + k)(kGrad) : i64(k);
+      const i64 at = StridedIndex(leaf, k)(kGrad);
       const int storage = V::storage(kGrad, leaf.storage);
       DeviceAccess::Packet<C, 1> packet = {};
       DeviceAccess::fetch<Width<1>>(packet, storage, leaf.address[kGrad], at, false);

@@ -1,8 +1,8 @@
-// How 16-bit floats become float32 and back: explicit integer code, round to nearest even, denormals kept, NaN
-// canonical. The same operations on every backend give the same bits.
+// How floats of 16 and 8 bits become float32 and back: explicit integer code, round to nearest even, denormals kept,
+// NaN canonical. The same operations on every backend give the same bits.
 //
-// F is float or a vector of floats, U the unsigned integer of 32 bits, or a vector of as many: a 16-bit float lies in
-// the low half of it.
+// F is float or a vector of floats, U the unsigned integer of 32 bits, or a vector of as many: a narrower float lies in
+// the low bits of it.
 #pragma once
 
 #include "types.h"
@@ -65,6 +65,44 @@ FUSEDOPT_FN U f16_from_float(F x) {
   const U finite = magnitude < (113u << 23) ? denormal : normal;
   const U rounded = magnitude >= (143u << 23) ? special : finite;
   return sign | rounded;
+}
+
+// The float of 8 bits with 4 of exponent and 3 of mantissa, no infinity and a NaN of each sign (e4m3fn).
+constexpr float kMostFloat8 = 448.0f;
+
+template <class F, class U>
+FUSEDOPT_FN F float_from_f8(U byte) {
+  const U sign = (byte & 0x80u) << 24;
+  const U shifted = (byte & 0x7Fu) << 20;
+  const U nan = U{} + 0x7FC00000u;
+  const U normal = shifted + (120u << 23);
+  const U denormal = bit_cast<U>(bit_cast<F>(shifted + (121u << 23)) - bit_cast<float>(121u << 23));
+  const U finite = shifted < (1u << 23) ? denormal : normal;
+  return bit_cast<F>(sign | (shifted == (0x7Fu << 20) ? nan : finite));
+}
+
+// Of a magnitude up to kMostFloat8, to nearest even. Below 2^-6 one float addition rounds at the right bit.
+template <class U, class F>
+FUSEDOPT_FN U f8_from_float(F x) {
+  const U bits = bit_cast<U>(x);
+  const U sign = (bits >> 24) & 0x80u;
+  const U magnitude = bits & 0x7FFFFFFFu;
+  const u32 denormal_magic = 141u << 23;
+  const U denormal = bit_cast<U>(bit_cast<F>(magnitude) + bit_cast<float>(denormal_magic)) - denormal_magic;
+  const U normal = (magnitude - (120u << 23) + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20;
+  return sign | (magnitude < (121u << 23) ? denormal : normal);
+}
+
+// Of x from 0 to kMostFloat8, to one of the two beside it, to each with the probability that makes the mean x; `random`
+// is 16 bits. 2^-6 is added to what is below it: then the last place is the same, and the same bits are dropped.
+template <class U, class F>
+FUSEDOPT_FN U f8_at_random(F x, U random) {
+  const F least_normal = F{} + bit_cast<float>(121u << 23);
+  const F shifted = x + least_normal;
+  const U dropped = (random << 4) + 8u;
+  const U normal = (bit_cast<U>(x) - (120u << 23) + dropped) >> 20;
+  const U denormal = (bit_cast<U>(shifted) - (121u << 23) + dropped) >> 20;
+  return x < least_normal ? denormal : normal;
 }
 
 }  // namespace fusedopt

@@ -30,6 +30,10 @@ struct RandomStream {
   FUSEDOPT_FN U bits(u64 place, U offset) const {
     return random_bits(offset + u32(place), key ^ u32(place >> 32), step);
   }
+
+  // Where 16 bits are enough, elements that are 16 apart share a word: in which place it is, and which half is theirs.
+  FUSEDOPT_FN static u64 word_of(u64 place) { return (place >> 5 << 4) | (place & 15); }
+  FUSEDOPT_FN static bool has_high_half(u64 place) { return (place >> 4 & 1) != 0; }
 };
 
 }  // namespace fusedopt

@@ -14,13 +14,15 @@ enum Storage : u8 {
   kLowBits = 4,  // of a float32: master.h
   kSigned8 = 5,  // 8 bits and a scale for each block: block.h
   kRoot8 = 6,
+  kFloat8 = 7,        // e4m3, of a mean
+  kFloat8Square = 8,  // the same, of a mean of squares: rounded at random, never to 0
   kStorages
 };
 
 constexpr int kAnyStorage = -1;  // a variant that reads the storage of each slot at run time
 constexpr int kCodes8 = 15;      // a variant whose first state is kSigned8 and whose others are kRoot8
 
-FUSEDOPT_FN constexpr bool is_code(int storage) { return storage == kSigned8 || storage == kRoot8; }
+FUSEDOPT_FN constexpr bool is_code(int storage) { return storage >= kSigned8 && storage <= kFloat8Square; }
 
 FUSEDOPT_FN int storage_bytes(int storage) {
   return storage == kFloat32 ? 4 : storage == kFloat64 ? 8 : is_code(storage) ? 1 : 2;

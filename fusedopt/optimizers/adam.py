@@ -75,8 +75,8 @@ class Adam(FusedOptimizer):
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
         decoupled_weight_decay: AdamW's decay (Loshchilov & Hutter 2019).
-        state_dtype: dtype of the moments, one or by name: float32, bfloat16, float16 for ``exp_avg``, or int8: codes
-            with a scale for each block; None: the parameter's.
+        state_dtype: dtype of the moments, one or by name: float32, bfloat16, float16 for ``exp_avg``, or int8 or
+            float8_e4m3fn: codes with a scale for each block; None: the parameter's.
         state_block: elements that share a scale: 32, 64, 128 or 256; None: 128.
         master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
             the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.

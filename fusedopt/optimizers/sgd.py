@@ -76,8 +76,8 @@ class SGD(FusedOptimizer):
         differentiable: must be False: a fused update has no derivative.
         fused: accepted and not needed; False leaves it to a ``GradScaler`` to unscale gradients before the step.
             With ``foreach`` it is refused, as by torch.
-        state_dtype: dtype of the velocity: float32, bfloat16, float16, or int8: codes with a scale for each block;
-            None: the gradient's.
+        state_dtype: dtype of the velocity: float32, bfloat16, float16, or int8 or float8_e4m3fn: codes with a scale
+            for each block; None: the gradient's.
         state_block: elements that share a scale: 32, 64, 128 or 256; None: 128.
         master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
             the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.

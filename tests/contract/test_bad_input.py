@@ -336,6 +336,7 @@ GROUP_CHANGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "two": ({"lr": torch.ones(2)}, ValueError, "'lr' of group 1 must have 1 element, but it has 2"),
     "one beta": ({"betas": (0.9,)}, TypeError, r"'betas'\[1\] of group 1 must be a number .* but it is \(0.9,\)"),
     "complex": ({"eps": 1j}, TypeError, "'eps' of group 1 must be a number"),
+    "meta": ({"lr": torch.tensor(0.1, device="meta")}, TypeError, "'lr' of group 1 must be a number .*device='meta'"),
 }
 
 
@@ -423,14 +424,45 @@ def test_a_differentiable_group_is_refused_and_not_added() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_scale_of_two_elements_is_refused() -> None:
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (torch.ones(2), ValueError, "grad_scale and found_inf must have 1 element, but one has 2"),
+        (3.0, TypeError, "grad_scale and found_inf must be tensors of 1 element, but one is 3.0"),
+    ],
+)
+def test_a_scale_that_is_no_scalar_is_refused(name: str, value: object, error: type[Exception], message: str) -> None:
     param = _param(2)
     optimizer = fusedopt.SGD([param], lr=0.1)
     param.grad = torch.ones(2)
-    optimizer.grad_scale = torch.ones(2)
-    with pytest.raises(ValueError, match="grad_scale and found_inf must have 1 element, but one has 2"):
+    setattr(optimizer, name, value)
+    with pytest.raises(error, match=message):
         optimizer.step()
     assert param.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("given", [None, [], 3])
+def test_a_state_dict_that_is_none_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=f"loaded state dict must be a Mapping, but it is a {type(given).__name__}"):
+        fusedopt.SGD([_param(2)], lr=0.1).load_state_dict(given)
+
+
+def test_an_average_of_another_shape_is_refused_by_load() -> None:
+    param = _param(3)
+    optimizer = fusedopt.SGD([param], lr=0.1, ema_decay=0.5)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["ema"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"ema of parameter 0 of group 0 has shape \(5,\), the parameter \(3,\)"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("given", [None, torch.nn.Linear(2, 2)])
+def test_what_is_no_optimizer_is_not_fused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"fuse takes an optimizer .*, but it was given"):
+        fusedopt.fuse(given)
 
 
 def test_fake_tensors_are_refused() -> None:
