@@ -79,6 +79,7 @@ py::object local_tensor(const py::object& tensor, bool unwrap) {
 }
 
 const float* float_pointer(u64 address) { return reinterpret_cast<const float*>(address); }
+double* double_pointer(u64 address) { return reinterpret_cast<double*>(address); }
 
 class Table {
  public:
@@ -225,11 +226,15 @@ class Table {
   }
 
   // What else a launch does: the options of fusedopt/phase.py.
-  void set_phase(u32 flags, double ema_decay, u64 ema_decay_tensor, double max_norm, u64 leaf_sums, u64 results,
-                 u64 report) {
-    host_.set_phase({flags, ema_decay, float_pointer(ema_decay_tensor), max_norm, reinterpret_cast<double*>(leaf_sums),
-                     reinterpret_cast<double*>(results), reinterpret_cast<double*>(report), 1.0});
+  void set_phase(u32 flags, u32 stage, double ema_decay, u64 ema_decay_tensor, u64 norms,
+                 const std::vector<double>& max_norms, u64 leaf_sums, u64 joined, u64 results, u64 report) {
+    for (u64 g = 0; g < host_.groups(); ++g) host_.group(g).max_norm = max_norms.at(g);
+    host_.set_phase({flags, stage, ema_decay, float_pointer(ema_decay_tensor), norms, double_pointer(leaf_sums),
+                     double_pointer(joined), double_pointer(results), double_pointer(report)});
   }
+
+  // The first row of each part of the table whose leaves are joined to one number.
+  void set_parts(const std::vector<u64>& first_rows) { host_.set_parts(first_rows); }
 
   void launch_on_cpu(int threads, const std::string& isa, u64 grad_scale, u64 found_inf) {
     host_.plan(threads, kLeaf, kCpuChunk);
@@ -248,7 +253,7 @@ class Table {
     if (inline_columns) fill_inline_columns(host_, params);
     ++launches;
     run_emulated(emulated_kernel(host_.rule(), host_.variant()), params,
-                 {blocks, threads, seed, host_.phase().reads_twice()});
+                 {blocks, threads, seed, host_.phase().measures()});
   }
 
   void launch_on_cuda(CudaLaunch& cuda, u64 stream, u64 grad_scale, u64 found_inf) {
@@ -273,6 +278,8 @@ class Table {
     all["numel"] = bytes_of(host_.numels());
     all["group"] = bytes_of(host_.group_of());
     all["storage"] = bytes_of(host_.storages());
+    all["first_leaf"] = bytes_of(host_.first_leaf());
+    all["part_leaf"] = bytes_of(host_.part_leaf());
     all["layouts"] = bytes_of(host_.layouts());
     all["layout"] = bytes_of(host_.layout_of());
     all["chunks"] = bytes_of(host_.chunks());
@@ -487,17 +494,19 @@ class Table {
   }
 
   void add_group_columns(py::dict& all) const {
-    std::vector<double> values;
+    std::vector<double> values, max_norms;
     std::vector<u32> flags, storages;
     std::vector<u64> tensors;
     for (const GroupRow& group : host_.group_rows()) {
       values.insert(values.end(), group.hypers.value, group.hypers.value + kHypers);
       flags.push_back(group.hypers.flags);
+      max_norms.push_back(group.max_norm);
       tensors.insert(tensors.end(), group.tensor, group.tensor + kHypers);
       storages.insert(storages.end(), group.storage, group.storage + kHypers);
     }
     all["group_values"] = bytes_of(values);
     all["group_flags"] = bytes_of(flags);
+    all["group_max_norms"] = bytes_of(max_norms);
     all["group_tensors"] = bytes_of(tensors);
     all["group_storages"] = bytes_of(storages);
   }
@@ -585,8 +594,10 @@ PYBIND11_MODULE(_C, m) {
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("keep"))
-      .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("ema_decay"), py::arg("ema_decay_tensor"),
-           py::arg("max_norm"), py::arg("leaf_sums"), py::arg("results"), py::arg("report"))
+      .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
+           py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
+           py::arg("results"), py::arg("report"))
+      .def("set_parts", &Table::set_parts, py::arg("first_rows"))
       .def_property_readonly("leaves", &Table::leaves)
       .def("set_places", &Table::set_places, py::arg("places"))
       .def("watch_states", &Table::watch_states, py::arg("states"))

@@ -39,7 +39,13 @@ void HostTable::resize(u64 rows) {
   row_layouts_.assign(rows, {});
   layouts_packed_ = false;
   planned_workers_ = 0;
+  part_rows_ = {0};
   variant_ = -1;
+  revise();
+}
+
+void HostTable::set_parts(std::vector<u64> first_rows) {
+  part_rows_ = std::move(first_rows);
   revise();
 }
 
@@ -138,6 +144,13 @@ const std::vector<u64>& HostTable::first_leaf() {
   return first_leaf_;
 }
 
+const std::vector<u64>& HostTable::part_leaf() {
+  part_leaf_.clear();
+  for (u64 row : part_rows_) part_leaf_.push_back(first_leaf().at(row));
+  part_leaf_.push_back(leaves());
+  return part_leaf_;
+}
+
 const std::vector<i64>& HostTable::layouts() {
   pack_layouts();
   return layouts_;
@@ -156,8 +169,9 @@ void HostTable::pack_layouts() {
 LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) {
   pack_layouts();
   LaunchParams launch{};
-  launch.table = {rows_,          address_.data(), numel_.data(),       group_.data(), storage_.data(),
-                  layout_.data(), layouts_.data(), first_leaf().data(), leaves()};
+  launch.table = {rows_,           address_.data(),    numel_.data(),    group_.data(),
+                  storage_.data(), layout_.data(),     layouts_.data(),  first_leaf().data(),
+                  leaves(),        part_leaf().data(), part_rows_.size()};
   launch.grads = address_.data() + u64(kGrad) * rows_;
   launch.groups = groups_.data();
   launch.chunks = chunks_.data();

@@ -31,6 +31,9 @@ class HostTable {
   u64 slot(int s, u64 row) const { return address_[u64(s) * rows_ + row]; }
   i64 numel(u64 row) const { return numel_[row]; }
 
+  // The first row of each part of the table, in order: rows whose leaves are joined to one number.
+  void set_parts(std::vector<u64> first_rows);
+
   // What else a launch does: phase.h.
   void set_phase(const Phase& phase);
 
@@ -48,6 +51,7 @@ class HostTable {
   }  // new with every change but of gradients and groups; unique in the process
   u64 leaves();  // of all rows
   const std::vector<u64>& first_leaf();
+  const std::vector<u64>& part_leaf();
   i64 elements() const { return elements_; }
   i64 chunk_elements() const { return chunk_elements_; }
 
@@ -88,6 +92,8 @@ class HostTable {
   u64 revision_ = 0;
   u32 arrivals_[2] = {};
   std::vector<u64> first_leaf_;  // and behind the last row's, how many there are; empty: to be counted
+  std::vector<u64> part_rows_{0};
+  std::vector<u64> part_leaf_;
   Phase phase_{};
 };
 

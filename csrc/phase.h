@@ -14,21 +14,28 @@ enum PhaseFlag : u32 {
   kClips = 1u << 4,           // gradients are scaled down so that their norm is at most max_norm
   kLargestNorm = 1u << 5,     // the norm is that of the largest magnitude, not of the squares
   kSkipsNonfinite = 1u << 6,  // nothing at all changes where a gradient is not finite
-  kReports = 1u << 7          // what report.h says of every leaf is written down
+  kReports = 1u << 7,         // what report.h says of every leaf is written down
+  kNormsByGroup = 1u << 8     // every group is clipped by a norm of its own
 };
+
+// What a launch does of a step whose norm crosses launches: where it is that of several devices, what each has
+// measured is joined between the two.
+enum Stage : u32 { kWholeStep, kMeasures, kUpdates };
 
 // The same for all tensors of a launch.
 struct Phase {
   u32 flags;
+  u32 stage;
   double ema_decay;
   const float* ema_decay_tensor;  // null, or the decay is read from there at run time
-  double max_norm;
-  double* leaf_sums;   // room for one number for each leaf of the table
-  double* results;     // the norm before clipping; how many launches were skipped
-  double* report;      // kReportColumns columns of one number for each leaf
-  double coefficient;  // of the gradients in this launch: found in the launch itself
+  u64 norms;                      // 1, or as many as there are groups
+  double* leaf_sums;              // room for one number for each leaf of the table
+  double* joined;                 // what the leaves of each part of the table join to; read as that of each norm
+  double* results;                // how many launches were skipped; then the norms before clipping
+  double* report;  // kReportColumns columns of one number for each leaf; then whether the last launch was skipped
   FUSEDOPT_FN bool has(u32 flag) const { return (flags & flag) != 0; }
   FUSEDOPT_FN bool reads_twice() const { return has(kClips | kSkipsNonfinite); }
+  FUSEDOPT_FN bool measures() const { return reads_twice() && stage != kUpdates; }
 };
 
 // What the side outputs of one tensor need to know at its step t. The first average is the parameter itself, as that

@@ -173,13 +173,7 @@ FUSEDOPT_FN void tally_vector(const LeafReport& report, bool keeps_rest, const W
     events[k] = seen.grad[k] - seen.grad[k] == zero ? zero : one;
     events[k] = events[k] + ((seen.before[k] == after) & (seen.update[k] != zero) ? lost : zero);
   }
-  const auto square = [](auto x) { return x * x; };
-  const bool first = report.half == 0;
-  LeafTally& tally = *report.tally;
-  Access::template tally<W>(tally.squares[kGradSquares] + place, first, seen.grad, count, square);
-  Access::template tally<W>(tally.squares[kParamSquares] + place, first, p, count, square);
-  Access::template tally<W>(tally.squares[kUpdateSquares] + place, first, seen.update, count, square);
-  Access::template tally<W>(tally.events + place, first, events, count, [](auto x) { return x; });
+  Access::template tally<W>(report, place, seen.grad, p, seen.update, events, count);
 }
 
 // A vector of what comes beside the update. The parameter is read back where its storage has rounded it: average and
@@ -346,29 +340,15 @@ FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Grad
   });
 }
 
-// A chunk of which leaves may be reported: half a leaf, its other half, what both joined to; else all of it at once.
+// A chunk of which leaves may be reported: in the order that suits the tally.
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
                               int lanes) {
-  const auto barrier = [] { Access::barrier(); };
-  const bool wanted = side.report.is_wanted();
-  const i32 piece = wanted ? i32(kHalfLeaf) : chunk.size;
-  const i32 pieces = wanted ? 2 : 1;
-  FUSEDOPT_LOOP
-  for (i32 at = 0; at < chunk.size; at += piece * pieces) {
-    const ChunkView leaf = chunk.part(at, piece * pieces);
-    if (wanted) {
-      barrier();  // the last leaf is written
-      if (leaf.size < kLeaf) clear_tally(*side.report.tally, lane, lanes);
-      barrier();
-    }
-    FUSEDOPT_LOOP
-    for (side.report.half = 0; side.report.half < pieces; ++side.report.half) {
-      sweep_part<Access, V>(leaf.part(side.report.half * piece, piece), rule, gradient, side, lane, lanes);
-      if (wanted) barrier();
-    }
-    if (wanted) write_leaf(side.report, u64(leaf.begin / kLeaf), lane, lanes, barrier);
-  }
+  Access::template report_chunk<V, C>(
+      chunk, side.report, lane, lanes, [&](const ChunkView& view, auto width, i32 i, int count) {
+        using W = decltype(width);
+        sweep_vector<Access, V, C, W>(view, rule, gradient, side, IndexOf<V, W>(view, i), i, count, NoBlock{});
+      });
 }
 
 // A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
@@ -450,10 +430,10 @@ FUSEDOPT_FN u64 next_step(const LaunchParams& launch, u32 tensor) {
 
 // What becomes of the gradients of a group in this launch.
 template <class V, class C>
-FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags) {
+FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags, double coefficient) {
   Gradient<C> gradient(launch, flags);
   if constexpr (V::kSide) {
-    gradient.coefficient = C(launch.phase.coefficient);
+    gradient.coefficient = C(coefficient);
     gradient.clips = launch.phase.has(kClips);
   }
   return gradient;
@@ -468,14 +448,14 @@ FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c) {
 
 // Where a tensor's leaves are reported; `tally` is room for the terms of one.
 template <class V>
-FUSEDOPT_FN LeafReport report_of(const LaunchParams& launch, u32 tensor, LeafTally* tally) {
+FUSEDOPT_FN LeafReport report_of(const LaunchParams& launch, u32 tensor, void* tally) {
   if (!V::kReports || !launch.phase.has(kReports)) return {};
   return {tally, launch.phase.report + launch.table.first_leaf[tensor], launch.table.leaves};
 }
 
 // What side outputs of a tensor's chunk need: nothing in a variant without them.
 template <class V, class C>
-FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, LeafTally* tally) {
+FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, void* tally) {
   if constexpr (V::kSide)
     return Side<C>(launch.phase, next_step(launch, tensor), report_of<V>(launch, tensor, tally));
   else

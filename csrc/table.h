@@ -45,6 +45,7 @@ struct GroupRow {
   Hypers hypers;
   u64 tensor[kHypers];
   u8 storage[kHypers];
+  double max_norm = -1.0;  // of its gradients; below 0: any
 };
 
 // Part of one tensor, a whole number of leaves: what one block or thread takes at a time.
@@ -63,6 +64,8 @@ struct TensorTable {
   const i64* layouts;     // ndim, then sizes[ndim], then strides[ndim] of each element slot, in elements
   const u64* first_leaf;  // how many leaves the rows before this one have
   u64 leaves;
+  const u64* part_leaf;  // the first leaf of each part, and behind them `leaves`: rows whose leaves are joined together
+  u64 parts;
   FUSEDOPT_FN u64 slot(int s, u64 row) const { return address[u64(s) * rows + row]; }
 };
 

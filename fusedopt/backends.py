@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -124,16 +125,13 @@ class Reference:
         """See Backend."""
         _count_launch()
         if found_inf is not None and float(found_inf) != 0.0:
-            _clear_gradients(table)
+            _skip(table)
             return
         scale = None if grad_scale is None else float(grad_scale)
-        coefficient = 1.0
-        if table.phase.reads_twice:
-            norm = _measure(table, scale)
-            coefficient = table.phase.coefficient(norm)
-            if table.phase.refuses(norm):
-                _clear_gradients(table)
-                return
+        norms = _measure(table, scale) if table.phase.reads_twice else []
+        if any(map(table.phase.refuses, norms)):
+            _skip(table)
+            return
         for row in table.live_rows():
             group = table.groups[row.group]
             step = 1 if row.step is None else int(row.step) + 1
@@ -151,6 +149,8 @@ class Reference:
                 values["param"] = exact.join(tensors["param"], key, local(row.states[key]))
             g, rest = real_view(grad).to(dtype), scale
             if table.phase.max_grad_norm is not None:
+                norm = norms[row.group if table.phase.norm_by_group else 0]
+                coefficient = table.phase.coefficient(norm, table.phase.max_norm_of(group))
                 g, rest = reference.clipped(g, coefficient, scale), None
             before = values.pop("param").clone()  # what is computed in may be the parameter itself
             updates = table.rule.update(before, g, values, step, group, rest)
@@ -172,6 +172,8 @@ class Reference:
                 _write_sides(table, row, step, dtype)
             if row.step is not None:
                 row.step += 1
+        if table.last_was_skipped is not None:
+            table.last_was_skipped.fill_(0.0)
 
 
 def _row_dtype(table: Table, row: Row) -> torch.dtype:
@@ -181,15 +183,17 @@ def _row_dtype(table: Table, row: Row) -> torch.dtype:
     return compute_dtype([local(tensor) for tensor in tensors if tensor is not None])
 
 
-def _clear_gradients(table: Table) -> None:
+def _skip(table: Table) -> None:
     """What a skipped step does: nothing, or it clears the gradients."""
+    if table.last_was_skipped is not None:
+        table.last_was_skipped.fill_(1.0)
     for row in table.live_rows() if table.phase.zero_grads else ():
         if row.param.grad is not None:
             local(row.param.grad).zero_()
 
 
-def _measure(table: Table, scale: float | None) -> float:
-    """The norm of all gradients of a table; written down, and the step counted where it is to be skipped."""
+def _measure(table: Table, scale: float | None) -> list[float]:
+    """The norms of a table's gradients; written down, and the step counted where it is to be skipped."""
     sums = []
     for row in table.rows:
         grad = None if row.param.grad is None else row.gradient
@@ -199,11 +203,17 @@ def _measure(table: Table, scale: float | None) -> float:
         flat = _flat(row, real_view(local(grad)))
         flat = reference.clipped(flat.to(_row_dtype(table, row)), None, scale)
         sums.append(reference.leaf_sums(flat, largest=table.phase.is_largest).cpu())
-    norm = reference.joined_norm(torch.cat(sums), largest=table.phase.is_largest)
+    bounds = [*table.parts, len(sums)]
+    norms = [
+        reference.joined_norm(torch.cat(sums[first:last] or [torch.zeros(0)]), largest=table.phase.is_largest)
+        for first, last in pairwise(bounds)
+    ]
     assert table.results is not None  # a table whose norm is wanted has room for it
-    table.results[0] = norm
-    table.results[1] += float(table.phase.refuses(norm))
-    return norm
+    assert table.leaf_sums is not None
+    table.leaf_sums.copy_(torch.cat(sums))
+    table.results[1:] = torch.tensor(norms, dtype=torch.float64)
+    table.results[0] += float(any(map(table.phase.refuses, norms)))
+    return norms
 
 
 def _flat(row: Row, values: Tensor) -> Tensor:

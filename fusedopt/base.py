@@ -86,22 +86,25 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor:
         """The norm of all gradients before they were clipped, at the last step: float64, on the device, 0-dim.
 
+        With norm_by_group that of each group, in order: 1-dim.
+
         To read its number waits for the device; to pass the tensor on does not. The next step overwrites it.
 
         Raises:
             RuntimeError: no step has been taken, or neither max_grad_norm nor skip_nonfinite was asked for.
         """
-        return self._result(0)
+        norms = self._known_results()[1:]
+        return norms if self._phase.norm_by_group else norms[0]
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps skip_nonfinite has skipped in this process: float64, on the device, 0-dim."""
-        return self._result(1)
+        return self._known_results()[0]
 
-    def _result(self, place: int) -> Tensor:
+    def _known_results(self) -> Tensor:
         if self._results is None:
             raise RuntimeError("the norm is known after a step with max_grad_norm or skip_nonfinite")
-        return self._results[place]
+        return self._results
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -158,7 +161,7 @@ class FusedOptimizer(Optimizer):
             returned = self.step(*args, **kwargs)
         finally:
             del self._finds_inf, self.grad_scale
-        return returned, (~self._result(0).isfinite()).to(torch.float32).reshape(1)
+        return returned, (~self._known_results()[1:].isfinite()).any().to(torch.float32).reshape(1)
 
     def _is_one_launch(self, tables: list[tuple[Table, Backend]]) -> bool:
         return len(tables) <= 1 and not self._is_sharded
@@ -222,6 +225,8 @@ class FusedOptimizer(Optimizer):
         """
         for table, _ in self._current_tables():
             launcher = table.launcher
+            if table.phase.flags:
+                table.announce()
             if launcher is None or not getattr(launcher, "captures", 0):
                 continue
             core: Any = table.core
@@ -239,6 +244,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
             group = {**self.defaults, **param_group}
+            self._phase.check_group(group)
             check_modes(self._rule, group)
             asked = {"rounding": group.get("rounding")}
             asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
@@ -384,9 +390,11 @@ class FusedOptimizer(Optimizer):
     def _results_on(self, device: torch.device, phase: Phase) -> Tensor | None:
         if not phase.reads_twice:
             return None
-        if self._results is None or self._results.device != device:
-            wanted = math.inf if self._phase.max_grad_norm is None else self._phase.max_grad_norm
-            self._results = torch.tensor([math.nan, 0.0, wanted], dtype=torch.float64, device=device)
+        size = 1 + (len(self.param_groups) if phase.norm_by_group else 1)
+        before = self._results
+        if before is None or before.device != device or before.numel() != size:
+            self._results = torch.full((size,), math.nan, dtype=torch.float64, device=device)
+            self._results[0] = 0.0 if before is None else before[0].to(device)
         return self._results
 
     def _copies(self) -> dict[Tensor, Tensor]:
@@ -444,6 +452,8 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
+        for group in self.param_groups:
+            self._phase.check_group(group)
         copies = self._copies()
         for g, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):

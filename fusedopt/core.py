@@ -63,14 +63,20 @@ class Core(Protocol):
     def set_phase(
         self,
         flags: int,
+        stage: int,
         ema_decay: float,
         ema_decay_tensor: int,
-        max_norm: float,
+        norms: int,
+        max_norms: list[float],
         leaf_sums: int,
+        joined: int,
         results: int,
         report: int,
     ) -> None:
-        """What else a launch does: the fields of ``Phase`` in csrc/phase.h."""
+        """What else a launch does: the fields of ``Phase`` in csrc/phase.h, and what each group is clipped to."""
+
+    def set_parts(self, first_rows: list[int]) -> None:
+        """The first row of each part of the table whose leaves are joined to one number."""
 
     def hold_params(self, wanted: bool) -> None:
         """Whether ``refresh`` lets torch's C++ side count a reference to every parameter: see ``fusedopt.holds``."""

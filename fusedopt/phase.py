@@ -18,8 +18,8 @@ EMA = "ema"  # the key of the average in a parameter's state
 LEAF = 2048  # elements: csrc/table.h
 MOST_LEAVES = 2048 * 2048  # that are joined to one norm: csrc/rules/reduce.h
 
-AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE, REPORTS = (
-    1 << bit for bit in range(8)
+AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE, REPORTS, NORMS_BY_GROUP = (
+    1 << bit for bit in range(9)
 )  # enum PhaseFlag in csrc/phase.h
 
 
@@ -32,6 +32,7 @@ class PhaseOptions(TypedDict, total=False):
     zero_grads: bool
     max_grad_norm: float | None
     norm_type: float
+    norm_by_group: bool
     skip_nonfinite: bool
     report: bool
 
@@ -51,6 +52,8 @@ class Phase:
         max_grad_norm: scales all gradients of the optimizer as ``torch.nn.utils.clip_grad_norm_`` does, so that their
             norm is at most this; the gradients themselves stay as they are.
         norm_type: 2, or infinity: the largest magnitude.
+        norm_by_group: every group is clipped by its own norm, as where ``clip_grad_norm_`` is called for each. A group
+            may then have a ``max_grad_norm`` of its own, read at every step; None: it is not clipped.
         skip_nonfinite: a step with an infinite or NaN gradient changes no parameter, state or count.
         report: keeps norms and what went wrong of every step, for the optimizer's ``report()``.
 
@@ -65,6 +68,7 @@ class Phase:
     zero_grads: bool = False
     max_grad_norm: float | None = None
     norm_type: float = 2.0
+    norm_by_group: bool = False
     skip_nonfinite: bool = False
     report: bool = False
 
@@ -85,6 +89,8 @@ class Phase:
             raise ValueError("ema_warmup needs ema_decay: it is how that starts")
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0.0:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}")
+        if self.norm_by_group and self.max_grad_norm is None:
+            raise ValueError("norm_by_group needs max_grad_norm: it is what each group is clipped to")
         if float(self.norm_type) not in (2.0, math.inf):
             raise ValueError(f"norm_type must be 2 or infinity, but it is {self.norm_type}")
 
@@ -109,7 +115,11 @@ class Phase:
         averages = AVERAGES * (self.ema_decay is not None) + WARMS_UP * self.ema_warmup
         sides = averages + COPIES * (self.copy_to is not None) + CLEARS_GRADS * self.zero_grads
         norm = CLIPS * (self.max_grad_norm is not None) + SKIPS_NONFINITE * self.skip_nonfinite
-        return sides + norm + LARGEST_NORM * (norm != 0 and self.is_largest) + REPORTS * self.report
+        return sides + norm + LARGEST_NORM * (norm != 0 and self.is_largest) + self._others
+
+    @property
+    def _others(self) -> int:
+        return REPORTS * self.report + NORMS_BY_GROUP * self.norm_by_group
 
     @property
     def is_largest(self) -> bool:
@@ -121,11 +131,31 @@ class Phase:
         """Whether a step reads all gradients before it updates anything."""
         return self.max_grad_norm is not None or self.skip_nonfinite
 
-    def coefficient(self, norm: float) -> float:
+    def max_norm_of(self, group: Mapping[str, Any]) -> float:
+        """What the gradients of a group are clipped to; below 0: they are not."""
+        own = group.get("max_grad_norm", self.max_grad_norm) if self.norm_by_group else self.max_grad_norm
+        return -1.0 if own is None else float(own)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuses a group's own max_grad_norm that no step could use."""
+        if "max_grad_norm" not in group:
+            return
+        if not self.norm_by_group:
+            raise ValueError(
+                f"a group has max_grad_norm={group['max_grad_norm']}, but the norm is that of all groups: construct "
+                "the optimizer with norm_by_group=True"
+            )
+        own = group["max_grad_norm"]
+        if own is not None:
+            check_number("max_grad_norm", own)
+            if not own >= 0.0:
+                raise ValueError(f"Invalid max_grad_norm of a group: {own}")
+
+    def coefficient(self, norm: float, max_norm: float) -> float:
         """What gradients of a norm are multiplied by."""
-        if self.max_grad_norm is None:
+        if max_norm < 0.0:
             return 1.0
-        coefficient = self.max_grad_norm / (norm + 1e-6)
+        coefficient = max_norm / (norm + 1e-6)
         return 1.0 if coefficient >= 1.0 else coefficient
 
     def refuses(self, norm: float) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +128,7 @@ class GroupRow:
         tensors: addresses of those tensors, else 0.
         storages: of those tensors.
         flags: one bit each.
+        max_norm: what its gradients are clipped to; below 0: they are not.
         shape: flags and which values are 0, when last read; None: never.
     """
 
@@ -136,6 +137,7 @@ class GroupRow:
     storages: list[int] = field(default_factory=lambda: [0] * HYPERS)
     flags: int = 0
     shape: tuple[int, tuple[bool, ...]] | None = None
+    max_norm: float = -1.0
 
 
 class PyTable:
@@ -227,6 +229,7 @@ class PyTable:
         self._chunks = array(U32)
         self._chunk_elements = 0
         self._planned_workers = 0
+        self._parts = [0]
         self._revision = next(_REVISIONS)
 
     def set_places(self, places: list[tuple[int, int]]) -> None:
@@ -259,10 +262,13 @@ class PyTable:
     def set_phase(
         self,
         flags: int,
+        stage: int,
         ema_decay: float,
         ema_decay_tensor: int,
-        max_norm: float,
+        norms: int,
+        max_norms: list[float],
         leaf_sums: int,
+        joined: int,
         results: int,
         report: int,
     ) -> None:
@@ -270,16 +276,30 @@ class PyTable:
 
         Args:
             flags: bits of ``enum PhaseFlag``.
+            stage: of ``enum Stage``.
             ema_decay: the decay of the average.
             ema_decay_tensor: where to read it instead; 0: nowhere.
-            max_norm: what gradients are clipped to.
+            norms: how many norms there are.
+            max_norms: what the gradients of each group are clipped to; below 0: they are not.
             leaf_sums: where one number for each leaf goes.
+            joined: where what these come to goes, for each norm.
             results: where the norm and the count of skipped steps go.
-            report: where five numbers for each leaf go.
+            report: where five numbers for each leaf go, and whether the launch was skipped.
         """
+        for group, max_norm in zip(self._groups, max_norms, strict=True):
+            group.max_norm = max_norm
         if flags != self._phase:
             self._phase = flags
             self._revision = next(_REVISIONS)
+
+    def set_parts(self, first_rows: list[int]) -> None:
+        """Which rows' leaves are joined to one number.
+
+        Args:
+            first_rows: the first row of each part, in order.
+        """
+        self._parts = list(first_rows)
+        self._revision = next(_REVISIONS)
 
     def hold_params(self, wanted: bool) -> None:
         """Has no effect here: there is no C++ side to hold anything."""
@@ -395,22 +415,27 @@ class PyTable:
 
         Returns:
             ``grads`` u64[rows], ``group_values`` f64[groups, 8], ``group_flags`` u32[groups],
-            ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8]. Unless only_step also
-            ``address`` u64[12, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage`` u64[rows],
-            ``layout`` i32[rows], ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
+            ``group_max_norms`` f64[groups], ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8].
+            Unless only_step also ``address`` u64[12, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage``
+            u64[rows], ``first_leaf`` u64[rows + 1], ``part_leaf`` u64[parts + 1], ``layout`` i32[rows],
+            ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
         """
         self._plan(workers)
         columns: dict[str, Any] = {
             "grads": self._address[GRAD * self._rows : (GRAD + 1) * self._rows].tobytes(),
             "group_values": b"".join(group.values.tobytes() for group in self._groups),
             "group_flags": array(U32, [group.flags for group in self._groups]).tobytes(),
+            "group_max_norms": array(F64, [group.max_norm for group in self._groups]).tobytes(),
             "group_tensors": b"".join(array(U64, group.tensors).tobytes() for group in self._groups),
             "group_storages": b"".join(array(U32, group.storages).tobytes() for group in self._groups),
         }
         if only_step:
             return columns
         layout, layouts = self._pack_layouts()
+        first_leaf = array(U64, accumulate((-(-numel // LEAF) for numel in self._numel), initial=0))
         return columns | {
+            "first_leaf": first_leaf.tobytes(),
+            "part_leaf": array(U64, [*(first_leaf[row] for row in self._parts), first_leaf[-1]]).tobytes(),
             "address": self._address.tobytes(),
             "numel": self._numel.tobytes(),
             "group": self._group.tobytes(),

@@ -31,10 +31,15 @@ class Report:
         rows: one for each parameter that had a gradient: its ``name``, and the numbers. ``pandas.DataFrame(rows)``
             makes a table of them.
         whole: the numbers of all parameters together.
+        skipped: whether the last step changed nothing, for a gradient that was not finite or a ``found_inf``: then
+            the numbers are those of the last step before it that was taken, NaN where there was none.
+        at_fault: names of the parameters whose gradients kept it from being taken, where the launch itself found them.
     """
 
     rows: list[dict[str, Any]]
     whole: dict[str, Any]
+    skipped: bool = False
+    at_fault: tuple[str, ...] = ()
 
     def scalars(self, prefix: str = "") -> dict[str, float]:
         """The numbers in a flat dict, as TensorBoard and W&B take them: ``grad_norm``, ``grad_norm/<name>``, ...
@@ -42,7 +47,8 @@ class Report:
         Args:
             prefix: stands before every key.
         """
-        found = {f"{prefix}{number}": float(self.whole[number]) for number in NUMBERS[1:]}
+        found = {f"{prefix}skipped": float(self.skipped)}
+        found |= {f"{prefix}{number}": float(self.whole[number]) for number in NUMBERS[1:]}
         for row in self.rows:
             found |= {f"{prefix}{number}/{row['name']}": float(row[number]) for number in NUMBERS[1:]}
         return found
@@ -51,18 +57,23 @@ class Report:
         """The table as text."""
         lines = [("parameter", *NUMBERS), *(_words(row["name"], row) for row in self.rows), _words("all", self.whole)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
+        text = [
             "  ".join(
                 [line[0].ljust(widths[0]), *(word.rjust(w) for word, w in zip(line[1:], widths[1:], strict=True))]
             )
             for line in lines
-        )
+        ]
+        return "\n".join([self._caption(), *text] if self.skipped else text)
+
+    def _caption(self) -> str:
+        at_fault = f"; not finite: {', '.join(self.at_fault)}" if self.at_fault else ""
+        return f"the last step was skipped{at_fault}; this is the report of the last step that was taken"
 
     def __rich__(self) -> Any:
         """The table for ``rich.print``."""
         from rich.table import Table as RichTable
 
-        table = RichTable("parameter")
+        table = RichTable("parameter", title=self._caption() if self.skipped else None)
         for number in NUMBERS:
             table.add_column(number, justify="right")
         for row in self.rows:
@@ -80,14 +91,19 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
         names: of its parameters.
     """
     rows, everything, elements = [], [], 0
+    skipped, at_fault = False, []
     for table in tables:
         live = set(table.reported)
         if not live or table.partials is None:
             continue
         partials = table.partials.cpu()
+        skipped |= bool(table.last_was_skipped)
+        sums = None if table.leaf_sums is None or not table.last_was_skipped else table.leaf_sums.cpu()
         first = 0
         for row in table.rows:
             leaves = partials[:, first : first + row.leaves]
+            if sums is not None and not sums[first : first + row.leaves].isfinite().all():
+                at_fault.append(names[row.param])
             first += row.leaves
             if row.param not in live:
                 leaves.zero_()
@@ -96,7 +112,7 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
             elements += count
             rows.append({"name": names[row.param], **_numbers(leaves, count)})
         everything.append(partials)
-    return Report(rows, _numbers(torch.cat(everything, dim=1), elements))
+    return Report(rows, _numbers(torch.cat(everything, dim=1), elements), skipped, tuple(at_fault))
 
 
 def _numbers(leaves: Tensor, elements: int) -> dict[str, Any]:

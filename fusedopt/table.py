@@ -114,7 +114,7 @@ class Table:
         launcher: what the backend kept for the table that this one takes the place of: device memory, which a
             captured graph may still read.
         phase: what else a step does.
-        results: float64 [3] on the device: where the norm goes, and the count of skipped steps; and max_grad_norm.
+        results: float64 on the device: where the count of skipped steps goes, and the norms.
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class Table:
         self.phase = phase
         self.results = results
         self.leaf_sums: Tensor | None = None
-        self.partials: Tensor | None = None  # of the report: csrc/report.h
+        self.joined: Tensor | None = None  # what the leaves of each norm come to
+        self._report: Tensor | None = None  # csrc/report.h
         self.reported: list[Tensor] = []  # the parameters that it tells of
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
         self._state = state
@@ -147,6 +148,9 @@ class Table:
         holds.register(self.core)
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
         self.core.set_places([(row.group, row.place) for row in rows])
+        # The rows of a norm follow one another, as those of a group do.
+        self.parts = [sum(row.group < g for row in rows) for g in range(self.norms)]
+        self.core.set_parts(self.parts)
         self.core.watch_states(state)
         if phase.flags:
             self.announce()
@@ -182,13 +186,31 @@ class Table:
         self._make_room_for_report()
         self.core.set_phase(
             self.phase.flags,
+            0,  # kWholeStep
             0.0 if decay is None or is_tensor else float(decay),
             address,
-            math.inf if self.phase.max_grad_norm is None else self.phase.max_grad_norm,
+            self.norms,
+            [self.phase.max_norm_of(group) for group in self.groups],
             0 if self.leaf_sums is None else self.leaf_sums.data_ptr(),
+            0 if self.joined is None else self.joined.data_ptr(),
             0 if self.results is None else self.results.data_ptr(),
-            0 if self.partials is None else self.partials.data_ptr(),
+            0 if self._report is None else self._report.data_ptr(),
         )
+
+    @property
+    def norms(self) -> int:
+        """How many norms there are: one, or one for each group."""
+        return len(self.groups) if self.phase.norm_by_group else 1
+
+    @property
+    def partials(self) -> Tensor | None:
+        """What the report keeps of every leaf: the columns of csrc/report.h."""
+        return None if self._report is None else self._report[:-1].view(REPORT_COLUMNS, -1)
+
+    @property
+    def last_was_skipped(self) -> Tensor | None:
+        """Whether the last launch was skipped, where there is a report: 1 or 0, on the device."""
+        return None if self._report is None else self._report[-1]
 
     def _make_room_for_norm(self) -> None:
         leaves = self.core.leaves if self.phase.reads_twice else 0
@@ -196,11 +218,12 @@ class Table:
             raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
         if self.phase.reads_twice and (self.leaf_sums is None or self.leaf_sums.numel() != leaves):
             self.leaf_sums = torch.empty(leaves, dtype=torch.float64, device=self.device)
+            self.joined = torch.empty(self.norms, dtype=torch.float64, device=self.device)
 
     def _make_room_for_report(self) -> None:
-        shape = (REPORT_COLUMNS, self.core.leaves)
-        if self.phase.report and (self.partials is None or self.partials.shape != shape):
-            self.partials = torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
+        room = REPORT_COLUMNS * self.core.leaves + 1
+        if self.phase.report and (self._report is None or self._report.numel() != room):
+            self._report = torch.full((room,), math.nan, dtype=torch.float64, device=self.device)
 
     def decay_at(self, step: int) -> float:
         """The decay that averages have at a step."""

@@ -19,9 +19,12 @@ _DTYPES = {
     "storage": torch.int64,
     "layout": torch.int32,
     "layouts": torch.int64,
+    "first_leaf": torch.int64,
+    "part_leaf": torch.int64,
     "chunks": torch.int32,
     "group_values": torch.float64,
     "group_flags": torch.int32,
+    "group_max_norms": torch.float64,
     "group_tensors": torch.int64,
     "group_storages": torch.int32,
 }
@@ -81,11 +84,9 @@ class Launcher:
         phase = table.phase
         if not phase.reads_twice and not phase.report:
             return {}
-        leaves = torch.div(self.columns.numel + (LEAF - 1), LEAF, rounding_mode="floor")
-        first_leaf = torch.cumsum(leaves, 0) - leaves
-        found: dict[str, Any] = {"first_leaf": first_leaf}
+        found: dict[str, Any] = {}
         if phase.reads_twice:
-            found |= {"leaf_sums": table.leaf_sums, "results": table.results}
+            found |= {"leaf_sums": table.leaf_sums, "joined": table.joined, "results": table.results}
         if phase.report:
             found |= {"report": table.partials, "report_terms": self._room_for_terms(table)}
         return found

@@ -71,6 +71,71 @@ def test_each_norm_has_the_bits_of_the_reference(optimizer: str, norm: str, run:
         step_both(made, truth, run, step, "dense", scale)
 
 
+@each_run
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_norms_by_group_are_those_of_clip_grad_norm_called_for_each_group(
+    norm_type: float, run: Run, settings: Run
+) -> None:
+    """Their bits are those of an optimizer for each group, so that they are the reference's too."""
+    largest = {0: 0.25, 1: None, 2: 1e6, 3: 0.5}
+    _, params = make("SGD", run, torch.float32)
+    _, others = make("SGD", run, torch.float32)
+    parts = [params[:3], params[3:4], [], params[4:]]
+    groups: list[dict[str, Any]] = [{"params": part} for part in parts]
+    for k in (0, 1, 2):
+        groups[k]["max_grad_norm"] = largest[k]
+    whole = {"norm_type": norm_type, "norm_by_group": True, "max_grad_norm": 0.5, "zero_grads": True}
+    optimizer = fusedopt.AdamW(groups, lr=0.1, backend=run.backend, **whole)
+    for step in range(2):
+        set_gradients(params, step)
+        set_gradients(others, step)
+        optimizer.step()
+        for k, (part, twins) in enumerate(zip(parts, (others[:3], others[3:4], [], others[4:]), strict=True)):
+            alone = [param for param in twins if param.grad is not None and param.numel()]
+            limit = math.inf if largest[k] is None else largest[k]
+            expected = torch.nn.utils.clip_grad_norm_(alone, limit, norm_type)
+            torch.testing.assert_close(optimizer.grad_norm[k].float().cpu(), expected.cpu(), rtol=1e-6, atol=0)
+            if part and step == 0:
+                options = {"norm_type": norm_type, "max_grad_norm": largest[k], "backend": "reference"}
+                twin_optimizer = fusedopt.AdamW(twins, lr=0.1, **options)
+                set_gradients(others, step)
+                twin_optimizer.step()
+                assert all(bool(same_bits(a.cpu(), b.cpu()).all()) for a, b in zip(part, twins, strict=True)), k
+    groups[0]["max_grad_norm"] = 1e9
+
+
+@each_run
+def test_a_group_that_is_not_finite_keeps_all_groups_from_changing(run: Run, settings: Run) -> None:
+    _, params = make("SGD", run, torch.float32)
+    groups = [{"params": params[:4]}, {"params": params[4:]}]
+    options: dict[str, Any] = {"max_grad_norm": 1.0, "norm_by_group": True, "skip_nonfinite": True, "report": True}
+    optimizer = fusedopt.AdamW(groups, lr=0.1, backend=run.backend, **options)
+    set_gradients(params, 0)
+    params[4].grad[5] = math.inf
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert float(optimizer.skipped_steps) == 1.0
+    assert optimizer.grad_norm.isfinite().tolist() == [True, False]
+    report = optimizer.report()
+    assert report.skipped
+    assert report.at_fault == ("4",)
+    assert str(report).startswith("the last step was skipped; not finite: 4;")
+    set_gradients(params, 2)
+    optimizer.step()
+    assert not optimizer.report().skipped
+
+
+def test_a_group_s_own_norm_is_refused_where_the_norm_is_that_of_all() -> None:
+    group = {"params": [torch.nn.Parameter(torch.ones(1))], "max_grad_norm": 0.5}
+    with pytest.raises(ValueError, match=r"0\.5.*norm_by_group"):
+        fusedopt.SGD([group], lr=0.1, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"norm_by_group needs max_grad_norm"):
+        fusedopt.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, norm_by_group=True)
+    with pytest.raises(ValueError, match=r"-1"):
+        fusedopt.SGD([{**group, "max_grad_norm": -1.0}], lr=0.1, max_grad_norm=1.0, norm_by_group=True)
+
+
 THREADS = tuple(Run("cpu", threads=threads) for threads in (1, 2, 3))
 GRIDS = tuple(Run("emulated", grid=grid, seed=k) for k, grid in enumerate(((1, 32), (5, 96))))
 

@@ -89,10 +89,13 @@ class Columns:
         storage: int64 [rows], 4 bits a slot.
         layout: int32 [rows], -1 for dense, else an offset into `layouts`.
         layouts: int64, for each strided tensor ndim, sizes[ndim], strides[ndim] of the eight element slots.
+        first_leaf: int64 [rows + 1], how many leaves of 2,048 elements the rows before each have.
+        part_leaf: int64 [parts + 1], the first leaf of each part whose leaves are joined to a norm; at last all leaves.
         chunks: int32 [chunks, 2], tensor and index within the tensor.
         chunk_elements: elements of a chunk, a multiple of 2,048.
         group_values: float64 [groups, 8].
         group_flags: int32 [groups].
+        group_max_norms: float64 [groups], what gradients are clipped to; below 0: they are not.
         group_tensors: int64 [groups, 8], addresses of hyperparameters that are tensors, else 0.
         group_storages: int32 [groups, 8], and their storages.
         arrivals: int32 [1], 0 between launches.
@@ -107,10 +110,13 @@ class Columns:
     storage: torch.Tensor
     layout: torch.Tensor
     layouts: torch.Tensor
+    first_leaf: torch.Tensor
+    part_leaf: torch.Tensor
     chunks: torch.Tensor
     chunk_elements: int
     group_values: torch.Tensor
     group_flags: torch.Tensor
+    group_max_norms: torch.Tensor
     group_tensors: torch.Tensor
     group_storages: torch.Tensor
     arrivals: torch.Tensor
@@ -206,8 +212,8 @@ def launch(
     found_inf: torch.Tensor | None = None,
     phase_flags: int = 0,
     ema_decay: torch.Tensor | None = None,
-    first_leaf: torch.Tensor | None = None,
     leaf_sums: torch.Tensor | None = None,
+    joined: torch.Tensor | None = None,
     results: torch.Tensor | None = None,
     report: torch.Tensor | None = None,
     report_terms: torch.Tensor | None = None,
@@ -223,11 +229,10 @@ def launch(
         found_inf: float32, one element, on the device: where it is not 0, nothing changes. Default: 0.
         phase_flags: bits of ``enum PhaseFlag`` in csrc/phase.h; the variant admits side outputs. Default: none.
         ema_decay: float32 or float64, one element, on the device: decay of the averages. Default: 0.
-        first_leaf: int64 [rows], how many leaves of 2,048 elements the rows before each have; only where the flags
-            ask for the norm or a report.
         leaf_sums: float64, one for each leaf: where the flags ask for the norm, which takes a launch more.
-        results: float64 [3]: norm, skipped launches, largest norm that is wanted; as leaf_sums.
-        report: float64 [5, leaves]: csrc/report.h; where the flags ask for it, as the next.
+        joined: float64, what these come to for each norm; as leaf_sums.
+        results: float64, skipped launches, then the norms; as leaf_sums.
+        report: float64 [5, leaves], and one behind: csrc/report.h; where the flags ask for it, as the next.
         report_terms: float64 [programs, 5, 2048], room for the terms of one leaf.
         programs: Triton programs to run. Default: what the device runs at once; 3 if interpreted.
 
@@ -257,8 +262,12 @@ def launch(
                 columns.chunk_elements,
                 0 if grad_scale is None else grad_scale.data_ptr(),
                 phase_flags,
-                first_leaf,
+                columns.first_leaf,
                 leaf_sums,
+                columns.part_leaf,
+                columns.part_leaf.shape[0] - 1,
+                joined,
+                columns.arrivals,
                 **_device_options(variant, columns.device),
             )
         sweep[(programs,)](
@@ -283,22 +292,17 @@ def launch(
             phase_flags,
             0 if ema_decay is None else ema_decay.data_ptr(),
             FLOAT64.value if ema_decay is not None and ema_decay.dtype == torch.float64 else FLOAT32.value,
-            columns.arrivals if leaf_sums is None else leaf_sums,
-            _count_leaves(leaf_sums, report),
+            columns.arrivals if joined is None else joined,
+            0 if joined is None else joined.shape[0],
+            columns.group_max_norms,
+            0 if report is None else report.shape[-1],
             columns.arrivals if results is None else results,
-            columns.arrivals if first_leaf is None else first_leaf,
+            columns.first_leaf,
             0 if report is None else report.data_ptr(),
             0 if report_terms is None else report_terms.data_ptr(),
             **constants,
             **_device_options(variant, columns.device),
         )
-
-
-def _count_leaves(leaf_sums: torch.Tensor | None, report: torch.Tensor | None) -> int:
-    for numbers in (leaf_sums, report):
-        if numbers is not None:
-            return numbers.shape[-1]
-    return 0
 
 
 def _launching_on(device: torch.device) -> AbstractContextManager[Any]:

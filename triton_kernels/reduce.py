@@ -1,7 +1,7 @@
 """The norm of all gradients, twin of csrc/rules/reduce.h and csrc/norm.h: a launch of its own before the update's.
 
 A spin barrier between two passes needs all programs to run at once, which an ordinary launch does not promise. So the
-first launch joins every leaf, and every program of the second joins the leaves, in the same order.
+first launch joins every leaf, its last program to finish the leaves of every norm.
 """
 
 # mypy: ignore-errors
@@ -21,6 +21,7 @@ JOINED = tl.constexpr(2048)  # csrc/rules/reduce.h: kJoined
 CLIPS = tl.constexpr(16)
 LARGEST_NORM = tl.constexpr(32)
 SKIPS_NONFINITE = tl.constexpr(64)
+NORMS_BY_GROUP = tl.constexpr(256)
 
 
 @triton.jit
@@ -30,6 +31,19 @@ def join_halves(x, largest):
         low, high = tl.split(tl.trans(tl.reshape(x, [2, 1024 >> level])))
         x = tl.where(largest, maximum(low, high), low + high)
     return tl.sum(x)
+
+
+@triton.jit
+def join_leaves(leaf_sums, begin, end, largest):
+    """What the leaves from one to another come to: groups of 2,048 leaves, then the groups."""
+    k = tl.arange(0, JOINED)
+    groups = tl.zeros([JOINED], tl.float64)
+    leaves = (end - begin).to(tl.int32)
+    for first in range(0, leaves, JOINED):
+        # Past the first cache, which other multiprocessors do not write.
+        sums = tl.load(leaf_sums + begin + first + k, mask=first + k < leaves, other=0.0, cache_modifier=".cg")
+        groups = tl.where(k == first // JOINED, join_halves(sums, largest), groups)
+    return join_halves(groups, largest)
 
 
 @triton.jit
@@ -46,6 +60,7 @@ def leaf_terms(address, at, mask, storage, scale, unscale, largest, C: tl.conste
     do_not_specialize=[
         "address", "grads", "numel", "storage", "layout", "layouts", "rows", "chunks", "chunk_count",
         "chunk_elements", "grad_scale", "phase_flags", "first_leaf", "leaf_sums",
+        "part_leaf", "parts", "joined", "arrivals",
     ]
 )  # fmt: skip
 def measure(
@@ -63,8 +78,12 @@ def measure(
     phase_flags: tl.int32,
     first_leaf,  # int64 [rows]: how many leaves the rows before this one have
     leaf_sums,  # float64 [leaves]
+    part_leaf,  # int64 [parts + 1]: the first leaf of each part
+    parts: tl.int64,
+    joined,  # float64 [parts]: what the leaves of each part come to, found by the last program to finish
+    arrivals,
 ):
-    """Joins the gradients of every leaf. The arguments are those of `sweep`."""
+    """Joins the gradients of every leaf, then the leaves of every part. The arguments are those of `sweep`."""
     largest = (phase_flags & LARGEST_NORM) != 0
     unscale = grad_scale != 0
     scale = tl.load(pointer(grad_scale.to(tl.int64), tl.float32, False), mask=unscale, other=1.0)
@@ -82,31 +101,34 @@ def measure(
             at = i
             if lies != DENSE_LAYOUT:
                 at = strided_offsets(layouts + lies, i).grad
-            joined = tl.full([], 0.0, tl.float64)
+            found = tl.full([], 0.0, tl.float64)
             if a.grad != 0:
                 if in_double:
                     terms = leaf_terms(a.grad, at, i < end, s.grad, scale, unscale, largest, tl.float64)
                 else:
                     terms = leaf_terms(a.grad, at, i < end, s.grad, scale, unscale, largest, tl.float32)
-                joined = join_halves(terms, largest)
-            tl.store(leaf_sums + tl.load(first_leaf + row) + (begin + start) // JOINED, joined)
+                found = join_halves(terms, largest)
+            tl.store(leaf_sums + tl.load(first_leaf + row) + (begin + start) // JOINED, found)
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals, 1) == tl.num_programs(0) - 1:
+        tl.debug_barrier()
+        for part in range(0, parts.to(tl.int32)):
+            tl.store(
+                joined + part, join_leaves(leaf_sums, tl.load(part_leaf + part), tl.load(part_leaf + part + 1), largest)
+            )
+        tl.store(arrivals, 0)
 
 
 @triton.jit
-def norm_of_leaves(leaf_sums, leaves, phase_flags):
-    """The norm: groups of 2,048 leaves joined, then the groups."""
-    largest = (phase_flags & LARGEST_NORM) != 0
-    k = tl.arange(0, JOINED)
-    groups = tl.zeros([JOINED], tl.float64)
-    for first in range(0, leaves.to(tl.int32), JOINED):
-        joined = join_halves(tl.load(leaf_sums + first + k, mask=first + k < leaves, other=0.0), largest)
-        groups = tl.where(k == first // JOINED, joined, groups)
-    joined = join_halves(groups, largest)
-    return tl.where(largest, joined, square_root(joined))
+def norm_of(joined, phase_flags):
+    """The norm whose leaves have come to this."""
+    return tl.where((phase_flags & LARGEST_NORM) != 0, joined, square_root(joined))
 
 
 @triton.jit
-def clip_coefficient(norm, max_norm):
-    """What the gradients are multiplied by so that their norm is at most max_norm."""
+def coefficient_of(joined, group, max_norms, phase_flags):
+    """What the gradients of a group are multiplied by so that their norm is at most what is wanted."""
+    norm = norm_of(tl.load(joined + tl.where((phase_flags & NORMS_BY_GROUP) != 0, group, 0)), phase_flags)
+    max_norm = tl.load(max_norms + group)
     coefficient = max_norm / (norm + 1e-6)
-    return tl.where(coefficient >= 1.0, 1.0, coefficient)
+    return tl.where((max_norm < 0.0) | (coefficient >= 1.0), 1.0, coefficient)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .reduce import JOINED, join_halves
+from .storage import pointer
 
 REPORTS = tl.constexpr(128)  # csrc/phase.h: PhaseFlag
 COLUMNS = tl.constexpr(5)  # csrc/report.h: ReportColumn
@@ -32,6 +33,12 @@ def tally_block(terms, place, mask, grad, before, after, stored, update):
     tl.store(at + 2 * JOINED, update * update, mask=mask)
     tl.store(at + 3 * JOINED, tl.where(grad - grad == 0.0, 0.0, 1.0).to(tl.float64), mask=mask)
     tl.store(at + 4 * JOINED, tl.where(lost, 1.0, 0.0).to(tl.float64), mask=mask)
+
+
+@triton.jit
+def mark_report(report, leaves, skipped):
+    """Says behind the columns whether the last launch was skipped."""
+    tl.store(pointer(report.to(tl.int64), tl.float64, False) + COLUMNS * leaves.to(tl.int64), skipped)
 
 
 @triton.jit

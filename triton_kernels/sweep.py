@@ -14,8 +14,8 @@ import triton.language as tl
 from .blocks import MOST_BLOCK, bf16_at_random, decode_codes, fetch_codes, keep_codes, random_stream
 from .master import exact_param, fetch_master, keep_master, stored_param
 from .phase import CLEARS_GRADS, rounded, side_of, sweep_sides
-from .reduce import CLIPS, JOINED, SKIPS_NONFINITE, clip_coefficient, norm_of_leaves
-from .report import COLUMNS, REPORTS, no_report, tally_block, write_leaf
+from .reduce import CLIPS, JOINED, SKIPS_NONFINITE, coefficient_of, norm_of
+from .report import COLUMNS, REPORTS, mark_report, no_report, tally_block, write_leaf
 from .rules import MAXIMIZE, divide
 from .storage import ANY_STORAGE, decode, fetch, only_if, pointer, storage_bytes, store
 from .table import (
@@ -306,7 +306,9 @@ def clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count,
         "phase_flags",
         "ema_decay",
         "ema_decay_storage",
-        "leaf_sums",
+        "joined",
+        "norms",
+        "group_max_norms",
         "leaves",
         "results",
         "first_leaf",
@@ -336,9 +338,11 @@ def sweep(
     phase_flags: tl.int32,  # csrc/phase.h: PhaseFlag
     ema_decay: tl.int64,  # address of the decay of averages, or 0
     ema_decay_storage: tl.int32,
-    leaf_sums,  # float64 [leaves]: what `measure` has found
-    leaves: tl.int64,
-    results,  # float64 [3]: the norm, how many launches were skipped; max_norm
+    joined,  # float64 [norms]: what `measure` has found
+    norms: tl.int64,
+    group_max_norms,  # float64 [groups]: what gradients are clipped to; below 0: they are not
+    leaves: tl.int64,  # of the report
+    results,  # float64 [1 + norms]: how many launches were skipped, then the norms
     first_leaf,  # int64 [rows]: how many leaves the rows before this one have
     report: tl.int64,  # address of float64 [COLUMNS, leaves]: csrc/report.h; or 0
     report_terms: tl.int64,  # address of float64 [programs, COLUMNS, JOINED]
@@ -372,13 +376,13 @@ def sweep(
     coefficient = tl.full([], 1.0, tl.float64)
     if SIDE:  # noqa: SIM102 - a branch of the compiler around one of the kernel
         if admitted & ((phase_flags & (CLIPS | SKIPS_NONFINITE)) != 0):
-            norm = norm_of_leaves(leaf_sums, leaves, phase_flags)
-            if clips:
-                coefficient = clip_coefficient(norm, tl.load(results + 2))
-            admitted = ((phase_flags & SKIPS_NONFINITE) == 0) | (norm - norm == 0.0)
+            for n in range(0, norms.to(tl.int32)):
+                norm = norm_of(tl.load(joined + n), phase_flags)
+                admitted = admitted & (((phase_flags & SKIPS_NONFINITE) == 0) | (norm - norm == 0.0))
+                if tl.program_id(0) == 0:
+                    tl.store(results + 1 + n, norm)
             if tl.program_id(0) == 0:
-                tl.store(results, norm)
-                tl.store(results + 1, tl.load(results + 1) + tl.where(admitted, 0.0, 1.0))
+                tl.store(results, tl.load(results) + tl.where(admitted, 0.0, 1.0))
     if admitted:
         unscale = grad_scale != 0
         scale = tl.load(pointer(grad_scale.to(tl.int64), tl.float32, False), mask=unscale, other=1.0)
@@ -400,6 +404,8 @@ def sweep(
                     flags = tl.load(group_flags + group_row)
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     scalars = SCALARS(hypers, flags, next_step(steps), tl.float32)
+                    if clips:
+                        coefficient = coefficient_of(joined, group_row, group_max_norms, phase_flags)
                 gradient = (scale, unscale, (flags & MAXIMIZE) != 0, clips, coefficient)
                 begin = tl.load(chunk + 1).to(tl.int64) * chunk_elements
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
@@ -435,5 +441,10 @@ def sweep(
         if tl.atomic_add(arrivals, 1) == tl.num_programs(0) - 1:
             advance_steps(address + STEP * rows, grads, rows, EDGES)
             tl.store(arrivals, 0)
-    elif SIDE and (phase_flags & CLEARS_GRADS) != 0:
-        clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count, chunk_elements, EDGES)
+            if REPORT and (phase_flags & REPORTS) != 0:
+                mark_report(report, leaves, 0.0)
+    else:
+        if REPORT and (phase_flags & REPORTS) != 0:
+            mark_report(report, leaves, 1.0)
+        if SIDE and (phase_flags & CLEARS_GRADS) != 0:
+            clear_all(grads, numel, storage, layout, layouts, rows, chunks, chunk_count, chunk_elements, EDGES)

@@ -191,27 +191,73 @@ struct HostAccess {
       encode<false>(x, address, storage, inverse, random, place, count);
   }
 
-  // A thread has its tally for itself.
-  FUSEDOPT_FN static void barrier() {}
+  // The terms of N elements.
+  template <int N>
+  struct Terms {
+    static constexpr int kLanesOf = N < kLanes<double> ? N : kLanes<double>;
+    static constexpr int kPieces = N / kLanesOf;
+    static constexpr int kEventLanes = N < kLanes<float> ? N : kLanes<float>;
+    static constexpr int kEvents = N / kEventLanes;
+    Vector<double, kLanesOf> squares[kReportSquares][kPieces];
+    Vector<float, kEventLanes> events[kEvents];
 
-  // Puts a term of each element into `to`, or adds it to what is there.
-  template <class W, class T, class X, int M, class Term>
-  FUSEDOPT_FN static void tally(T* to, bool first, const X (&x)[M], int count, const Term& term) {
-    using C = std::remove_reference_t<decltype(X{}[0])>;
-    constexpr int kSize = int(sizeof(X) / sizeof(C));
-    constexpr int kPiece = kLanes<T> < kSize ? kLanes<T> : kSize;
-    using To = Unaligned<Vector<T, kPiece>>;
-    if (W::kPartial) {
-      for (int e = 0; e < count; ++e) to[e] = (first ? T(0) : to[e]) + term(T(x[e / kSize][e % kSize]));
-      return;
+    FUSEDOPT_FN void add(const Terms& other) {
+      FUSEDOPT_UNROLL
+      for (int s = 0; s < kReportSquares; ++s) {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < kPieces; ++k) squares[s][k] = squares[s][k] + other.squares[s][k];
+      }
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kEvents; ++k) events[k] = events[k] + other.events[k];
     }
+  };
+
+  // The terms of a leaf. Its vectors come in the order in which the tree of reduce.h joins them, so that at most one
+  // result of each level waits for its like, as the bits of a counter: at level k that of 2^k vectors, where bit k of
+  // `count` is set. All of it stays in the first cache; the terms of a whole leaf would not.
+  struct Tally {
+    static constexpr int kLevels = 6;  // as many as there are with vectors of 64; more, and smaller, with others
+    alignas(64) unsigned char bytes[kLevels * sizeof(Terms<64>)];
+    u32 count;
+  };
+  static_assert(12 * sizeof(Terms<1>) <= sizeof(Tally::bytes) && 8 * sizeof(Terms<16>) <= sizeof(Tally::bytes),
+                "room for every level");
+
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void tally(const LeafReport& report, i32, const X (&grad)[M], const X (&param)[M],
+                                const X (&update)[M], const X (&events)[M], int count) {
+    Tally& tally = *static_cast<Tally*>(report.tally);
+    Terms<W::value> terms;
+    square<W>(terms.squares[kGradSquares], grad, count);
+    square<W>(terms.squares[kParamSquares], param, count);
+    square<W>(terms.squares[kUpdateSquares], update, count);
     FUSEDOPT_UNROLL
-    for (int e = 0; e < M * kSize; e += kPiece) {
-      Vector<C, kPiece> piece;
-      __builtin_memcpy(&piece, reinterpret_cast<const C*>(&x[e / kSize]) + e % kSize, sizeof(piece));
-      const Vector<T, kPiece> terms = term(convert<T>(piece));
-      To& at = *reinterpret_cast<To*>(to + e);
-      at = first ? terms : at + terms;
+    for (int k = 0; k < Terms<W::value>::kEvents; ++k) {
+      constexpr int L = Terms<W::value>::kEventLanes;
+      terms.events[k] = piece<float, L>(events, k * L);
+      if (W::kPartial) terms.events[k] = first_few(terms.events[k], count - k * L);
+    }
+    auto* const at = reinterpret_cast<Terms<W::value>*>(tally.bytes);
+    u32 level = 0;
+    for (; (tally.count >> level & 1u) != 0; ++level) terms.add(at[level]);
+    at[level] = terms;
+    ++tally.count;
+  }
+
+  // A chunk of which leaves may be reported.
+  template <class V, class C, class Visit>
+  FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
+                                       const Visit& visit) {
+    if (!report.is_wanted())
+      return walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) { visit(chunk, width, i, count); });
+    for (i32 at = 0; at < chunk.size; at += i32(kLeaf)) {
+      const ChunkView leaf = chunk.part(at, i32(kLeaf));
+      if (V::kStrided && leaf.layout)
+        report_vectors<1>(leaf, report, visit);
+      else if (leaf.size == kLeaf)
+        report_vectors<kBlock<V>>(leaf, report, visit);
+      else
+        report_vectors<kNarrow>(leaf, report, visit);
     }
   }
 
@@ -229,6 +275,85 @@ struct HostAccess {
   }
 
  private:
+  // A leaf in vectors of N elements; those it lacks count as 0.
+  template <int N, class Visit>
+  FUSEDOPT_FN static void report_vectors(const ChunkView& leaf, LeafReport& report, const Visit& visit) {
+    constexpr int kVectors = int(kLeaf) / N;
+    Tally& tally = *static_cast<Tally*>(report.tally);
+    tally.count = 0;
+    for (u32 c = 0, i = 0; c < u32(kVectors); ++c, i = next_reversed(i, kVectors)) {
+      const i32 first = i32(i) * N;
+      if (N > 1) prefetch_next(leaf, i64(c) * N);
+      if (first + N <= leaf.size)
+        visit(leaf, Width<N>{}, first, N);
+      else if (first < leaf.size)
+        visit(leaf, Width<N, true, true>{}, first, leaf.size - first);
+      else
+        tally_nothing<N>(tally);
+    }
+    write_joined<N>(leaf, report, tally);
+  }
+
+  // The next of `count` numbers, a power of two, whose reversed bits count up.
+  FUSEDOPT_FN static u32 next_reversed(u32 i, u32 count) {
+    u32 bit = count >> 1;
+    for (; (i & bit) != 0; bit >>= 1) i ^= bit;
+    return i | bit;
+  }
+
+  // Vectors of a leaf come in no order that the hardware would foresee: the next leaf is asked for line by line.
+  FUSEDOPT_FN static void prefetch_next(const ChunkView& leaf, i64 i) {
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < kState0 + 2; ++s)
+      if (leaf.has(s))
+        __builtin_prefetch(reinterpret_cast<const void*>(leaf.address[s] + u64(kLeaf + i) * 4), s == kGrad ? 0 : 1);
+  }
+
+  template <class W, class T, class X, int M, int kPieces>
+  FUSEDOPT_FN static void square(T (&to)[kPieces], const X (&x)[M], int count) {
+    constexpr int L = W::value / kPieces;
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < kPieces; ++k) {
+      const T values = doubles<L>(x, k * L);
+      to[k] = W::kPartial ? first_few<T>(values * values, count - k * L) : values * values;
+    }
+  }
+
+  template <class T>
+  FUSEDOPT_FN static T first_few(T x, int count) {
+    T found = {};
+    for (int k = 0; k < int(sizeof(T) / sizeof(x[0])); ++k) found[k] = k < count ? x[k] : 0;
+    return found;
+  }
+
+  template <int N>
+  FUSEDOPT_FN static void tally_nothing(Tally& tally) {
+    using X = Lanes<float, N>;
+    const X zero[N * int(sizeof(float)) / int(sizeof(X))] = {};
+    LeafReport report;
+    report.tally = &tally;
+    HostAccess::template tally<Width<N>>(report, 0, zero, zero, zero, zero, N);
+  }
+
+  // Joins the elements of the one vector that is left, and writes down the leaf.
+  template <int N>
+  FUSEDOPT_FN static void write_joined(const ChunkView& leaf, const LeafReport& report, Tally& tally) {
+    u32 level = 0;
+    while ((tally.count >> level & 1u) == 0) ++level;
+    auto& last = reinterpret_cast<Terms<N>*>(tally.bytes)[level];
+    double squares[kReportSquares];
+    for (int s = 0; s < kReportSquares; ++s) {
+      double values[N];
+      __builtin_memcpy(values, last.squares[s], sizeof(values));
+      join_halves<false>(values, N, 0, 1, [] {});
+      squares[s] = values[0];
+    }
+    float events[N];
+    __builtin_memcpy(events, last.events, sizeof(events));
+    join_halves<false>(events, N, 0, 1, [] {});
+    write_leaf(report, u64(leaf.begin / kLeaf), squares, events[0]);
+  }
+
   // Codes of the elements of a block; kWhole: none is missing of those that share words.
   template <bool kWhole>
   FUSEDOPT_FN static void encode(const float* from, u64 address, int storage, float inverse, const RandomStream& random,

@@ -56,14 +56,13 @@ int count_workers(const LaunchParams& launch, int threads) {
   return int(std::clamp<i64>(std::min<i64>(most, launch.chunk_count), 1, std::max(threads, 1)));
 }
 
-// What all leaves join to: groups of 2,048 leaves, then the groups.
+// What some leaves join to: groups of 2,048 leaves, then the groups.
 template <bool kLargest>
-double join_leaves(const LaunchParams& launch) {
-  const u64 leaves = launch.table.leaves;
+double join_leaves(const double* sums, u64 leaves) {
   double groups[kJoined] = {};
   for (u64 first = 0; first < leaves; first += kJoined) {
     double values[kJoined] = {};
-    std::copy_n(launch.phase.leaf_sums + first, std::min<u64>(kJoined, leaves - first), values);
+    std::copy_n(sums + first, std::min<u64>(kJoined, leaves - first), values);
     join_halves<kLargest>(values, kJoined, 0, 1, [] {});
     groups[first / kJoined] = values[0];
   }
@@ -71,19 +70,31 @@ double join_leaves(const LaunchParams& launch) {
   return groups[0];
 }
 
-// Sets what the measured gradients are multiplied by. False: the launch is to change nothing.
-bool admit_gradients(LaunchParams& launch) {
-  Phase& phase = launch.phase;
-  const double norm = norm_of(phase, phase.has(kLargestNorm) ? join_leaves<true>(launch) : join_leaves<false>(launch));
-  phase.coefficient = coefficient_of(phase, norm);
-  phase.results[0] = norm;
-  if (!is_refused(phase, norm)) return true;
-  phase.results[1] += 1.0;
-  return false;
+void join_parts(const LaunchParams& launch) {
+  const u64* const bounds = launch.table.part_leaf;
+  for (u64 part = 0; part < launch.table.parts; ++part) {
+    const double* const sums = launch.phase.leaf_sums + bounds[part];
+    const u64 leaves = bounds[part + 1] - bounds[part];
+    launch.phase.joined[part] =
+        launch.phase.has(kLargestNorm) ? join_leaves<true>(sums, leaves) : join_leaves<false>(sums, leaves);
+  }
+}
+
+// Writes the norms down. False: the launch is to change nothing.
+bool admit_gradients(const Phase& phase) {
+  bool refused = false;
+  for (u64 n = 0; n < phase.norms; ++n) {
+    const double norm = norm_of(phase, phase.joined[n]);
+    phase.results[1 + n] = norm;
+    refused = refused || is_refused(phase, norm);
+  }
+  if (refused) phase.results[0] += 1.0;
+  return !refused;
 }
 
 // What a skipped step does: nothing, or it clears the gradients.
-void clear_gradients(const LaunchParams& launch) {
+void skip(const LaunchParams& launch) {
+  mark_report(launch, true);
   if (!launch.phase.has(kClearsGrads)) return;
   for (u32 c = 0; c < launch.chunk_count; ++c) {
     const Chunk& chunk = launch.chunks[c];
@@ -112,9 +123,8 @@ const std::vector<std::string>& cpu_instruction_sets() {
   return names;
 }
 
-void launch_cpu(const LaunchParams& given, int rule, int variant, int threads, const std::string& isa) {
-  LaunchParams launch = given;
-  if (is_skipped(launch)) return clear_gradients(launch);
+void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa) {
+  if (is_skipped(launch)) return skip(launch);
   const InstructionSet& set = find_set(isa);
   const SweepChunks sweep = set.engine(rule, variant);
   const int workers = count_workers(launch, threads);
@@ -126,11 +136,14 @@ void launch_cpu(const LaunchParams& given, int rule, int variant, int threads, c
         work(launch, u32(first), u32(std::min<u64>(first + turn, launch.chunk_count)));
     });
   };
-  if (launch.phase.reads_twice()) {
+  if (launch.phase.measures()) {
     share(set.measure());
-    if (!admit_gradients(launch)) return clear_gradients(launch);
+    join_parts(launch);
+    if (launch.phase.stage == kMeasures) return;
   }
+  if (launch.phase.reads_twice() && !admit_gradients(launch.phase)) return skip(launch);
   share(sweep);
+  mark_report(launch, false);
   advance_steps(launch, 0, 1);
 }
 

@@ -31,7 +31,10 @@ class RuleCache {
  public:
   void prepare(const LaunchParams& launch, u32 group, u64 step, bool use_double) {
     if (group == group_ && step == step_ && (have_double_ || !use_double)) return;
-    if (group != group_) hypers_ = read_hypers(launch.groups[group]);
+    if (group != group_) {
+      hypers_ = read_hypers(launch.groups[group]);
+      coefficient_ = coefficient_of(launch, group);
+    }
     group_ = group;
     step_ = step;
     have_double_ = use_double;
@@ -39,11 +42,13 @@ class RuleCache {
     if (use_double) in_double = Rule<double>(hypers_, step);
   }
   u32 flags() const { return hypers_.flags; }
+  double coefficient() const { return coefficient_; }
   Rule<float> in_float{Hypers{}, 1};
   Rule<double> in_double{Hypers{}, 1};
 
  private:
   Hypers hypers_{};
+  double coefficient_ = 1.0;
   u32 group_ = ~0u;
   u64 step_ = 0;
   bool have_double_ = false;
@@ -102,7 +107,7 @@ FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
 template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
-  LeafTally tally;
+  Access::Tally tally;
   for (u32 c = first; c < last; ++c) {
     const Chunk chunk = chunk_at<V>(launch, c);
     if (c + kChunksAhead < last) prefetch(launch, chunk_at<V>(launch, c + kChunksAhead));
@@ -113,11 +118,11 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     rule.prepare(launch, launch.table.group[chunk.tensor], step, use_double);
     if constexpr (V::kDouble)
       if (use_double) {
-        sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags()),
+        sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags(), rule.coefficient()),
                                side_of<V, double>(launch, chunk.tensor, &tally), 0, 1);
         continue;
       }
-    sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags()),
+    sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags(), rule.coefficient()),
                    side_of<V, float>(launch, chunk.tensor, &tally), step);
   }
 }

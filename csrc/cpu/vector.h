@@ -94,4 +94,43 @@ FUSEDOPT_FN Vector<u8, 8> narrow8(Vector<u32, 8> bits) {
 }
 #endif
 
+// Elements e to e + L − 1 of some vectors, in T.
+template <class T, int L, class X, int M>
+FUSEDOPT_FN Vector<T, L> piece(const X (&x)[M], int e) {
+  constexpr int kSize = int(sizeof(X) / sizeof(X{}[0]));
+  if constexpr (kSize < L) {
+    Vector<T, L> found = {};
+    for (int k = 0; k < L; ++k) found[k] = T(x[(e + k) / kSize][(e + k) % kSize]);
+    return found;
+  } else {
+    const Like<T, X> converted = convert<T>(x[e / kSize]);
+    Vector<T, L> found = {};
+    __builtin_memcpy(&found, reinterpret_cast<const T*>(&converted) + e % kSize, sizeof(found));
+    return found;
+  }
+}
+// The same in double.
+template <int L, class X, int M>
+FUSEDOPT_FN Vector<double, L> doubles(const X (&x)[M], int e) {
+  return piece<double, L>(x, e);
+}
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+template <int L, int M>
+FUSEDOPT_FN Vector<double, 8> doubles(const Vector<float, 16> (&x)[M], int e) {
+  static_assert(L == 8, "half a vector of float");
+  const __m512 whole = (__m512)x[e / 16];
+  const __m256 half = e % 16 == 0 ? _mm512_maskz_extractf32x8_ps(__mmask8(0xFF), whole, 0)
+                                  : _mm512_maskz_extractf32x8_ps(__mmask8(0xFF), whole, 1);
+  return (Vector<double, 8>)_mm512_maskz_cvtps_pd(__mmask8(0xFF), half);
+}
+#elif defined(__AVX2__)
+template <int L, int M>
+FUSEDOPT_FN Vector<double, 4> doubles(const Vector<float, 8> (&x)[M], int e) {
+  static_assert(L == 4, "half a vector of float");
+  const __m256 whole = (__m256)x[e / 8];
+  return (Vector<double, 4>)_mm256_cvtps_pd(e % 8 == 0 ? _mm256_castps256_ps128(whole)
+                                                       : _mm256_extractf128_ps(whole, 1));
+}
+#endif
+
 }  // namespace fusedopt

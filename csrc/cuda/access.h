@@ -190,13 +190,47 @@ struct DeviceAccess {
 
   FUSEDOPT_FN static void barrier() { device::barrier(); }
 
-  // Puts a term of each element into `to`, in shared memory, or adds it to what is there.
-  template <class W, class T, class C, class Term>
-  FUSEDOPT_FN static void tally(T* to, bool first, const C (&x)[W::value], int, const Term& term) {
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < W::value; ++k) {
-      const T value = term(T(x[k]));
-      to[k] = first ? value : to[k] + value;
+  // The terms of half a leaf, in shared memory; those of the other half are added, as the tree of reduce.h begins.
+  static constexpr int kHalfLeaf = kJoined / 2;
+  struct Tally {
+    double squares[kReportSquares][kHalfLeaf];
+    float events[kHalfLeaf];
+  };
+
+  template <class W, class C>
+  FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const C (&grad)[W::value],
+                                const C (&param)[W::value], const C (&update)[W::value], const C (&events)[W::value],
+                                int) {
+    Tally& to = *static_cast<Tally*>(report.tally);
+    const bool first = report.half == 0;
+    add_terms(to.squares[kGradSquares] + place, first, grad, [](double x) { return x * x; });
+    add_terms(to.squares[kParamSquares] + place, first, param, [](double x) { return x * x; });
+    add_terms(to.squares[kUpdateSquares] + place, first, update, [](double x) { return x * x; });
+    add_terms(to.events + place, first, events, [](float x) { return x; });
+  }
+
+  // A chunk of which leaves may be reported: half a leaf, its other half, what both joined to; else all of it at once.
+  template <class V, class C, class Visit>
+  FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
+                                       const Visit& visit) {
+    const bool wanted = report.is_wanted();
+    const i32 piece = wanted ? i32(kHalfLeaf) : chunk.size;
+    const i32 pieces = wanted ? 2 : 1;
+    FUSEDOPT_LOOP
+    for (i32 at = 0; at < chunk.size; at += piece * pieces) {
+      const ChunkView leaf = chunk.part(at, piece * pieces);
+      if (wanted) {
+        barrier();  // the last leaf is written
+        if (leaf.size < kLeaf) clear(*static_cast<Tally*>(report.tally), lane, lanes);
+        barrier();
+      }
+      FUSEDOPT_LOOP
+      for (report.half = 0; report.half < pieces; ++report.half) {
+        const ChunkView part = leaf.part(report.half * piece, piece);
+        walk<V, C>(part, lane, lanes, [&](auto width, i32 i, int count) { visit(part, width, i, count); });
+        if (wanted) barrier();
+      }
+      if (wanted) write_joined(leaf, report, lane, lanes);
     }
   }
 
@@ -238,6 +272,37 @@ struct DeviceAccess {
     return sizeof(C) == 8 ? 2 : V::kWidth;
   }
   static constexpr u32 kAllSlots = (1u << kElementSlots) - 1;
+
+  template <class T, class C, int N, class Term>
+  FUSEDOPT_FN static void add_terms(T* to, bool first, const C (&x)[N], const Term& term) {
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < N; ++k) {
+      const T value = term(T(x[k]));
+      to[k] = first ? value : to[k] + value;
+    }
+  }
+
+  // Joins the terms of a leaf, by all lanes, and writes it down.
+  FUSEDOPT_FN static void write_joined(const ChunkView& leaf, const LeafReport& report, int lane, int lanes) {
+    Tally& tally = *static_cast<Tally*>(report.tally);
+    FUSEDOPT_LOOP
+    for (int s = 0; s < kReportSquares; ++s)
+      join_halves<false>(tally.squares[s], kHalfLeaf, lane, lanes, [] { barrier(); });
+    join_halves<false>(tally.events, kHalfLeaf, lane, lanes, [] { barrier(); });
+    if (lane != 0) return;
+    const double squares[kReportSquares] = {tally.squares[kGradSquares][0], tally.squares[kParamSquares][0],
+                                            tally.squares[kUpdateSquares][0]};
+    write_leaf(report, u64(leaf.begin / kLeaf), squares, tally.events[0]);
+  }
+
+  // For a leaf that does not fill the tally: absent elements are 0.
+  FUSEDOPT_FN static void clear(Tally& tally, int lane, int lanes) {
+    FUSEDOPT_LOOP
+    for (int k = lane; k < kHalfLeaf; k += lanes) {
+      for (int s = 0; s < kReportSquares; ++s) tally.squares[s][k] = 0.0;
+      tally.events[k] = 0.0f;
+    }
+  }
 
   // The slots of which N elements, counted from element `boundary`, start on a boundary of their own size (at most
   // 16 bytes). A slot that is absent is never accessed and counts as aligned.

@@ -26,6 +26,7 @@ struct BlockState {
   Rule<float> in_float;
   Rule<double> in_double;
   ChunkView view;
+  double coefficient;
   u32 flags;
   u32 is_last;
 };
@@ -54,6 +55,7 @@ FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, B
   built.in_double = in_double;
   const Hypers hypers = read_hypers(launch.groups[group]);
   block.flags = hypers.flags;
+  if constexpr (V::kSide) block.coefficient = coefficient_of(launch, group);
   if (in_double)
     block.in_double = Rule<double>(hypers, step);
   else
@@ -67,11 +69,11 @@ union BlockJoins {
     double values[kJoined];
     double groups[kJoined];
   } tree;
-  LeafTally tally;
+  DeviceAccess::Tally tally;
 };
 
 template <class V>
-FUSEDOPT_FN LeafTally* block_tally() {
+FUSEDOPT_FN void* block_tally() {
   if constexpr (V::kReports)
     return &device::shared<BlockJoins>().tally;
   else
@@ -82,7 +84,7 @@ template <template <class> class Rule, class V>
 FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block) {
   const int lane = device::thread_index();
   const int lanes = device::block_threads();
-  LeafTally* const tally = block_tally<V>();
+  void* const tally = block_tally<V>();
   BuiltRule built;
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
@@ -92,13 +94,16 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
     if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
     device::barrier();
     if constexpr (V::kBlocks)
-      sweep_blocks<DeviceAccess, V>(block.view, block.in_float, gradient_of<V, float>(launch, block.flags),
+      sweep_blocks<DeviceAccess, V>(block.view, block.in_float,
+                                    gradient_of<V, float>(launch, block.flags, block.coefficient),
                                     next_step(launch, chunk.tensor), lane, lanes);
     else if (V::kDouble && block.view.computes_in_double())
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_double, gradient_of<V, double>(launch, block.flags),
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_double,
+                                   gradient_of<V, double>(launch, block.flags, block.coefficient),
                                    side_of<V, double>(launch, chunk.tensor, tally), lane, lanes);
     else
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_float, gradient_of<V, float>(launch, block.flags),
+      sweep_chunk<DeviceAccess, V>(block.view, block.in_float,
+                                   gradient_of<V, float>(launch, block.flags, block.coefficient),
                                    side_of<V, float>(launch, chunk.tensor, tally), lane, lanes);
   }
 }
@@ -152,16 +157,14 @@ FUSEDOPT_FN void measure_block(const LaunchParams& launch, double* values) {
   }
 }
 
-// What all leaves join to: every block finds it by itself, in the same order. Groups of 2,048 leaves, then the groups.
-FUSEDOPT_FN double join_leaves(const LaunchParams& launch, double* values, double* groups) {
-  const bool largest = launch.phase.has(kLargestNorm);
-  const u64 leaves = launch.table.leaves;
+// What some leaves join to, by one block: groups of 2,048 leaves, then the groups.
+FUSEDOPT_FN double join_leaves(const double* sums, u64 leaves, bool largest, double* values, double* groups) {
   for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) groups[k] = 0.0;
   for (u64 group = 0; group * kJoined < leaves; ++group) {
     device::barrier();
     for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
       const u64 leaf = group * kJoined + u64(k);
-      values[k] = leaf < leaves ? launch.phase.leaf_sums[leaf] : 0.0;
+      values[k] = leaf < leaves ? sums[leaf] : 0.0;
     }
     join_block(values, kJoined, largest);
     if (device::thread_index() == 0) groups[group] = values[0];
@@ -170,24 +173,50 @@ FUSEDOPT_FN double join_leaves(const LaunchParams& launch, double* values, doubl
   return groups[0];
 }
 
-// Measures all gradients and sets what they are multiplied by. False: the launch is to change nothing.
+// Blocks take the parts of the table in turn.
+FUSEDOPT_FN void join_parts(const LaunchParams& launch, double* values, double* groups) {
+  const u64* const bounds = launch.table.part_leaf;
+  FUSEDOPT_LOOP
+  for (u64 part = device::block_index(); part < launch.table.parts; part += device::block_count()) {
+    device::barrier();  // all are done with the last part
+    const double joined = join_leaves(launch.phase.leaf_sums + bounds[part], bounds[part + 1] - bounds[part],
+                                      launch.phase.has(kLargestNorm), values, groups);
+    if (device::thread_index() == 0) launch.phase.joined[part] = joined;
+  }
+}
+
+// Every block looks at all norms, the first writes them down. False: the launch is to change nothing.
+FUSEDOPT_FN bool admit_gradients(const LaunchParams& launch, double* refused) {
+  const Phase& phase = launch.phase;
+  const bool writes = device::block_index() == 0;
+  device::barrier();
+  if (device::thread_index() == 0) *refused = 0.0;
+  device::barrier();
+  FUSEDOPT_LOOP
+  for (u64 n = u64(device::thread_index()); n < phase.norms; n += u64(device::block_threads())) {
+    const double norm = norm_of(phase, phase.joined[n]);
+    if (writes) phase.results[1 + n] = norm;
+    if (is_refused(phase, norm)) *refused = 1.0;
+  }
+  device::barrier();
+  const bool admitted = *refused == 0.0;
+  if (writes && !admitted && device::thread_index() == 0) phase.results[0] += 1.0;
+  return admitted;
+}
+
+// Measures all gradients. What any block finds, all blocks can read after.
 template <class V>
-FUSEDOPT_FN bool admit_gradients(LaunchParams& launch) {
+FUSEDOPT_FN void measure_all(const LaunchParams& launch) {
   auto& tree = device::shared<BlockJoins>().tree;
   measure_block<V>(launch, tree.values);
   device::grid_barrier(launch.arrivals + 1);
-  const double norm = norm_of(launch.phase, join_leaves(launch, tree.values, tree.groups));
-  const bool refused = is_refused(launch.phase, norm);
-  launch.phase.coefficient = coefficient_of(launch.phase, norm);
-  if (device::block_index() == 0 && device::thread_index() == 0) {
-    launch.phase.results[0] = norm;
-    if (refused) launch.phase.results[1] += 1.0;
-  }
-  return !refused;
+  join_parts(launch, tree.values, tree.groups);
+  if (launch.phase.stage != kMeasures) device::grid_barrier(launch.arrivals + 1);
 }
 
 // What a skipped step does: nothing, or it clears the gradients.
 FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
+  if (device::block_index() == 0 && device::thread_index() == 0) mark_report(launch, true);
   if (!launch.phase.has(kClearsGrads)) return;
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
@@ -209,7 +238,9 @@ FUSEDOPT_FN void finish(const LaunchParams& launch, BlockState<Rule>& block) {
   if (!block.is_last) return;
   device::fence();
   advance_steps(launch, device::thread_index(), device::block_threads());
-  if (device::thread_index() == 0) *launch.arrivals = 0;
+  if (device::thread_index() != 0) return;
+  mark_report(launch, false);
+  *launch.arrivals = 0;
 }
 
 template <template <class> class Rule, class V>
@@ -221,7 +252,12 @@ FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
     if (V::kSide) skip_block(launch);
     return;
   }
-  if (V::kSide && launch.phase.reads_twice() && !admit_gradients<V>(launch)) return skip_block(launch);
+  if constexpr (V::kSide) {
+    if (launch.phase.measures()) measure_all<V>(launch);
+    if (launch.phase.stage == kMeasures) return;
+    double& refused = device::shared<BlockJoins>().tree.values[0];
+    if (launch.phase.reads_twice() && !admit_gradients(launch, &refused)) return skip_block(launch);
+  }
   BlockState<Rule>& block = device::shared<BlockState<Rule>>();
   sweep_block<Rule, V>(launch, block);
   finish(launch, block);

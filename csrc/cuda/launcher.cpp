@@ -299,6 +299,7 @@ struct CudaLaunch::State {
     const size_t layouts = packer.add(host.layouts());
     const size_t chunks = packer.add(host.chunks());
     const size_t first_leaf = packer.add(host.first_leaf());
+    const size_t part_leaf = packer.add(host.part_leaf());
     table->send(packer.bytes().data(), packer.bytes().size(), stream);
     const driver::Pointer base = table->device();
     params.launch = here;
@@ -310,7 +311,9 @@ struct CudaLaunch::State {
                            device_pointer<i32>(base, layout),
                            device_pointer<i64>(base, layouts),
                            device_pointer<u64>(base, first_leaf),
-                           host.leaves()};
+                           host.leaves(),
+                           device_pointer<u64>(base, part_leaf),
+                           here.table.parts};
     params.launch.chunks = device_pointer<Chunk>(base, chunks);
     revision = host.revision();
   }
@@ -417,7 +420,7 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   state.params.launch.arrivals = reinterpret_cast<u32*>(state.arrivals.device());
   const unsigned blocks = unsigned(std::clamp<i64>(i64(host.chunks().size()), 1, kernel.blocks));
   void* arguments[] = {&state.params};
-  if (host.phase().reads_twice())  // a barrier of the whole grid, which the occupancy query has bounded
+  if (host.phase().measures())  // a barrier of the whole grid, which the occupancy query has bounded
     check(api().launch_cooperative(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments),
           "cuLaunchCooperativeKernel");
   else
