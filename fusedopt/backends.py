@@ -172,8 +172,7 @@ class Reference:
                 _write_sides(table, row, step, dtype)
             if row.step is not None:
                 row.step += 1
-        if table.last_was_skipped is not None:
-            table.last_was_skipped.fill_(0.0)
+        _mark_report(table, skipped=False)
 
 
 def _row_dtype(table: Table, row: Row) -> torch.dtype:
@@ -183,10 +182,14 @@ def _row_dtype(table: Table, row: Row) -> torch.dtype:
     return compute_dtype([local(tensor) for tensor in tensors if tensor is not None])
 
 
+def _mark_report(table: Table, *, skipped: bool) -> None:
+    if table.phase.report and table.last_was_skipped is not None:
+        table.last_was_skipped.fill_(float(skipped))
+
+
 def _skip(table: Table) -> None:
     """What a skipped step does: nothing, or it clears the gradients."""
-    if table.last_was_skipped is not None:
-        table.last_was_skipped.fill_(1.0)
+    _mark_report(table, skipped=True)
     for row in table.live_rows() if table.phase.zero_grads else ():
         if row.param.grad is not None:
             local(row.param.grad).zero_()

@@ -39,6 +39,7 @@ class FusedOptimizer(Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     _finds_inf = False  # within step_finding_inf
+    _unreported = 0  # the place of the last step among those of which one is reported, from 1
     _is_swapped = False  # whether swap_ema() has put the averages in the parameters' place
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
@@ -110,6 +111,8 @@ class FusedOptimizer(Optimizer):
     def report(self) -> Report:
         """What the last step that was taken did to each parameter: waits for the device, and joins what it kept.
 
+        With ``report=100`` the last of those that are reported: the first, the 101st, the 201st.
+
         Returns:
             Norms and counts, for each parameter that had a gradient and for all of them.
 
@@ -130,7 +133,8 @@ class FusedOptimizer(Optimizer):
         tables = [table for table, _ in self._tables or ()]
         if not any(table.reported for table in tables):
             raise RuntimeError(
-                "a report tells of a step, and none has been taken since the optimizer was made or loaded"
+                "a report tells of a step, and none that is reported has been taken since the optimizer was made or "
+                "loaded, or since its parameters changed"
             )
         names: dict[Tensor, str] = {}
         for group in self.param_groups:
@@ -362,18 +366,29 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError("the parameters no longer are on one device, where one launch could find an infinity")
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        phase = self._phase_of_step()
         for table, backend in tables:
             params = table.live_params()
             if params:
                 _increment_version(params)
-                self._announce(table, params)
+                self._announce(table, params, phase)
                 backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
 
     _launch_untraced = torch._disable_dynamo(_launch)  # type: ignore[attr-defined]
 
-    def _announce(self, table: Table, params: list[Tensor]) -> None:
+    def _phase_of_step(self) -> Phase:
+        """What the step being taken does beside the update."""
+        phase = self._phase
+        if self._finds_inf:
+            phase = replace(phase, skip_nonfinite=True)
+        if phase.report > 1:
+            self._unreported = (self._unreported + 1) % phase.report
+            if self._unreported != 1:
+                phase = replace(phase, report=False)
+        return phase
+
+    def _announce(self, table: Table, params: list[Tensor], phase: Phase) -> None:
         """Tells a table, and autograd, what else the launch does."""
-        phase = replace(self._phase, skip_nonfinite=True) if self._finds_inf else self._phase
         if not phase.flags and not table.phase.flags:
             return
         table.phase, table.results = phase, self._results_on(table.device, phase)

@@ -34,7 +34,7 @@ class PhaseOptions(TypedDict, total=False):
     norm_type: float
     norm_by_group: bool
     skip_nonfinite: bool
-    report: bool
+    report: bool | int
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,8 @@ class Phase:
         norm_by_group: every group is clipped by its own norm, as where ``clip_grad_norm_`` is called for each. A group
             may then have a ``max_grad_norm`` of its own, read at every step; None: it is not clipped.
         skip_nonfinite: a step with an infinite or NaN gradient changes no parameter, state or count.
-        report: keeps norms and what went wrong of every step, for the optimizer's ``report()``.
+        report: keeps norms and what went wrong of every step, for the optimizer's ``report()``; a number: of every
+            so many steps, the first of them included, which leaves the others as fast as without.
 
     Example:
         >>> Phase(ema_decay=0.999).flags == AVERAGES
@@ -70,7 +71,7 @@ class Phase:
     norm_type: float = 2.0
     norm_by_group: bool = False
     skip_nonfinite: bool = False
-    report: bool = False
+    report: bool | int = False
 
     def __post_init__(self) -> None:
         """Refuses what no step could use."""
@@ -93,6 +94,8 @@ class Phase:
             raise ValueError("norm_by_group needs max_grad_norm: it is what each group is clipped to")
         if float(self.norm_type) not in (2.0, math.inf):
             raise ValueError(f"norm_type must be 2 or infinity, but it is {self.norm_type}")
+        if not isinstance(self.report, int) or self.report < 0:
+            raise ValueError(f"report must be True, False or a number of steps, but it is {self.report!r}")
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Phase:
@@ -119,7 +122,7 @@ class Phase:
 
     @property
     def _others(self) -> int:
-        return REPORTS * self.report + NORMS_BY_GROUP * self.norm_by_group
+        return REPORTS * bool(self.report) + NORMS_BY_GROUP * self.norm_by_group
 
     @property
     def is_largest(self) -> bool:

@@ -98,7 +98,8 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
             continue
         partials = table.partials.cpu()
         skipped |= bool(table.last_was_skipped)
-        sums = None if table.leaf_sums is None or not table.last_was_skipped else table.leaf_sums.cpu()
+        has_sums = table.leaf_sums is not None and table.phase.report and table.last_was_skipped
+        sums = table.leaf_sums.cpu() if has_sums and table.leaf_sums is not None else None
         first = 0
         for row in table.rows:
             leaves = partials[:, first : first + row.leaves]

@@ -388,9 +388,12 @@ class Table:
             self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])
         self._create_states([row for row in rows if row.param.grad is not None])
+        leaves = [row.leaves for row in rows]
         for row in rows:
             row.stand_in = _stand_in(row.param)
             self._set_row(row)
+        if leaves != [row.leaves for row in rows]:
+            self.reported = []  # what was kept is by leaves that no longer are these
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()

@@ -146,7 +146,7 @@ def test_a_skipped_step_leaves_the_report_of_the_last(run: Run, settings: Run) -
 def test_a_report_reads_as_rows_scalars_and_text() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = fusedopt.AdamW(model.named_parameters(), report=True)
-    with pytest.raises(RuntimeError, match="none has been taken"):
+    with pytest.raises(RuntimeError, match="none that is reported has been taken"):
         optimizer.report()
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
@@ -171,3 +171,38 @@ def test_parameters_without_gradient_are_not_in_the_report() -> None:
 def test_a_report_is_refused_where_none_is_kept() -> None:
     with pytest.raises(RuntimeError, match="report=True"):
         fusedopt.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1).report()
+
+
+@each_run
+def test_of_every_third_step_a_report_says_what_that_of_every_step_says_of_it(run: Run, settings: Run) -> None:
+    every, params = make("AdamW", run, torch.float32, report=True, skip_nonfinite=True)
+    third, others = make("AdamW", run, torch.float32, report=3, skip_nonfinite=True)
+    told = []
+    for step in range(5):
+        for it, tensors in ((every, params), (third, others)):
+            set_gradients(tensors, step)
+            if step == 4:
+                tensors[2].grad[1] = math.inf
+            it.step()
+        told.append(every.report())
+        assert_same_report(third.report(), told[step // 3 * 3])
+    assert_same_bits(tensors_of(every, params), tensors_of(third, others))
+
+
+def test_a_report_is_not_of_leaves_that_are_no_longer_there() -> None:
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 5000)]
+    optimizer = fusedopt.SGD(params, lr=0.1, report=2)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    params[1].grad = torch.ones(5000)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="its parameters changed"):
+        optimizer.report()
+    optimizer.step()
+    assert [row["elements"] for row in optimizer.report().rows] == [3, 5000]
+
+
+@pytest.mark.parametrize("report", [-1, 2.0, "always"])
+def test_what_is_no_number_of_steps_is_refused(report: Any) -> None:
+    with pytest.raises(ValueError, match="report must be True, False or a number of steps, but it is"):
+        fusedopt.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, report=report)

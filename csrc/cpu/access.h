@@ -304,9 +304,14 @@ struct HostAccess {
   // Vectors of a leaf come in no order that the hardware would foresee: the next leaf is asked for line by line.
   FUSEDOPT_FN static void prefetch_next(const ChunkView& leaf, i64 i) {
     FUSEDOPT_UNROLL_SLOTS
-    for (int s = 0; s < kState0 + 2; ++s)
-      if (leaf.has(s))
-        __builtin_prefetch(reinterpret_cast<const void*>(leaf.address[s] + u64(kLeaf + i) * 4), s == kGrad ? 0 : 1);
+    for (int s = 0; s < kState0 + 2; ++s) {
+      const void* const ahead = reinterpret_cast<const void*>(leaf.address[s] + u64(kLeaf + i) * 4);
+      if (!leaf.has(s)) continue;
+      if (s == kGrad)
+        __builtin_prefetch(ahead);
+      else
+        __builtin_prefetch(ahead, 1);
+    }
   }
 
   template <class W, class T, class X, int M, int kPieces>
