@@ -156,9 +156,8 @@ def test_nvidia_code(rule: str, variant: str, target: str, compiled: Any, tmp_pa
         return  # to join 2,048 numbers, or to keep the states of a whole block, a program of 128 threads spills
     assert stack == local == 0, usage
     assert not [access for access in accesses if access.startswith(("LDL", "STL"))], accesses
-    narrow_params = VARIANTS[variant].width == 4 and variant.startswith(
-        "bf16"
-    )  # 8 bytes of each bfloat16 slot beside 16 of each float32 slot
+    # 8 bytes of each bfloat16 slot beside 16 of each float32 slot
+    narrow_params = VARIANTS[variant].width == 4 and variant.startswith("bf16")
     assert accesses["LDG.E.128"] >= kernel.loads - 2 * narrow_params, accesses
     assert accesses["STG.E.128"] >= kernel.stores - narrow_params, accesses
 
