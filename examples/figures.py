@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+if missing := [name for name in ("matplotlib", "rich", "scipy", "sklearn") if find_spec(name) is None]:
+    raise SystemExit(f"the examples need {', '.join(missing)}: pip install 'fusedopt[examples]'")
 
 import matplotlib as mpl
 from matplotlib.axes import Axes

@@ -11,6 +11,7 @@ from torch import Tensor
 Group = Mapping[str, Any]
 
 MAXIMIZE = 1  # flag bit 0 of every rule: csrc/rules/rule.h
+DIFFERENTIABLE = 1 << 31  # and bit 31, that no kernel ever sees: a table refuses such a group
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import holds
 from .check import (
+    check_flags,
     check_gradient,
     check_hyperparameters,
     check_memory,
@@ -167,6 +168,8 @@ class Table:
         changed_groups = self._read_groups()
         if changed_groups == -1:
             return False
+        for group in changed_groups or ():
+            check_flags(foreach=False, fused=False, differentiable=bool(self.groups[group].get("differentiable")))
         changed_rows = self.core.refresh()
         if changed_groups is None and changed_rows is None:
             return True

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,30 @@ def test_bad_options_are_refused_by_name_and_value(
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "package", "extra"),
+    [
+        ("train_charlm.py", "matplotlib", "examples"),
+        ("trajectories.py", "rich", "examples"),
+        ("digits.py", "scipy", "examples"),
+        ("stacks/ddp.py", "sklearn", "stacks"),
+        ("stacks/accelerate_loop.py", "accelerate", "hf"),
+        ("stacks/hf_trainer.py", "transformers", "hf"),
+        ("stacks/lightning_module.py", "lightning", "lightning"),
+        ("stacks/deepspeed_zero.py", "deepspeed", "deepspeed"),
+    ],
+)
+def test_an_example_names_the_extra_that_it_lacks(
+    script: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str((EXAMPLES / script).parent))
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    for module in ("figures", "common"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit, match=f"{package}.*: pip install 'fusedopt\\[{extra}\\]'"):
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
 @pytest.mark.parametrize("module", ["train_charlm", "digits", "trajectories"])

@@ -10,12 +10,16 @@ import argparse
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from common import TRAIN, accuracy, digits, network
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedopt
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'fusedopt[hf]'") from None
 
 
 def main() -> None:

@@ -7,8 +7,12 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'fusedopt[stacks]'") from None
 
 BATCH = 64
 TRAIN = 1501  # images; the other 296 are for the test

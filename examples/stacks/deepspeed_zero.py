@@ -8,13 +8,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from common import accuracy, batch, network, say
 from torch.nn.functional import cross_entropy
 
 import fusedopt
+
+try:
+    import deepspeed
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'fusedopt[deepspeed]'") from None
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 64,

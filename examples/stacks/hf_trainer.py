@@ -14,9 +14,13 @@ import torch
 from common import TRAIN, accuracy, digits
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 import fusedopt
+
+try:
+    from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'fusedopt[hf]'") from None
 
 
 class Digits(Dataset[dict[str, Tensor]]):

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from common import TRAIN, accuracy, digits, network
 from torch import Tensor
@@ -18,6 +17,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedopt
+
+try:
+    import lightning
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'fusedopt[lightning]'") from None
 
 
 class Perceptron(lightning.LightningModule):

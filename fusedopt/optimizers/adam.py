@@ -12,7 +12,7 @@ from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_betas, check_flags, check_lr
 from ..phase import Phase, PhaseOptions
 from ..precision import StateDtype, modes
-from ..rules import MAXIMIZE, Group, Rule
+from ..rules import DIFFERENTIABLE, MAXIMIZE, Group, Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,7 +48,7 @@ def _update(
 RULE = Rule(
     stem="adam",
     hypers=(("lr", -1), ("betas", 0), ("betas", 1), ("eps", -1), ("weight_decay", -1)),
-    flags=(("maximize", MAXIMIZE), ("amsgrad", 2), ("decoupled_weight_decay", 4)),
+    flags=(("maximize", MAXIMIZE), ("differentiable", DIFFERENTIABLE), ("amsgrad", 2), ("decoupled_weight_decay", 4)),
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     needs=lambda name, group: name != "max_exp_avg_sq" or bool(group["amsgrad"]),
     keeps_step=True,

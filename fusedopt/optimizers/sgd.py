@@ -12,7 +12,7 @@ from ..base import FusedOptimizer, ParamsT
 from ..check import check_at_least_0, check_flags, check_lr
 from ..phase import Phase, PhaseOptions
 from ..precision import StateDtype, modes
-from ..rules import MAXIMIZE, Group, Rule
+from ..rules import DIFFERENTIABLE, MAXIMIZE, Group, Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +50,7 @@ def _is_on_gpu(value: object) -> bool:
 RULE = Rule(
     stem="sgd",
     hypers=(("lr", -1), ("momentum", -1), ("dampening", -1), ("weight_decay", -1)),
-    flags=(("maximize", MAXIMIZE), ("nesterov", 2)),
+    flags=(("maximize", MAXIMIZE), ("differentiable", DIFFERENTIABLE), ("nesterov", 2)),
     states=("momentum_buffer",),
     needs=lambda name, group: _is_on_gpu(group["momentum"]) or float(group["momentum"]) != 0.0,
     keeps_step=False,

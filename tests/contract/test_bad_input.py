@@ -424,6 +424,24 @@ def test_a_differentiable_group_is_refused_and_not_added() -> None:
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_group_that_becomes_differentiable_is_refused(steps: int) -> None:
+    param = _param(2)
+    optimizer = fusedopt.AdamW([{"params": []}, {"params": [param]}], lr=0.1)
+    param.grad = torch.ones(2)
+    for _ in range(steps):
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["differentiable"] = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="does not support `differentiable`"):
+            optimizer.step()
+    assert torch.equal(param, before)
+    optimizer.param_groups[0]["differentiable"] = False
+    optimizer.step()
+    assert not torch.equal(param, before)
+
+
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
 @pytest.mark.parametrize(
     ("value", "error", "message"),
