@@ -58,9 +58,15 @@ def section(found: Sequence[Record], picture: str, command: str) -> str:
     caption = (
         f"Medians of a step, float32, all tensors; ratios are medians over alternating rounds, their 95 % interval in "
         f"brackets. `{command}`, {where}, torch {head['versions']['torch']}, {str(head['date'])[:10]}. "
-        "No GPU has been measured yet."
+        f"{gpus()}"
     )
     return "\n".join([START, "", *lines, "", caption, "", f"![Speed of each implementation]({picture})", "", END])
+
+
+def gpus() -> str:
+    """Which GPUs have results beside these."""
+    found = {str(record["machine"]["gpu"]) for record in records.read([records.RESULTS]) if record["machine"]["gpu"]}
+    return f"Measured too: {', '.join(sorted(found))}." if found else "No GPU has been measured yet."
 
 
 def main() -> int:

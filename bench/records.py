@@ -156,7 +156,7 @@ def write(records: Iterable[Record], path: Path) -> Path:
 
 
 def read(paths: Sequence[Path]) -> list[Record]:
-    """Records of one or several files, or of every `.jsonl` file in a folder.
+    """Records of one or several files, or of every `.jsonl` file in a folder; "run" is the name of a record's file.
 
     Raises:
         ValueError: a path does not exist, holds no record, or has records of another schema.
@@ -167,7 +167,7 @@ def read(paths: Sequence[Path]) -> list[Record]:
         if not files or not files[0].exists():
             raise ValueError(f"no results at {path}")
         for file in files:
-            records += [json.loads(line) for line in file.read_text().splitlines() if line]
+            records += [{**json.loads(line), "run": file.stem} for line in file.read_text().splitlines() if line]
     if not records:
         raise ValueError(f"no records in {', '.join(map(str, paths))}")
     for record in records:
@@ -187,12 +187,24 @@ def case_of(record: Record) -> Case:
 
 
 def by_case(records: Iterable[Record]) -> dict[Case, list[Record]]:
-    """Records grouped by case, in order; a later record of the same case and peer replaces an earlier one."""
-    latest = {key(record): record for record in records}
-    grouped: dict[Case, list[Record]] = {}
-    for record in latest.values():
-        grouped.setdefault(case_of(record), []).append(record)
-    return grouped
+    """Records grouped by case, in order: those of one run, as only times of one run can be compared.
+
+    Where several runs have a case, it is the one with the most peers, of these the last; a later record of a peer
+    replaces an earlier one of its run.
+    """
+    by_run: dict[Case, dict[str, dict[str, Record]]] = {}
+    for record in records:
+        run = by_run.setdefault(case_of(record), {}).setdefault(record.get("run", ""), {})
+        run[record["peer"]] = record
+    return {case: list(max(reversed(runs.values()), key=len).values()) for case, runs in by_run.items()}
+
+
+def runs_of(records: Iterable[Record]) -> list[Record]:
+    """The first record of each run: what tells its commit, versions and date."""
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(record.get("run", ""), record)
+    return list(first.values())
 
 
 def default_stem(device: str, label: str) -> Path:

@@ -74,17 +74,16 @@ def render(found: Sequence[Record]) -> str:
         raise ValueError(f"a report is about one machine, these results are from {', '.join(sorted(machines))}")
     grouped = records.by_case(found)
     drawn = [(heading, draw(grouped)) for heading, draw in plots.FIGURES.items()]
-    latest = max(found, key=lambda record: str(record["date"]))
+    used = [record for members in grouped.values() for record in members]
+    runs = sorted(records.runs_of(used), key=lambda record: str(record["date"]))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.globals["amount"] = present.amount
     return environment.from_string(TEMPLATE.read_text()).render(
-        machine={"driver": None, **latest["machine"]},
-        versions=latest["versions"],
-        commit=latest["commit"],
-        date=latest["date"],
+        machine={"driver": None, **runs[-1]["machine"]},
+        runs=[{"run": None, **run} for run in runs],
         closing=present.closing(grouped),
         figures=[(heading, _data_url(figure)) for heading, figure in drawn if figure],
-        held=held_rows([record for group in grouped.values() for record in group]),
+        held=held_rows(used),
         headings=present.HEADINGS,
         cases=[_case_view(case, group) for case, group in grouped.items()],
         tie=timing.TIE,

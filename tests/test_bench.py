@@ -663,8 +663,18 @@ def test_every_figure_can_be_drawn(heading: str) -> None:
 
 
 def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
-    assert records.read([records.write(CANNED, tmp_path / "deep" / "x.jsonl")]) == CANNED
-    assert records.read([tmp_path]) == CANNED
+    kept = [{**record, "run": "x"} for record in CANNED]
+    assert records.read([records.write(CANNED, tmp_path / "deep" / "x.jsonl")]) == kept
+    assert records.read([tmp_path]) == kept
+
+
+def test_a_case_has_the_peers_of_one_run_the_fullest_and_then_the_last() -> None:
+    case = [{**CANNED[0], "peer": peer} for peer in ("torch-fused", "fusedopt-cpu", "optimi")]
+    runs = {"few": case[:1], "first": case[:2], "last": [*case[1:], case[1]]}
+    found = [{**record, "run": name} for name, members in runs.items() for record in members]
+    ((_, chosen),) = records.by_case(found).items()
+    assert [(record["peer"], record["run"]) for record in chosen] == [("fusedopt-cpu", "last"), ("optimi", "last")]
+    assert [record["run"] for record in records.runs_of(found)] == list(runs)
 
 
 def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
