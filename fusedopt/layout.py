@@ -152,6 +152,8 @@ def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None], *, row
     """
     if 0 in shape:
         return []  # there is nothing to reach
+    if len(shape) == 1 and all(slot is None or slot == (1,) for slot in slots):
+        return []
     kept = [d for d, size in enumerate(shape) if size != 1]
     sizes = [shape[d] for d in kept]
     columns = [None if slot is None else [slot[d] for d in kept] for slot in slots]

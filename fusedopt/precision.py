@@ -44,6 +44,11 @@ def modes(
     return {key: value for key, value in asked.items() if value is not None}
 
 
+def has_modes(group: Group) -> bool:
+    """Whether a group asks for any mode."""
+    return any(group.get(key) is not None for key in MODE_KEYS)
+
+
 def check_modes(rule: Rule, group: Group) -> None:
     """Refuses modes that the rule cannot have."""
     if group.get("master") not in (None, *MASTERS):
@@ -141,6 +146,8 @@ def is_coded(param: Tensor, group: Group, name: str) -> bool:
 
 def coded_states(rule: Rule, param: Tensor, group: Group) -> tuple[str, ...]:
     """The states of a parameter that are kept as codes."""
+    if group.get("state_dtype") is None:
+        return ()
     return tuple(name for name in rule.states_of(group) if is_coded(param, group, name))
 
 

@@ -41,6 +41,7 @@ from .precision import (
     check_no_double,
     check_rounding,
     coded_states,
+    has_modes,
     kept_storage,
     make_master,
     make_rounding_key,
@@ -296,6 +297,8 @@ class Table:
     def _check_found(self, row: Row) -> None:
         """Refuses a state that does not fit the parameter as it is now."""
         group, state = self.groups[row.group], self._found(row)
+        if not state and not has_modes(group):
+            return
         for name, tensor in self._present(row).items():
             check_state(row.name, row.param, name, tensor)
         check_master(row.name, row.param, group, state)
@@ -317,6 +320,8 @@ class Table:
 
     def _kept_names(self, row: Row) -> tuple[str, ...]:
         group = self.groups[row.group]
+        if not has_modes(group):
+            return ()
         key = master_key(row.param, group)
         scales = tuple(scale_key(name) for name in coded_states(self.rule, row.param, group))
         return scales if key is None else (*scales, key)
@@ -391,8 +396,9 @@ class Table:
                 if row.copy is not None:
                     check_copy(row.name, row.param, row.copy)
                 group, state = self.groups[row.group], self._found(row)
-                wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
-                check_no_double(row.name, row.param, group, [row.param.grad, row.copy, *wanted])
+                if has_modes(group):
+                    wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
+                    check_no_double(row.name, row.param, group, [row.param.grad, row.copy, *wanted])
         if self.phase.zero_grads:
             self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])
