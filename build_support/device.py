@@ -62,8 +62,8 @@ class DeviceCompiler:
     def __str__(self) -> str:
         return f"{self.kind} {self.version}"
 
-    def command(self, target: Target, depfile: str) -> str:
-        """Shell command for ninja, with ``$in`` and ``$out``, run in the repository root."""
+    def command(self, target: Target, depfile: str, threads: int) -> str:
+        """Shell command for ninja, with ``$in`` and ``$out``, run in the repository root; threads: for this file."""
         version = f": {self} &&"  # does nothing, but changes the command, so that ninja sees an upgrade
         if self.kind == "nvcc":
             kind = "-ptx" if target.ptx else "-cubin"
@@ -72,6 +72,7 @@ class DeviceCompiler:
                 f"-arch={target.arch}",
                 *DEVICE_FLAGS,
                 *NVCC_FLAGS,
+                *self._split(threads),
                 "-Icsrc",
                 "-MMD",
                 "-MF",
@@ -82,6 +83,11 @@ class DeviceCompiler:
         flags = ["--arch", target.arch, "--depfile", depfile, "--include", "csrc"]
         options = shlex.join(DEVICE_FLAGS + NVRTC_FLAGS)
         return f"{version} {script} {shlex.join(flags)} --output $out $in -- {options}"
+
+    def _split(self, threads: int) -> list[str]:
+        """Flags that share the optimizations of one file among threads: nvcc's and its assembler's."""
+        knows = _numbers(self.version) >= (13, 0)
+        return [f"--split-compile={threads}", "-Xptxas", f"--split-compile={threads}"] if threads > 1 and knows else []
 
 
 def find_device_compiler() -> DeviceCompiler:

@@ -141,8 +141,10 @@ def _compile(
     library = folder / library_name()
     ninja = NinjaFile(root, folder, compiler, [*host.compile_flags(settings), "-Icsrc"], host.link_flags(settings))
     if device_build.compiler:
+        # Where there is one architecture, somebody works on a kernel and waits for its image alone.
+        threads = settings.jobs if len(device_build.targets) == 1 else 1
         for image in made:
-            ninja.add_image(image, device_build.compiler)
+            ninja.add_image(image, device_build.compiler, threads)
     _add_sources(ninja, root, compiler, headers)
     embedding = folder / "images.cpp"
     ninja.add_object(embedding, needs=[image.path for image in made])

@@ -84,13 +84,13 @@ class NinjaFile:
         self._variable("flags", shlex.join([*self._flags, *extra_flags]))
         self._variable("label", f"{relative}{f' [{tag}]' if tag else ''}")
 
-    def add_image(self, image: Image, compiler: DeviceCompiler) -> None:
-        """Compile one kernel file for one architecture."""
+    def add_image(self, image: Image, compiler: DeviceCompiler, threads: int) -> None:
+        """Compile one kernel file for one architecture, in so many threads."""
         output = image.path
         source = image.source.relative_to(self._root)
         self._edge("device", output, [source], [Path("build_support/nvrtc.py")] * (compiler.kind == "nvrtc"))
-        command = compiler.command(image.target, f"{output}.d").replace("$in", str(source)).replace("$out", str(output))
-        self._variable("command", command)
+        command = compiler.command(image.target, f"{output}.d", threads)
+        self._variable("command", command.replace("$in", str(source)).replace("$out", str(output)))
         self._variable("label", f"{source} [{image.target.arch}]")
 
     def text(self, library: Path) -> str:

@@ -71,7 +71,7 @@ def image(rule: str, target: device.Target) -> Path:
     with (path.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists() or path.stat().st_mtime < written:
-            command = compiler().command(target, f"{path}.d").replace("$in", str(source)).replace("$out", str(path))
+            command = compiler().command(target, f"{path}.d", 1).replace("$in", str(source)).replace("$out", str(path))
             command = command.replace(f"${nvrtc.PYTHON_VARIABLE}", sys.executable)
             environment = {**os.environ, nvrtc.LIBRARY_VARIABLE: compiler().path}
             result = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
