@@ -88,7 +88,7 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 	  ../../$(PY) -m pytest -m "not slow and not gpu" --ignore tests/stacks $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 conformance: build ## write docs/conformance.md from what runs here
-	$(PY) -m tests.contract.page
+	TRITON_INTERPRET=1 $(PY) -m tests.contract.page
 
 soak: build ## the long tests, and 100,000 steps whose drift goes to docs/soak.md
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)

@@ -205,13 +205,13 @@ def _measure(table: Table, scale: float | None) -> None:
     for row in table.rows:
         grad = None if row.param.grad is None else row.gradient
         if grad is None:
-            sums.append(torch.zeros(row.leaves, dtype=torch.float64))
+            sums.append(torch.zeros(row.leaves, dtype=torch.float64, device="cpu"))
             continue
         flat = _flat(row, real_view(local(grad)))
         flat = reference.clipped(flat.to(_row_dtype(table, row)), None, scale)
         sums.append(reference.leaf_sums(flat, largest=table.phase.is_largest).cpu())
     bounds = [*table.parts, len(sums)]
-    nothing = torch.zeros(0, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
     joined = [
         reference.joined_leaves(torch.cat(sums[first:last] or [nothing]), largest=table.phase.is_largest)
         for first, last in pairwise(bounds)
@@ -228,7 +228,7 @@ def _write_norms(table: Table) -> list[float]:
     assert table.results is not None
     joined = table.joined[: table.norms].tolist()
     norms = [reference.norm_of(one, largest=table.phase.is_largest) for one in joined]
-    table.results[1:] = torch.tensor(norms, dtype=torch.float64)
+    table.results[1:] = torch.tensor(norms, dtype=torch.float64, device="cpu")
     table.results[0] += float(any(map(table.phase.refuses, norms)))
     return norms
 

@@ -85,7 +85,7 @@ def random_bits(counter: Tensor, key: int | Tensor, other_key: int) -> Tensor:
 
 def stream(places: Tensor, seed: int, step: int) -> Tensor:
     """The random bits of elements, by their places in the tensor, at one step."""
-    step_key = int(random_bits(torch.tensor(step), seed, 0x9E3779B9))
+    step_key = int(random_bits(torch.tensor(step, device="cpu"), seed, 0x9E3779B9))
     return random_bits(places, seed ^ (places >> 32), step_key)
 
 

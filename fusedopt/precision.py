@@ -108,7 +108,7 @@ def rounds_at_random(param: Tensor, group: Group) -> bool:
 
 def make_rounding_key(place: int) -> int:
     """The key of a parameter's random bits, by its place among all parameters."""
-    return int(random_bits(torch.tensor(place), 0, 0x85EBCA6B)) % ROUNDING_KEYS
+    return int(random_bits(torch.tensor(place, device="cpu"), 0, 0x85EBCA6B)) % ROUNDING_KEYS
 
 
 def row_mode(param: Tensor, group: Group, state: Mapping[str, Any]) -> int:

@@ -112,7 +112,8 @@ class Launcher:
         return self._sent_decay[1]
 
     def _send(self, name: str, data: bytes) -> Tensor:
-        column = torch.frombuffer(bytearray(data), dtype=_DTYPES[name]) if data else torch.empty(0, dtype=_DTYPES[name])
+        dtype = _DTYPES[name]
+        column = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
         column = column.reshape(_SHAPES.get(name, (-1,))) if column.numel() else column
         if self.device.type == "cpu":
             return column

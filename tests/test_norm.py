@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -268,3 +269,22 @@ def test_a_norm_over_parameters_that_share_memory_is_of_all_their_gradients(
         found.append([param.detach().clone() for param in params])
     for one, other in zip(*found, strict=True):
         assert bool(same_bits(one, other).all())
+
+
+@each_run
+def test_a_default_device_of_the_caller_changes_nothing(run: Run, settings: Run) -> None:
+    found = []
+    for device in (None, "meta"):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 3000, device=run.device).to(torch.bfloat16))
+        plain = torch.nn.Parameter(torch.linspace(-1, 1, 30, device=run.device))
+        options: Any = {"max_grad_norm": 0.5, "skip_nonfinite": True, "report": True, "ema_decay": 0.9}
+        one = fusedopt.AdamW([plain], lr=0.1, backend=run.backend, **options)
+        other = fusedopt.AdamW([weight], lr=0.1, rounding="stochastic", state_dtype=torch.int8, backend=run.backend)
+        for _ in range(2):
+            weight.grad, plain.grad = torch.ones_like(weight), torch.ones_like(plain)
+            with torch.device(device) if device else nullcontext():
+                one.step()
+                other.step()
+        found.append([weight.detach(), plain.detach(), one.grad_norm])
+    for tensor, truth in zip(*found, strict=True):
+        assert bool(same_bits(tensor, truth).all())

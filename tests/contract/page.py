@@ -71,7 +71,8 @@ def page(device: str) -> tuple[str, bool]:
     parts.append(
         f"{len(rows)} behaviours, fusedopt {fusedopt.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()}, device {device}, {date.today()}. "
-        "Columns that need a GPU are here only where the page was made on one.\n"
+        "Columns that need a GPU are here only where the page was made on one; on a CPU Triton's interpreter runs its "
+        "kernels.\n"
     )
     for area, members in groupby(rows, key=lambda row: row[0].area):
         parts.append(table(area, list(members), columns))
