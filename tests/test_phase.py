@@ -311,3 +311,28 @@ def test_a_step_within_swapped_averages_is_refused() -> None:
         optimizer.step()
     optimizer.step()
     assert param.tolist() == [0.0, 0.0]
+
+
+def test_the_average_of_a_parameter_that_got_another_shape_is_refused_before_anything_is_written() -> None:
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = fusedopt.SGD([("w", param)], lr=0.1, ema_decay=0.9)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    average = optimizer.state[param]["ema"].clone()
+    param.data, param.grad = torch.ones(5), torch.ones(5)
+    with pytest.raises(ValueError, match=r"ema of parameter 'w' has shape \(4,\), the parameter \(5,\)"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(5))
+    assert torch.equal(optimizer.state[param]["ema"], average)
+
+
+def test_a_parameter_that_takes_anothers_place_begins_an_average_of_its_own() -> None:
+    old, new = (torch.nn.Parameter(torch.full((4,), value)) for value in (1.0, 3.0))
+    optimizer = fusedopt.SGD([old], lr=0.5, ema_decay=0.9)
+    old.grad = torch.ones(4)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = new
+    new.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(optimizer.state[new]["ema"], new)
+    assert torch.equal(optimizer.state[old]["ema"], old)
