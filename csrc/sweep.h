@@ -352,9 +352,9 @@ FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gr
 }
 
 // A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
-template <class Access, class V, class Rule>
-FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, u64 step,
-                              int lane, int lanes) {
+template <class Access, class V, class Rule, class S>
+FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, const S& side,
+                              u64 step, int lane, int lanes) {
   const RandomStream random(0, step), rounding(chunk.mode() >> kKeyShift, step);
   // All of it is inlined, so that on a CPU the rule's branches are known in the loops: a call would hide them.
   Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) FUSEDOPT_INLINE {
@@ -365,7 +365,7 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
       part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
     Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
       using W = decltype(width);
-      sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, IndexOf<V, W>(chunk, i), i, n, part);
+      sweep_vector<Access, V, float, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, n, part);
     });
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s) {

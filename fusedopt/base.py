@@ -252,9 +252,11 @@ class FusedOptimizer(Optimizer):
             check_modes(self._rule, group)
             asked = {"rounding": group.get("rounding")}
             asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
-            for name, mode in asked.items() if self._phase.flags else ():
+            for name, mode in asked.items() if self._phase.report else ():
                 if mode in CODES or (name == "rounding" and mode is not None):
-                    raise ValueError(f"{name}={mode!r} and {self._phase} can not work together yet: no kernel has both")
+                    raise ValueError(
+                        f"{name}={mode!r} and report={self._phase.report!r} can not work together: no kernel has both"
+                    )
         super().add_param_group(param_group)
         self._see_params()
         self._forget_tables()

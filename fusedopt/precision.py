@@ -248,12 +248,15 @@ def check_master(name: str, param: Tensor, group: Group, state: Mapping[str, Any
             )
 
 
-def check_no_double(name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:
-    """Refuses float64 beside what is kept of a parameter, whose bits are those of a float32."""
-    if master_key(param, group) and any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise TypeError(
-            f"{name} has a gradient, a state or a copy of torch.float64, which master={group['master']!r} cannot have"
-        )
+def check_no_double(rule: Rule, name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:
+    """Refuses float64 beside a mode whose kernels compute in float32."""
+    if not any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return
+    modes = [f"master={group['master']!r}"] if master_key(param, group) else []
+    modes += [f"rounding={group['rounding']!r}"] if rounds_at_random(param, group) else []
+    modes += [f"state_dtype={state_dtype_of(group, key)} of {key}" for key in coded_states(rule, param, group)]
+    if modes:
+        raise TypeError(f"{name} has a gradient, a state or a copy of torch.float64, which {modes[0]} cannot have")
 
 
 def keep_modes(saved: dict[str, Any], group: Group) -> None:

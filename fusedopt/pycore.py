@@ -74,6 +74,7 @@ VARIANTS = (
     Variant("blocks", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE),
     Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
+    Variant("blocks_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE | SIDE_FEATURE),
     Variant("f32_report", FLOAT32, FLOAT32, SIDE_FEATURE | REPORT_FEATURE),
     Variant("everything", ANY_STORAGE, ANY_STORAGE, EVERY_FEATURE),
 )
@@ -189,7 +190,9 @@ class PyTable:
             state = min(states, default=param)
         found = next((variant.name for variant in VARIANTS if variant.covers(param, state, features)), None)
         if found is None:
-            raise ValueError("no variant has float64, or outputs beside the update, with kept bits or 8-bit states")
+            raise ValueError(
+                "no variant has float64 with a mode of float32, nor a report with codes or random rounding"
+            )
         return found
 
     @property

@@ -386,7 +386,7 @@ class Table:
                     check_copy(row.name, row.param, row.copy)
                 group, state = self.groups[row.group], self._found(row)
                 wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
-                check_no_double(row.name, row.param, group, [row.param.grad, row.copy, *wanted])
+                check_no_double(self.rule, row.name, row.param, group, [row.param.grad, row.copy, *wanted])
         if self.phase.zero_grads:
             self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])

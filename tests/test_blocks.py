@@ -55,6 +55,23 @@ def uneven_steps(optimizer: Any, params: list[torch.nn.Parameter], steps: int) -
         optimizer.step()
 
 
+def all_bits(optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Everything that a step writes, float8 as its bits, on the CPU."""
+    found: dict[str, Any] = {}
+    for k, param in enumerate(params):
+        found |= {f"param {k}": param.detach(), f"grad {k}": param.grad}
+        found |= {f"{key} {k}": torch.as_tensor(value) for key, value in optimizer.state[param].items()}
+    found |= {f"copy {k}": tensor for k, tensor in enumerate(optimizer._phase.copy_to or ())}
+    return {key: (x.view(torch.int8) if x.dtype == F8 else x).cpu() for key, x in found.items()}
+
+
+def assert_all_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert torch.allclose(ours[key], tensor, rtol=0, atol=0, equal_nan=True), key
+
+
 @pytest.mark.parametrize(("name", "dtype", "options"), MODES, ids=str)
 @pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
 def test_codes_scales_and_parameters_have_the_bits_of_the_reference(
@@ -67,16 +84,55 @@ def test_codes_scales_and_parameters_have_the_bits_of_the_reference(
         before = fusedopt.launch_count()
         uneven_steps(optimizer, params, 3)
         assert fusedopt.launch_count() == before + 3
-        values = {f"param {k}": param.detach().cpu() for k, param in enumerate(params)}
-        for k, param in enumerate(params):
-            values |= {f"{key} {k}": torch.as_tensor(value).cpu() for key, value in optimizer.state[param].items()}
-        found.append(values)
-    ours, theirs = found
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert ours[key].dtype == tensor.dtype, key
-        one, other = (x.view(torch.int8) if x.dtype == F8 else x for x in (ours[key], tensor))
-        assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True), key
+        found.append(all_bits(optimizer, params))
+    assert_all_same(*found)
+
+
+SIDES: dict[str, Any] = {"ema_decay": 0.9, "ema_warmup": True, "copies": True, "zero_grads": True}
+PHASES = [
+    ("AdamW", BF16, {"state_dtype": I8, "master": "split"}, SIDES),
+    ("AdamW", BF16, {"state_dtype": I8}, {"ema_decay": 0.25, "max_grad_norm": 0.5}),
+    ("Adam", F32, {"state_dtype": {"exp_avg": I8, "exp_avg_sq": F8}, "amsgrad": True, "state_block": 32}, SIDES),
+    ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": F8}, {**SIDES, "max_grad_norm": 2.0}),
+    ("AdamW", BF16, {"rounding": "stochastic"}, {"copies": True, "max_grad_norm": 0.1, "skip_nonfinite": True}),
+    ("SGD", F16, {"state_dtype": I8, "momentum": 0.9}, {**SIDES, "skip_nonfinite": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "options", "phase"), PHASES, ids=str)
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+def test_codes_beside_a_phase_have_the_bits_of_the_reference(
+    name: str, dtype: torch.dtype, options: dict[str, Any], phase: dict[str, Any], run: Run, settings: Run
+) -> None:
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        params = mixed_params(dtype, device)
+        asked = {key: value for key, value in phase.items() if key != "copies"}
+        if phase.get("copies"):
+            asked["copy_to"] = [
+                torch.empty_like(param, dtype=(BF16, F16, F32)[k % 3]).detach() for k, param in enumerate(params)
+            ]
+        optimizer = getattr(fusedopt, name)(params, lr=0.01, backend=backend, **options, **asked)
+        uneven_steps(optimizer, params, 3)
+        found.append(all_bits(optimizer, params))
+        if "max_grad_norm" in phase:
+            found[-1]["norm"] = optimizer.grad_norm.cpu()
+        if "skip_nonfinite" in phase:
+            assert int(optimizer.skipped_steps) == 1
+    assert_all_same(*found)
+
+
+@needs_no_backend
+def test_a_phase_changes_no_bit_of_a_mode() -> None:
+    found = []
+    for phase in ({}, {"ema_decay": 0.5, "zero_grads": True}):
+        params = mixed_params(BF16, "cpu")
+        optimizer = fusedopt.AdamW(params, lr=0.01, rounding="stochastic", state_dtype=I8, **phase)
+        uneven_steps(optimizer, params, 3)
+        found.append(all_bits(optimizer, params))
+    plain, beside = found
+    assert_all_same({key: tensor for key, tensor in beside.items() if not key.startswith(("ema", "grad"))},
+                    {key: tensor for key, tensor in plain.items() if not key.startswith("grad")})  # fmt: skip
 
 
 @needs_no_backend
@@ -212,7 +268,8 @@ REFUSED = [
     ({"state_dtype": I8, "state_block": 100}, "state_block is 100; it must be 32, 64, 128, 256"),
     ({"rounding": "up"}, "rounding is 'up'"),
     ({"rounding": "stochastic", "master": "split"}, "rounding='stochastic' and master='split'"),
-    ({"state_dtype": I8, "zero_grads": True}, "can not work together yet"),
+    ({"state_dtype": I8, "report": True}, "state_dtype of exp_avg=torch.int8 and report=True can not work together"),
+    ({"rounding": "stochastic", "report": 10}, "rounding='stochastic' and report=10 can not work together"),
 ]
 
 
@@ -221,6 +278,17 @@ REFUSED = [
 def test_a_mode_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fusedopt.AdamW(make_params(BF16), **options)
+
+
+@needs_no_backend
+@pytest.mark.parametrize("options", [{"state_dtype": I8}, {"rounding": "stochastic"}], ids=str)
+def test_float64_beside_a_mode_is_refused_before_anything_is_written(options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(8, dtype=BF16))
+    optimizer = fusedopt.AdamW([param], copy_to=[torch.zeros(8, dtype=torch.float64)], **options)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"copy of torch.float64, which (state_dtype=torch.int8|rounding='stochastic')"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @needs_no_backend

@@ -68,6 +68,9 @@ VARIANTS = {
     "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
     "bf16_8": Variant(_BF16, _ANY, strided=False, double=False, width=4, programs=3, mastered=True, blocks=True),
     "blocks": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=3, mastered=True, blocks=True),
+    "blocks_side": Variant(
+        _ANY, _ANY, strided=True, double=False, width=4, programs=2, side=True, mastered=True, blocks=True
+    ),
     "f32_report": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True, report=True),
     "everything": Variant(
         _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, report=True
