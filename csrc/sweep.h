@@ -309,7 +309,8 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     if (chunk.mode() & kRoundsAtRandom) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
-        x[kParam][k] = bf16_at_random(x[kParam][k], block.rounding.bits(block.place, Access::template places<X>(k)));
+        x[kParam][k] = at_random_16(V::storage(kParam, chunk.storage), x[kParam][k],
+                                    block.rounding.bits(block.place, Access::template places<X>(k)));
     }
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)

@@ -284,7 +284,7 @@ def _round_at_random(table: Table, row: Row, step: int, updates: dict[str, Tenso
     """Leaves in the updates a parameter that its dtype holds exactly."""
     param = updates["param"]
     assert param is not None  # every rule updates it
-    updates["param"] = blocks.at_random(param, int(table.state_of(row)[ROUNDING_KEY]), step)
+    updates["param"] = blocks.at_random(param, int(table.state_of(row)[ROUNDING_KEY]), step, row.param.dtype)
 
 
 def _keep_codes(table: Table, row: Row, name: str, step: int, updates: dict[str, Tensor | None]) -> None:

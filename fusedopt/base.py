@@ -343,9 +343,10 @@ class FusedOptimizer(Optimizer):
 
     def _unstepped(self) -> list[Tensor]:
         """Parameters that have a state which no step has written yet."""
-        params = [param for param in self._hidden_steps if param in self.state]
-        steps = [float(self._hidden_steps[param]) for param in params]
-        return [param for param, step in zip(params, steps, strict=True) if step == 0.0]
+        counts = {param: step for param, step in self._hidden_steps.items() if param in self.state}
+        if not self._rule.keeps_step:
+            counts |= {param: state["step"] for param, state in self.state.items() if "step" in state}
+        return [param for param, step in counts.items() if float(step) == 0.0]
 
     def _name_of(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")

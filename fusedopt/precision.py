@@ -52,10 +52,6 @@ def check_modes(rule: Rule, group: Group) -> None:
         raise ValueError(f"state_block is {group['state_block']!r}; it must be {', '.join(map(str, BLOCKS))} or None")
     if group.get("rounding") not in (None, "stochastic"):
         raise ValueError(f"rounding is {group['rounding']!r}; it must be 'stochastic' or None")
-    if group.get("rounding") and not rule.keeps_step:
-        raise ValueError(
-            f"rounding={group['rounding']!r} counts steps, of which {rule.stem} keeps no count in its state"
-        )
     if group.get("rounding") and group.get("master"):
         raise ValueError(
             f"rounding={group['rounding']!r} and master={group['master']!r} exclude each other: "
@@ -97,8 +93,8 @@ def takes_modes(param: Tensor) -> bool:
 
 
 def rounds_at_random(param: Tensor, group: Group) -> bool:
-    """Whether a parameter is rounded at random: only bfloat16 ones are, wider ones need not be."""
-    return group.get("rounding") is not None and param.dtype == torch.bfloat16
+    """Whether a parameter is rounded at random: those of 16 bits are, wider ones need not be."""
+    return group.get("rounding") is not None and param.dtype in (torch.bfloat16, torch.float16)
 
 
 def make_rounding_key(place: int) -> int:
@@ -116,9 +112,8 @@ def check_rounding(name: str, param: Tensor, group: Group, state: Mapping[str, A
     """Refuses parameters that are not rounded at random yet, and keys that are none."""
     if group.get("rounding") is None:
         return
-    if param.dtype == torch.float16 or is_sharded(param):
-        what = "a DTensor" if is_sharded(param) else f"of dtype {param.dtype}"
-        raise ValueError(f"{name} is {what}; rounding={group['rounding']!r} is for plain tensors of {torch.bfloat16}")
+    if is_sharded(param):
+        raise ValueError(f"{name} is a DTensor; rounding={group['rounding']!r} is for plain tensors")
     key = state.get(ROUNDING_KEY, 0)
     if not isinstance(key, int) or not 0 <= key < ROUNDING_KEYS:
         raise ValueError(f"{ROUNDING_KEY} of {name} is {key!r}; it must be a count below {ROUNDING_KEYS}")

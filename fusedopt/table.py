@@ -258,7 +258,7 @@ class Table:
 
     def _holds(self, row: Row) -> bool:
         state = self._found(row)
-        if self.rule.keeps_step and state.get("step") is not row.step:
+        if self._counts_in_state(row) and state.get("step") is not row.step:
             return False
         if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
             return False
@@ -270,8 +270,8 @@ class Table:
         kept = [self._kept(row) for row in rows]
         for row in rows:
             self._check_found(row)
-            if self.rule.keeps_step:
-                check_step(row.name, self._found(row), self.rule.states)
+            if self._counts_in_state(row):
+                check_step(row.name, self._found(row), self.rule.states if self.rule.keeps_step else ())
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
         _check_apart(rows, everything)
         for row, present in zip(rows, everything, strict=True):
@@ -363,14 +363,18 @@ class Table:
         for (row, _), step in zip(strange, make_steps(counts, self.device), strict=True):
             self._keep_step(row, step)
 
+    def _counts_in_state(self, row: Row) -> bool:
+        return self.rule.counts_in_state(self.groups[row.group])
+
     def _found_step(self, row: Row) -> Any:
-        if self.rule.keeps_step:
-            return self._state.get(row.param, {}).get("step")
+        step = self._state.get(row.param, {}).get("step") if self._counts_in_state(row) else None
+        if step is not None or self.rule.keeps_step:
+            return step
         return self._hidden_steps.get(row.param, 1.0) if self._present(row) else None
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.step = step
-        if self.rule.keeps_step:
+        if self._counts_in_state(row):
             self._state[row.param]["step"] = step
         else:
             self._hidden_steps[row.param] = step
@@ -434,7 +438,7 @@ class Table:
                 row.states[EMA] = self._state[row.param][EMA] = average
 
     def _wants_step(self, row: Row) -> bool:
-        return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
+        return self._counts_in_state(row) or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
 
     def _set_row(self, row: Row) -> None:
         grad = row.gradient
@@ -447,7 +451,7 @@ class Table:
         state = self._state.get(row.param)
         if state is not None:
             entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
-            if self.rule.keeps_step:
+            if self._counts_in_state(row):
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
 
