@@ -29,7 +29,7 @@ LINK_FLAGS = "-shared -pthread -ldl".split()
 ENGINE_ISAS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "baseline": ["-DFUSEDOPT_ONE_VARIANT"],
-        "avx2": ["-mavx2"],
+        "avx2": ["-mavx2", "-mf16c"],
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
     },
     "aarch64": {"neon": []},

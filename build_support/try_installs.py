@@ -1,13 +1,17 @@
 """``make test-install``: installs fusedopt in every way it should install, and checks what came out.
 
 Each row of CASES is one installation in a fresh virtual environment, from a copy of the checkout, with some
-programs hidden. torch is not installed: the check loads the extension alone, so a row takes no gigabytes.
+programs hidden. torch is not installed: the check loads the extension alone, so a row takes no gigabytes. Rows named
+after a version of torch do install it, and compare the bits of some steps with those of the torch at hand: they run
+only where they are asked for.
 
-    python -m build_support.try_installs [name ...]
+    python -m build_support.try_installs
+    python -m build_support.try_installs "no nvcc" "torch 2.6.0"
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -24,6 +28,7 @@ WORK = ROOT / "build/installs"
 TREE = WORK / "tree"
 COMPILERS = ("g++", "c++", "clang++")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+TORCH = "torch "  # how the name of a row begins that installs torch
 
 # Runs in the new environment: what was installed, and whether the extension loads, without the package.
 CHECK = """
@@ -44,13 +49,32 @@ print(json.dumps(report))
 """
 
 
+# Runs where torch is installed: some steps of every rule and storage, of exact numbers; their bits, as a digest.
+STEPS = """
+import hashlib, torch, fusedopt
+digest = hashlib.sha256()
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for name, options in (("SGD", {"momentum": 0.9, "nesterov": True}), ("Adam", {"amsgrad": True}), ("AdamW", {})):
+        params = [torch.nn.Parameter((torch.arange(n) % 97 - 48).to(dtype) / 64) for n in (1, 17, 5000)]
+        optimizer = getattr(fusedopt, name)(params, lr=0.01, backend="cpu", **options)
+        for step in range(3):
+            for param in params:
+                param.grad = ((torch.arange(param.numel()) * (step + 3)) % 89 - 44).to(dtype) / 32
+            optimizer.step()
+        for param in params:
+            digest.update(param.detach().double().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
 @dataclass(frozen=True)
 class Case:
     """One installation.
 
     Attributes:
         name: of the row.
-        how: "pip", "editable", "offline" (no isolation, no index), or "sdist" (then a wheel from it).
+        how: "pip", "editable", "offline" (no isolation, no index), "sdist" (then a wheel from it), or "torch" (beside
+            the version that the name tells).
         hide: programs that are not to be found.
         env: variables set.
         headers: whether Python.h is there.
@@ -98,13 +122,27 @@ class Failure(Exception):
 
 def main() -> int:
     """Run the rows named on the command line, or all, and print a line for each."""
+    parser = argparse.ArgumentParser(
+        prog="python -m build_support.try_installs",
+        description="Installs fusedopt in fresh environments in every way it should install, and checks what came out.",
+        epilog=f"rows: {', '.join(case.name for case in CASES)}, Python 3.x, torch X.Y.Z (gigabytes; only where named)",
+    )
+    parser.add_argument("names", nargs="*", metavar="row", help="rows to run; default: all but those of torch")
+    names = parser.parse_args().names
     here = {f"Python {name}": path for name in PYTHONS if (path := _python(name))}
     print("not at hand:", ", ".join(name for name in PYTHONS if f"Python {name}" not in here) or "none")
     rows = [(case, sys.executable) for case in CASES]
     rows += [(Case(name, expect=BUILT), path) for name, path in here.items()]
-    rows = [(case, python) for case, python in rows if case.name in sys.argv[1:] or not sys.argv[1:]]
+    rows += [
+        (Case(name, how="torch", env={"FUSEDOPT_CUDA": "0"}), sys.executable)
+        for name in names
+        if name.startswith(TORCH)
+    ]
+    unknown = set(names) - {case.name for case, _ in rows}
+    if unknown:
+        parser.error(f"there is no row {', '.join(sorted(unknown))}; see --help")
     failures = 0
-    for case, python in rows:
+    for case, python in [row for row in rows if not names or row[0].name in names]:
         _copy_tree()
         started = time.perf_counter()
         try:
@@ -125,6 +163,8 @@ def _try(case: Case, python: str) -> str:
         environment_python = str(folder / "venv/bin/python")
         variables = {**case.env, "PATH": _path_without(case.hide, folder / "path")}
         result = _install(case, environment_python, variables, folder)
+        if case.how == "torch" and not result.returncode:
+            return _compare_bits(environment_python, folder)
         if case.fails:
             if result.returncode == 0 or case.fails not in result.stdout:
                 raise Failure(f"should have failed with {case.fails!r}:\n{_tail(result)}")
@@ -146,6 +186,9 @@ def _install(case: Case, python: str, env: dict[str, str], folder: Path) -> subp
     build_packages = [python, "-m", "pip", "install", "setuptools>=77", "ninja", "pybind11", "build"]
     if case.how == "pip":
         return _run([*pip, str(TREE)], env)
+    if case.how == "torch":
+        result = _run([python, "-m", "pip", "install", "numpy", case.name.replace(TORCH, "torch==")], env)
+        return _run([*pip, str(TREE)], env) if result.returncode == 0 else result
     _run(build_packages, env)
     if case.how == "editable":
         return _run([*pip, "--no-build-isolation", "--editable", str(TREE)], env)
@@ -165,6 +208,18 @@ def _rebuild(python: str, env: dict[str, str]) -> str:
     if result.returncode:
         raise Failure(_tail(result))
     return f"; {time.perf_counter() - started:.1f} s to rebuild after a change of {kernel.name}"
+
+
+def _compare_bits(python: str, folder: Path) -> str:
+    """Whether steps have the bits that they have here, with this Python's torch."""
+    there = _run([python, "-c", STEPS], {}, cwd=folder)
+    here = _run([sys.executable, "-c", STEPS], {"PYTHONPATH": str(ROOT)}, cwd=folder)
+    for result in (there, here):
+        if result.returncode:
+            raise Failure(_tail(result))
+    if there.stdout.splitlines()[-1] != here.stdout.splitlines()[-1]:
+        raise Failure(f"other bits than with the torch of {sys.executable}")
+    return f"same bits as with the torch of {sys.executable}"
 
 
 def _compare(report: dict[str, object], expect: dict[str, str]) -> None:

@@ -147,7 +147,7 @@ const std::vector<u64>& HostTable::first_leaf() {
 
 const std::vector<u64>& HostTable::part_leaf() {
   part_leaf_.clear();
-  for (u64 row : part_rows_) part_leaf_.push_back(first_leaf().at(row));
+  for (u64 row : part_rows_) part_leaf_.push_back(row < rows_ ? first_leaf().at(row) : leaves());
   part_leaf_.push_back(leaves());
   return part_leaf_;
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import blocks, exact, reference
 from .core import compiled, why_not_compiled
-from .phase import EMA
+from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP
 from .precision import ROUNDING_KEY, coded_states, master_key, recoded, rounds_at_random, scale_key, widened
 from .table import Row, Table, local, real_view
 
@@ -106,7 +106,7 @@ class Triton:
         from .triton_launch import launch
 
         _count_launch()
-        if table.phase.reads_twice:
+        if table.phase.reads_twice and table.stage == WHOLE_STEP:
             _count_launch()  # no barrier of all programs: the norm has a launch of its own
         launch(table, grad_scale, found_inf)
 
@@ -128,7 +128,11 @@ class Reference:
             _skip(table)
             return
         scale = None if grad_scale is None else float(grad_scale)
-        norms = _measure(table, scale) if table.phase.reads_twice else []
+        if table.phase.reads_twice and table.stage != UPDATES:
+            _measure(table, scale)
+        if table.stage == MEASURES:
+            return
+        norms = _write_norms(table) if table.phase.reads_twice else []
         if any(map(table.phase.refuses, norms)):
             _skip(table)
             return
@@ -195,8 +199,8 @@ def _skip(table: Table) -> None:
             local(row.param.grad).zero_()
 
 
-def _measure(table: Table, scale: float | None) -> list[float]:
-    """The norms of a table's gradients; written down, and the step counted where it is to be skipped."""
+def _measure(table: Table, scale: float | None) -> None:
+    """Writes down what the gradients of each part of a table come to."""
     sums = []
     for row in table.rows:
         grad = None if row.param.grad is None else row.gradient
@@ -207,13 +211,23 @@ def _measure(table: Table, scale: float | None) -> list[float]:
         flat = reference.clipped(flat.to(_row_dtype(table, row)), None, scale)
         sums.append(reference.leaf_sums(flat, largest=table.phase.is_largest).cpu())
     bounds = [*table.parts, len(sums)]
-    norms = [
-        reference.joined_norm(torch.cat(sums[first:last] or [torch.zeros(0)]), largest=table.phase.is_largest)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    joined = [
+        reference.joined_leaves(torch.cat(sums[first:last] or [nothing]), largest=table.phase.is_largest)
         for first, last in pairwise(bounds)
     ]
-    assert table.results is not None  # a table whose norm is wanted has room for it
-    assert table.leaf_sums is not None
+    assert table.leaf_sums is not None  # a table whose norm is wanted has room for it
+    assert table.joined is not None
     table.leaf_sums.copy_(torch.cat(sums))
+    table.joined.copy_(torch.stack(joined))
+
+
+def _write_norms(table: Table) -> list[float]:
+    """The norms that a step goes by; written down, and the step counted where it is to be skipped."""
+    assert table.joined is not None  # as above
+    assert table.results is not None
+    joined = table.joined[: table.norms].tolist()
+    norms = [reference.norm_of(one, largest=table.phase.is_largest) for one in joined]
     table.results[1:] = torch.tensor(norms, dtype=torch.float64)
     table.results[0] += float(any(map(table.phase.refuses, norms)))
     return norms

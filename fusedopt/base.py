@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint, hooks, traced
+from . import checkpoint, hooks, norms, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
-from .phase import EMA, Phase, check_copy, check_distinct
+from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import CODES, check_modes, scale_key, state_dtype_of
 from .report import Report, read_report
 from .rules import Rule
-from .sharded import is_sharded
-from .table import Row, Table, separate
+from .sharded import Spread, is_sharded, spread_of
+from .table import Row, Table, part_of, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -39,6 +39,8 @@ class FusedOptimizer(Optimizer):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     _finds_inf = False  # within step_finding_inf
+    _main = 0  # the table whose results are the optimizer's
+    _spreads: tuple[Spread, ...] = (None,)  # how parameters lie over ranks
     _unreported = 0  # the place of the last step among those of which one is reported, from 1
     _is_swapped = False  # whether swap_ema() has put the averages in the parameters' place
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
@@ -50,7 +52,7 @@ class FusedOptimizer(Optimizer):
         find_backend(backend)
         self._requested_backend = backend
         self._phase = Phase() if phase is None else phase
-        self._results: Tensor | None = None
+        self._results: dict[int, Tensor] = {}  # of each table
         self._hidden_steps: dict[Tensor, Tensor] = {}
         self._forget_tables()
         self._number = traced.register(self)
@@ -103,9 +105,9 @@ class FusedOptimizer(Optimizer):
         return self._known_results()[0]
 
     def _known_results(self) -> Tensor:
-        if self._results is None:
+        if self._main not in self._results:
             raise RuntimeError("the norm is known after a step with max_grad_norm or skip_nonfinite")
-        return self._results
+        return self._results[self._main]
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -145,7 +147,11 @@ class FusedOptimizer(Optimizer):
     def finds_inf(self) -> bool:
         """Whether a launch sees all gradients, so that ``step_finding_inf`` can serve."""
         tables = self._current_tables() if self._tables is None else self._tables
-        return self._is_one_launch(tables) and any(param.grad is not None for param in self._traced_params)
+        return (
+            self._is_one_launch(tables)
+            and not self._is_sharded
+            and any(param.grad is not None for param in self._traced_params)
+        )
 
     def step_finding_inf(self, grad_scale: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """A step by gradients divided by a scale, which changes nothing where one of them is infinite or NaN.
@@ -168,7 +174,7 @@ class FusedOptimizer(Optimizer):
         return returned, (~self._known_results()[1:].isfinite()).any().to(torch.float32).reshape(1)
 
     def _is_one_launch(self, tables: list[tuple[Table, Backend]]) -> bool:
-        return len(tables) <= 1 and not self._is_sharded
+        return len(tables) <= 1 and self._spreads == (None,)
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
@@ -319,7 +325,7 @@ class FusedOptimizer(Optimizer):
         if not hasattr(self, "_phase"):
             self._phase = Phase()
         if not hasattr(self, "_results"):
-            self._results = None
+            self._results = {}
         super().__setstate__(state)
         self._see_params()
         self._forget_tables()
@@ -370,12 +376,20 @@ class FusedOptimizer(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         phase = self._phase_of_step()
-        for table, backend in tables:
-            params = table.live_params()
-            if params:
-                _increment_version(params)
-                self._announce(table, params, phase)
+        live = [number for number, (table, _) in enumerate(tables) if table.live_params()]
+        if phase.reads_twice:
+            self._choose_main(live)
+        is_one = not phase.reads_twice or self._is_one_launch(tables)
+        for stage in (WHOLE_STEP,) if is_one else (MEASURES, UPDATES):
+            for number in live:
+                table, backend = tables[number]
+                params = table.live_params()
+                if stage != MEASURES:
+                    _increment_version(params)
+                self._announce(number, table, params, phase, stage)
                 backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
+            if stage == MEASURES and live:
+                self._join_norms([tables[number][0] for number in live], phase)
 
     _launch_untraced = torch._disable_dynamo(_launch)  # type: ignore[attr-defined]
 
@@ -390,14 +404,31 @@ class FusedOptimizer(Optimizer):
                 phase = replace(phase, report=False)
         return phase
 
-    def _announce(self, table: Table, params: list[Tensor], phase: Phase) -> None:
+    def _choose_main(self, live: list[int]) -> None:
+        """The results are those of the first table that takes part; how many steps were skipped goes with them."""
+        if live and live[0] != self._main and self._main in self._results:
+            count = self._results[self._main][0]
+            if live[0] in self._results:
+                self._results[live[0]][0].copy_(count)
+        self._main = live[0] if live else self._main
+
+    def _join_norms(self, tables: list[Table], phase: Phase) -> None:
+        """Gives every table the norms of all tables and ranks."""
+        found = [table.joined for table in tables if table.joined is not None]
+        joined = norms.join(found, self._spreads, largest=phase.is_largest)
+        for one in found:
+            one[: len(joined)].copy_(joined)
+
+    def _announce(self, number: int, table: Table, params: list[Tensor], phase: Phase, stage: int) -> None:
         """Tells a table, and autograd, what else the launch does."""
         if not phase.flags and not table.phase.flags:
             return
-        table.phase, table.results = phase, self._results_on(table.device, phase)
+        table.phase, table.results = phase, self._results_of(number, table.device, phase)
         decay = phase.ema_decay
         table.ema_decay = _on(table.device, decay) if isinstance(decay, Tensor) else decay
-        table.announce()
+        table.announce(stage)
+        if stage == MEASURES:
+            return
         if phase.report:
             table.reported = params
         if phase.zero_grads:
@@ -405,15 +436,16 @@ class FusedOptimizer(Optimizer):
         if phase.copy_to is not None:
             _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
 
-    def _results_on(self, device: torch.device, phase: Phase) -> Tensor | None:
+    def _results_of(self, number: int, device: torch.device, phase: Phase) -> Tensor | None:
         if not phase.reads_twice:
             return None
         size = 1 + (len(self.param_groups) if phase.norm_by_group else 1)
-        before = self._results
-        if before is None or before.device != device or before.numel() != size:
-            self._results = torch.full((size,), math.nan, dtype=torch.float64, device=device)
-            self._results[0] = 0.0 if before is None else before[0].to(device)
-        return self._results
+        before = self._results.get(number, self._results.get(self._main))
+        if number not in self._results or before is None or before.device != device or before.numel() != size:
+            made = torch.full((size,), math.nan, dtype=torch.float64, device=device)
+            made[0] = 0.0 if before is None else before[0].to(device)
+            self._results[number] = made
+        return self._results[number]
 
     def _copies(self) -> dict[Tensor, Tensor]:
         """The checked copy of each parameter that has one."""
@@ -478,7 +510,10 @@ class FusedOptimizer(Optimizer):
                 on_device = rows.setdefault(local(param).device, [])
                 on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param, copy=copies.get(param)))
         tables: list[tuple[Table, Backend]] = []
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._spreads = tuple(dict.fromkeys(map(spread_of, params))) or (None,)
         for device, device_rows in rows.items():
+            device_rows.sort(key=lambda row: part_of(row, self._phase, self._spreads))
             for part in separate(device_rows):
                 launcher = self._launchers.get((device, len(tables)))
                 table = Table(
@@ -490,15 +525,11 @@ class FusedOptimizer(Optimizer):
                     self._hidden_steps,
                     launcher,
                     self._phase,
-                    self._results_on(device, self._phase),
+                    self._results_of(len(tables), device, self._phase),
+                    self._spreads,
                 )
                 table.refresh()
                 tables.append((table, _backend_for(table, self._requested_backend)))
-        if self._phase.reads_twice and not self._is_one_launch(tables):
-            raise RuntimeError(
-                "max_grad_norm and skip_nonfinite need all parameters on one device, none of them a DTensor and none "
-                "sharing memory with another: their norm is found within one launch"
-            )
         return tables
 
 

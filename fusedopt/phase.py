@@ -21,6 +21,7 @@ MOST_LEAVES = 2048 * 2048  # that are joined to one norm: csrc/rules/reduce.h
 AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE, REPORTS, NORMS_BY_GROUP = (
     1 << bit for bit in range(9)
 )  # enum PhaseFlag in csrc/phase.h
+WHOLE_STEP, MEASURES, UPDATES = range(3)  # enum Stage in csrc/phase.h
 
 
 class PhaseOptions(TypedDict, total=False):

@@ -231,9 +231,8 @@ def joined_leaves(leaves: Tensor, *, largest: bool) -> Tensor:
     return leaves.squeeze(-1)
 
 
-def joined_norm(sums: Tensor, *, largest: bool) -> float:
-    """The norm that leaves join to."""
-    joined = float(joined_leaves(sums, largest=largest))
+def norm_of(joined: float, *, largest: bool) -> float:
+    """The norm whose leaves have come to this."""
     return joined if largest or joined != joined else math.sqrt(joined)
 
 

@@ -11,6 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+# A mesh of devices and the dimensions of it over which a tensor is cut; None: each device has all of it.
+Spread = tuple[Any, tuple[int, ...]] | None
+
+
+def spread_of(tensor: Tensor) -> Spread:
+    """How a tensor lies over devices."""
+    placements = _placements(tensor) if is_sharded(tensor) else ()
+    cut = tuple(k for k, placement in enumerate(placements) if not placement.is_replicate())
+    return (_mesh(tensor), cut) if cut else None
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""

@@ -7,6 +7,7 @@ in between, the compiled table only reads gradients again. All checks happen her
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +30,7 @@ from .check import (
 )
 from .core import Core, make_core
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
-from .phase import EMA, LEAF, MOST_LEAVES, Phase, average_dtype, check_cleared, check_copy
+from .phase import EMA, LEAF, MOST_LEAVES, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
     ROUNDING_KEY,
     as_asked,
@@ -52,7 +53,7 @@ from .precision import (
 )
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
-from .sharded import is_sharded, settled
+from .sharded import Spread, is_sharded, settled, spread_of
 from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
@@ -116,6 +117,8 @@ class Table:
             captured graph may still read.
         phase: what else a step does.
         results: float64 on the device: where the count of skipped steps goes, and the norms.
+        spreads: the ways in which the optimizer's parameters lie over ranks. The rows of a norm follow one another,
+            among these those of a spread: see ``part_of``.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Table:
         launcher: Any = None,
         phase: Phase = NOTHING,
         results: Tensor | None = None,
+        spreads: Sequence[Spread] = (None,),
     ) -> None:
         """See the class."""
         self.rule = rule
@@ -139,7 +143,8 @@ class Table:
         self.phase = phase
         self.results = results
         self.leaf_sums: Tensor | None = None
-        self.joined: Tensor | None = None  # what the leaves of each norm come to
+        self.joined: Tensor | None = None  # what the leaves of each part come to; then, at its begin, of each norm
+        self.stage = WHOLE_STEP
         self._report: Tensor | None = None  # csrc/report.h
         self.reported: list[Tensor] = []  # the parameters that it tells of
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
@@ -149,8 +154,8 @@ class Table:
         holds.register(self.core)
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
         self.core.set_places([(row.group, row.place) for row in rows])
-        # The rows of a norm follow one another, as those of a group do.
-        self.parts = [sum(row.group < g for row in rows) for g in range(self.norms)]
+        parts = [part_of(row, phase, spreads) for row in rows]
+        self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
         self.core.set_parts(self.parts)
         self.core.watch_states(state)
         if phase.flags:
@@ -180,8 +185,9 @@ class Table:
         self._remake(rows)
         return True
 
-    def announce(self) -> None:
+    def announce(self, stage: int = WHOLE_STEP) -> None:
         """Tells the compiled table what else the next launch does."""
+        self.stage = stage
         decay = self.ema_decay
         is_tensor = isinstance(decay, Tensor)
         address = decay.data_ptr() if isinstance(decay, Tensor) else 0
@@ -189,7 +195,7 @@ class Table:
         self._make_room_for_report()
         self.core.set_phase(
             self.phase.flags,
-            0,  # kWholeStep
+            stage,
             0.0 if decay is None or is_tensor else float(decay),
             address,
             self.norms,
@@ -221,7 +227,7 @@ class Table:
             raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
         if self.phase.reads_twice and (self.leaf_sums is None or self.leaf_sums.numel() != leaves):
             self.leaf_sums = torch.empty(leaves, dtype=torch.float64, device=self.device)
-            self.joined = torch.empty(self.norms, dtype=torch.float64, device=self.device)
+            self.joined = torch.empty(len(self.parts), dtype=torch.float64, device=self.device)
 
     def _make_room_for_report(self) -> None:
         room = REPORT_COLUMNS * self.core.leaves + 1
@@ -507,6 +513,12 @@ class Table:
             is_sharded(row.param),
             keep,
         )
+
+
+def part_of(row: Row, phase: Phase, spreads: Sequence[Spread]) -> int:
+    """The part of a table that a row is in: by norm, then by how its parameter lies over ranks."""
+    norm = row.group if phase.norm_by_group else 0
+    return norm * len(spreads) + (spreads.index(spread_of(row.param)) if len(spreads) > 1 else 0)
 
 
 def separate(rows: Sequence[Row]) -> list[list[Row]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .phase import LEAF
+from .phase import LEAF, MEASURES, UPDATES
 from .reference import REPORT_COLUMNS
 from .table import Table
 
@@ -76,6 +76,7 @@ class Launcher:
             found_inf=found_inf,
             phase_flags=table.phase.flags,
             ema_decay=self._decay(table.ema_decay),
+            sweeps=table.stage != MEASURES,
             **self._measured(table),
         )
 
@@ -86,7 +87,10 @@ class Launcher:
             return {}
         found: dict[str, Any] = {}
         if phase.reads_twice:
-            found |= {"leaf_sums": table.leaf_sums, "joined": table.joined, "results": table.results}
+            assert table.joined is not None  # a table whose norm is wanted has room for it
+            read = table.joined if table.stage == MEASURES else table.joined[: table.norms]
+            sums = None if table.stage == UPDATES else table.leaf_sums
+            found |= {"leaf_sums": sums, "joined": read, "results": table.results}
         if phase.report:
             found |= {"report": table.partials, "report_terms": self._room_for_terms(table)}
         return found

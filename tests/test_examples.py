@@ -175,6 +175,7 @@ def test_charlm_leaves_the_random_state_of_its_caller_alone(example: Any) -> Non
         ("train_charlm", ["--optimizer", "sgd"], "'sgd'"),
         ("digits", ["--seeds", "0"], "--seeds must be at least 1, got 0"),
         ("trajectories", ["--examples", "3"], "at least the batch of 8, got 3"),
+        ("phase", ["--steps", "3"], "--steps must be at least 4, got 3"),
     ],
 )
 def test_bad_options_are_refused_by_name_and_value(
@@ -205,13 +206,13 @@ def test_an_example_names_the_extra_that_it_lacks(
 ) -> None:
     monkeypatch.syspath_prepend(str((EXAMPLES / script).parent))
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    for module in ("figures", "common"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in [name for name in sys.modules if name.startswith(f"{package}.") or name in ("figures", "common")]:
+        monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match=f"{package}.*: pip install 'fusedopt\\[{extra}\\]'"):
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
-@pytest.mark.parametrize("module", ["train_charlm", "digits", "trajectories"])
+@pytest.mark.parametrize("module", ["train_charlm", "digits", "trajectories", "phase"])
 def test_help_tells_every_default(example: Any, module: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as exit_:
         example(module).main(["--help"])
@@ -290,3 +291,19 @@ def test_digits_parts_share_no_image(example: Any) -> None:
     assert {part: len(labels) for part, (_, labels) in parts.items()} == digits.PARTS
     together = torch.cat([images for images, _ in parts.values()])
     torch.testing.assert_close(together.sum(0), digits.all_digits()[0].sum(0), rtol=1e-5, atol=0)
+
+
+# ---- phase.py ---------------------------------------------------------------------------------------------
+
+
+def test_phase_skips_the_broken_image_and_draws_what_the_reports_say(tmp_path: Path) -> None:
+    done = run_example("phase.py", "--steps", 40, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_is_picture(tmp_path / "phase.png")
+    histories = json.loads((tmp_path / "phase.json").read_text())
+    for history in histories.values():
+        assert history["skipped"] == 1.0
+        assert len(history["at_fault"]) == 6
+        assert history["steps"] == [step for step in range(1, 41) if step != 20]
+        assert min(history["accuracy"].values()) > 0.5, "a tenth is chance"
+    assert max(histories["float32"]["lost"]) < min(histories["bfloat16"]["lost"])

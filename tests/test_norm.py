@@ -235,18 +235,36 @@ def test_the_norm_is_a_tensor_that_the_next_step_overwrites() -> None:
         _ = twin.grad_norm
 
 
-def test_norms_over_parameters_that_share_memory_are_refused_before_anything_changes() -> None:
-    values = torch.ones(4)
-    params = [torch.nn.Parameter(values), torch.nn.Parameter(values)]
-    optimizer = fusedopt.SGD(params, lr=1.0, max_grad_norm=1.0)
-    for param in params:
-        param.grad = torch.ones(4)
-    with pytest.raises(RuntimeError, match="sharing memory"):
-        optimizer.step()
-    assert values.tolist() == [1.0] * 4
-
-
 @pytest.mark.parametrize("options", [{"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"norm_type": 1.0}])
 def test_bad_norms_are_refused_when_the_optimizer_is_made(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         fusedopt.AdamW([torch.nn.Parameter(torch.ones(1))], **options)
+
+
+@each_run
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_a_norm_over_parameters_that_share_memory_is_of_all_their_gradients(
+    norm_type: float, run: Run, settings: Run
+) -> None:
+    found = []
+    for backend in (run.backend, "reference"):
+        memory = torch.ones(3000, device=run.device)
+        params = [torch.nn.Parameter(memory), torch.nn.Parameter(torch.ones(5, device=run.device))]
+        params.insert(1, torch.nn.Parameter(params[0].detach()))  # tied: it is updated after the first
+        options: Any = {"max_grad_norm": 0.5, "norm_type": norm_type, "skip_nonfinite": True, "backend": backend}
+        optimizer = fusedopt.SGD(params, lr=0.125, momentum=0.5, **options)
+        for step in range(4):
+            grads = [torch.full_like(param, k + step + 1.0) for k, param in enumerate(params)]
+            if step == 2:
+                params[0].grad = None  # the first table takes no part
+                grads[1][7] = math.inf
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = None if param is params[0] and step == 2 else grad
+            squares = [float((param.grad.double() ** 2).sum()) for param in params if param.grad is not None]
+            largest = max(float(param.grad.abs().max()) for param in params if param.grad is not None)
+            optimizer.step()
+            assert float(optimizer.grad_norm) == (math.sqrt(sum(squares)) if norm_type == 2.0 else largest)
+            assert float(optimizer.skipped_steps) == float(step >= 2)
+        found.append([param.detach().clone() for param in params])
+    for one, other in zip(*found, strict=True):
+        assert bool(same_bits(one, other).all())

@@ -221,6 +221,7 @@ def launch(
     report: torch.Tensor | None = None,
     report_terms: torch.Tensor | None = None,
     programs: int | None = None,
+    sweeps: bool = True,
 ) -> None:
     """Takes a step of every tensor that has a gradient, by one launch on the device's current stream.
 
@@ -232,12 +233,14 @@ def launch(
         found_inf: float32, one element, on the device: where it is not 0, nothing changes. Default: 0.
         phase_flags: bits of ``enum PhaseFlag`` in csrc/phase.h; the variant admits side outputs. Default: none.
         ema_decay: float32 or float64, one element, on the device: decay of the averages. Default: 0.
-        leaf_sums: float64, one for each leaf: where the flags ask for the norm, which takes a launch more.
-        joined: float64, what these come to for each norm; as leaf_sums.
-        results: float64, skipped launches, then the norms; as leaf_sums.
+        leaf_sums: float64, one for each leaf: where the norm is to be found, which takes a launch more.
+        joined: float64, what these come to for each part of the table, which are the norms; where the flags ask for
+            the norm, as the next.
+        results: float64, skipped launches, then the norms.
         report: float64 [5, leaves], and one behind: csrc/report.h; where the flags ask for it, as the next.
         report_terms: float64 [programs, 5, 2048], room for the terms of one leaf.
         programs: Triton programs to run. Default: what the device runs at once; 3 if interpreted.
+        sweeps: whether the step is taken. Default: yes; else the norm is found, no more.
 
     Raises:
         ValueError: the rule or the variant is unknown.
@@ -273,6 +276,8 @@ def launch(
                 columns.arrivals,
                 **_device_options(variant, columns.device),
             )
+        if not sweeps:
+            return
         sweep[(programs,)](
             columns.address,
             columns.grads,

@@ -397,7 +397,7 @@ struct HostAccess {
   }
   template <class Bits>
   FUSEDOPT_FN static Like<float, Bits> decode_16(int storage, Bits bits) {
-    return float_from_16<Like<float, Bits>>(storage, widen(bits));
+    return storage == kFloat16 ? float_from_half(bits) : float_from_bf16<Like<float, Bits>>(widen(bits));
   }
 
   template <class W, class X, int M>
@@ -417,7 +417,7 @@ struct HostAccess {
   }
   template <class F>
   FUSEDOPT_FN static Like<u16, F> encode_16(int storage, F x) {
-    return narrow(float_to_16<Like<u32, F>>(storage, x));
+    return storage == kFloat16 ? half_from_float(x) : narrow(bf16_from_float<Like<u32, F>>(x));
   }
 
   // M vectors of T, each converted. A partial one goes through a buffer, so that nothing beyond the tensor is touched.

@@ -30,7 +30,8 @@ std::vector<InstructionSet> find_instruction_sets() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     found.push_back({"avx512", avx512::engine, avx512::measure_engine});
-  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", avx2::engine, avx2::measure_engine});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    found.push_back({"avx2", avx2::engine, avx2::measure_engine});
   found.push_back({"baseline", baseline::engine, baseline::measure_engine});
 #elif defined(__aarch64__)
   found.push_back({"neon", neon::engine, neon::measure_engine});

@@ -105,7 +105,7 @@ FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
 }
 
 template <template <class> class Rule, class V>
-void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
+void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
   Access::Tally tally;
   for (u32 c = first; c < last; ++c) {
@@ -125,6 +125,58 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags(), rule.coefficient()),
                    side_of<V, float>(launch, chunk.tensor, &tally), step);
   }
+}
+
+// Variants that fix what the storages are, for chunks of launches whose own decides that at run time; float16 here
+// only, where it costs no GPU image.
+using Half = Variant<kFloat16, kFloat16, 0>;
+using HalfBesideFloat = Variant<kFloat16, kFloat32, 0>;
+
+// The loop for a chunk whose storages have a variant of their own; null: it has none, or is too short to gain by it.
+template <template <class> class Rule>
+SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
+  const u32 t = chunk.tensor;
+  if (table.numel[t] < kLeaf || table.layout[t] != kDenseLayout || table.slot(kMaster, t) != 0) return nullptr;
+  const u64 storage = table.storage[t];
+  const auto of = [&](int slot) { return int(storage >> (kStorageBits * slot)) & kStorageMask; };
+  int states = of(kParam);
+  for (int s = kState0; s < kState0 + kStates; ++s) {
+    if (table.slot(s, t) == 0) continue;
+    if (s != kState0 && of(s) != states) return nullptr;
+    states = of(s);
+  }
+  if (of(kGrad) != of(kParam)) return nullptr;
+  SweepChunks found = nullptr;
+  const auto look = [&](auto variant) {
+    using V = decltype(variant);
+    if (!found && V::kFixed && V::kFeatures == 0 && V::covers(of(kParam), states, 0)) found = sweep_run<Rule, V>;
+  };
+#define FUSEDOPT_LOOK(name, param, state, features) \
+  if constexpr (param != kAnyStorage && (features) == 0) look(Compiled<Variant<param, state, features>>{});
+  FUSEDOPT_VARIANTS(FUSEDOPT_LOOK)
+#undef FUSEDOPT_LOOK
+  look(Compiled<Half>{});
+  look(Compiled<HalfBesideFloat>{});
+  return found;
+}
+
+// Chunks of one kind after the other, each by the loop for its kind.
+template <template <class> class Rule, class V>
+void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
+  const auto kind = [&](u32 c) { return usual_sweep<Rule>(launch.table, launch.chunks[c]); };
+  for (u32 begin = first, end = first; begin < last; begin = end) {
+    const SweepChunks sweep = kind(begin);
+    for (end = begin + 1; end < last && kind(end) == sweep;) ++end;
+    (sweep ? sweep : sweep_run<Rule, V>)(launch, begin, end);
+  }
+}
+
+template <template <class> class Rule, class V>
+void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
+  if constexpr (V::kFixed || (V::kFeatures & ~(kStridedFeature | kDoubleFeature)) != 0)
+    sweep_run<Rule, V>(launch, first, last);
+  else
+    sweep_mixed<Rule, V>(launch, first, last);
 }
 
 // The terms of a leaf's gradient, joined. A leaf is gathered in the compute type first: then every loop is a vector

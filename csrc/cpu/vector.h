@@ -1,7 +1,7 @@
 // Vectors of the instruction set, and conversion between their element types.
 #pragma once
 
-#include "types.h"
+#include "storage/codec.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -65,6 +65,39 @@ FUSEDOPT_FN Vector<u32, 8> widen(Vector<u16, 8> bits) { return (Vector<u32, 8>)_
 FUSEDOPT_FN Vector<u16, 8> narrow(Vector<u32, 8> bits) {
   const __m256i all = (__m256i)bits;
   return (Vector<u16, 8>)_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+}
+#endif
+
+// float16 to float32 and back, as codec.h has it: the instructions give the same bits, but for NaN, made canonical.
+template <class Bits>
+FUSEDOPT_FN Like<float, Bits> float_from_half(Bits bits) {
+  return float_from_f16<Like<float, Bits>>(widen(bits));
+}
+template <class F>
+FUSEDOPT_FN Like<u16, F> half_from_float(F x) {
+  return narrow(f16_from_float<Like<u32, F>>(x));
+}
+#if defined(__AVX512F__) || defined(__F16C__)
+template <class F>
+FUSEDOPT_FN F with_canonical_nan(F x) {
+  using U = Like<u32, F>;
+  const U bits = bit_cast<U>(x);
+  return bit_cast<F>(x != x ? (bits & 0x80000000u) | 0x7FC00000u : bits);
+}
+#endif
+#if defined(__AVX512F__)
+FUSEDOPT_FN Vector<float, 16> float_from_half(Vector<u16, 16> bits) {
+  return (Vector<float, 16>)_mm512_maskz_cvtph_ps(kAll, (__m256i)bits);
+}
+FUSEDOPT_FN Vector<u16, 16> half_from_float(Vector<float, 16> x) {
+  return (Vector<u16, 16>)_mm512_maskz_cvtps_ph(kAll, (__m512)with_canonical_nan(x), _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__F16C__)
+FUSEDOPT_FN Vector<float, 8> float_from_half(Vector<u16, 8> bits) {
+  return (Vector<float, 8>)_mm256_cvtph_ps((__m128i)bits);
+}
+FUSEDOPT_FN Vector<u16, 8> half_from_float(Vector<float, 8> x) {
+  return (Vector<u16, 8>)_mm256_cvtps_ph((__m256)with_canonical_nan(x), _MM_FROUND_TO_NEAREST_INT);
 }
 #endif
 
