@@ -30,6 +30,7 @@ struct ChunkView {
   i32 boundary;
   i32 block_bits;       // 2^this are the elements of a block of codes
   u64 scales[kStates];  // of the chunk's first block; 0: the state is not in codes
+  u64 place;            // of its first element in the whole tensor, over all devices
 
   FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk) {
     const TensorTable& table = launch.table;
@@ -46,6 +47,7 @@ struct ChunkView {
       const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(storage_of(s))) : 0;
       address[s] = start == 0 ? 0 : start + advance;
     }
+    place = table.slot(kPlace, chunk.tensor) + u64(begin);
     block_bits = i32(mode() & kBlockBits);
     for (int s = 0; s < kStates; ++s) {
       const u64 start = table.slot(kScale0 + s, chunk.tensor);
@@ -57,6 +59,7 @@ struct ChunkView {
     ChunkView found = *this;
     const i32 rest = at < size ? size - at : 0;
     found.begin += at;
+    found.place += u64(at);
     found.size = rest < count ? rest : count;
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < kElementSlots; ++s)

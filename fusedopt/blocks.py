@@ -89,9 +89,9 @@ def stream(places: Tensor, seed: int, step: int) -> Tensor:
     return random_bits(places, seed ^ (places >> 32), step_key)
 
 
-def at_random(values: Tensor, key: int, step: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def at_random(values: Tensor, key: int, step: int, dtype: torch.dtype = torch.bfloat16, first_place: int = 0) -> Tensor:
     """Rounds each float32 to one of the two bfloat16 or float16 beside it, so that the mean is kept."""
-    places = torch.arange(values.numel(), device=values.device).reshape(values.shape)
+    places = torch.arange(first_place, first_place + values.numel(), device=values.device).reshape(values.shape)
     words = stream(places, key, step)
     return _bf16_at_random(values, words) if dtype == torch.bfloat16 else _f16_at_random(values, words)
 

@@ -205,13 +205,15 @@ def _drop_unstarted(optimizer: FusedOptimizer) -> None:
 
 
 def _leave_modes(optimizer: FusedOptimizer) -> None:
-    """Makes of what torch does not know what it does: states in float32, nothing beside them."""
+    """Makes of what torch does not know what it does: states in the parameter's dtype, nothing beside them."""
     for group in optimizer.param_groups:
         if not any(key in group for key in MODE_KEYS):
             continue
         for param in group["params"]:
             if param in optimizer.state:
-                optimizer.state[param] = widened_state(optimizer._rule, optimizer.state[param], group)
+                state = widened_state(optimizer._rule, optimizer.state[param], group)
+                kept = {name: state[name].to(param.dtype) for name in optimizer._rule.states if name in state}
+                optimizer.state[param] = {**state, **kept}
         for key in MODE_KEYS:
             group.pop(key, None)
     for key in MODE_KEYS:

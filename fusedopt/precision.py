@@ -13,7 +13,16 @@ from torch import Tensor
 
 from .blocks import FLOAT8, block_count, coded, decoded, random_bits
 from .rules import Group, Rule
-from .sharded import is_sharded
+from .sharded import (
+    by_rank,
+    by_rank_shape,
+    check_even,
+    check_in_order,
+    check_together,
+    like_local,
+    local,
+    most_elements,
+)
 from .storages import CODE_STORAGES, FLOAT8_SQUARE, KEPT_STORAGES
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
@@ -112,8 +121,7 @@ def check_rounding(name: str, param: Tensor, group: Group, state: Mapping[str, A
     """Refuses parameters that are not rounded at random yet, and keys that are none."""
     if group.get("rounding") is None:
         return
-    if is_sharded(param):
-        raise ValueError(f"{name} is a DTensor; rounding={group['rounding']!r} is for plain tensors")
+    check_in_order(f"rounding={group['rounding']!r}: {name}", param)
     key = state.get(ROUNDING_KEY, 0)
     if not isinstance(key, int) or not 0 <= key < ROUNDING_KEYS:
         raise ValueError(f"{ROUNDING_KEY} of {name} is {key!r}; it must be a count below {ROUNDING_KEYS}")
@@ -153,14 +161,24 @@ def kept_storage(rule: Rule, name: str, dtype: torch.dtype) -> int:
 
 def blank_codes(rule: Rule, param: Tensor, group: Group, name: str) -> dict[str, Tensor]:
     """Codes and scales of a state before its first step. Blocks are counted in row-major order: so codes lie."""
-    codes = torch.zeros(param.shape, dtype=code_dtype(rule, group, name), device=param.device)
-    scales = torch.zeros(block_count(param.numel(), block_of(group)), device=param.device)
-    return {name: codes, scale_key(name): scales}
+    codes = torch.zeros(local(param).shape, dtype=code_dtype(rule, group, name), device=local(param).device)
+    return _over_devices(name, param, group, codes, codes.new_zeros(blocks_of(param, group), dtype=torch.float32))
 
 
-def as_codes(rule: Rule, group: Group, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Codes and scales of a state that is there in floating point."""
-    return recoded(rule, group, name, tensor.detach().to(torch.float32), step=0)
+def as_codes(rule: Rule, group: Group, name: str, tensor: Tensor, param: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a state that is there in floating point. Those of a DTensor are of its local tensor."""
+    made = recoded(rule, group, name, local(tensor.detach()).to(torch.float32), step=0)
+    return _over_devices(name, param, group, made[name], made[scale_key(name)])
+
+
+def _over_devices(name: str, param: Tensor, group: Group, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a local tensor as parts of those of all: a DTensor's scales have a row for each rank."""
+    return {name: like_local(codes, param), scale_key(name): by_rank(scales, param, blocks_of(param, group))}
+
+
+def blocks_of(param: Tensor, group: Group) -> int:
+    """How many blocks a parameter's states have, on the rank that has the most of them."""
+    return block_count(most_elements(param), block_of(group))
 
 
 def recoded(rule: Rule, group: Group, name: str, values: Tensor, step: int) -> dict[str, Tensor]:
@@ -174,15 +192,16 @@ def widened(state: Mapping[str, Any], name: str, group: Group) -> Tensor:
     """A state in float32, whatever it is kept in."""
     tensor: Tensor = state[name]
     if tensor.dtype in CODE_STORAGES:
-        return decoded(tensor, state[scale_key(name)], block=block_of(group))
+        scales = local(state[scale_key(name)]).reshape(-1)
+        return like_local(decoded(local(tensor), scales, block=block_of(group)), tensor)
     return tensor.float()
 
 
 def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
     """Refuses codes that the group did not ask for, or those of another block size."""
     wanted = coded_states(rule, param, group)
-    if wanted and is_sharded(param):
-        raise ValueError(f"{name} is a DTensor, of which no states in 8 bits are kept yet")
+    if wanted:
+        check_even(f"states in 8 bits: {name}", param)
     for key in rule.states:
         tensor, scales = state.get(key), state.get(scale_key(key))
         if not isinstance(tensor, Tensor) or tensor.dtype not in CODE_STORAGES:
@@ -192,9 +211,10 @@ def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mappi
                 f"{key} of {name} is codes of {tensor.dtype}, but state_dtype is {state_dtype_of(group, key)}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"
             )
-        blocks = (block_count(param.numel(), block_of(group)),)
+        blocks = by_rank_shape(param, blocks_of(param, group))
         if not isinstance(scales, Tensor):
             raise ValueError(f"{key} of {name} is codes of {tensor.dtype}, but there is no '{scale_key(key)}'")
+        check_together(f"{scale_key(key)} of {name}", scales, param)
         if scales.shape != blocks or scales.dtype != torch.float32:
             raise ValueError(
                 f"{scale_key(key)} of {name} has shape {tuple(scales.shape)} and dtype {scales.dtype}; it must have "

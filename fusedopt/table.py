@@ -53,7 +53,7 @@ from .precision import (
 )
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
-from .sharded import Spread, is_sharded, settled, spread_of
+from .sharded import Spread, first_place, is_sharded, like_local, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
@@ -327,7 +327,8 @@ class Table:
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
-        usable = settled(resolved(tensor).to(local(row.param).device), row.param)
+        place = settled_by_rank if name in map(scale_key, self.rule.states) else settled
+        usable = place(resolved(tensor).to(local(row.param).device), row.param)
         if name in self.rule.states:
             usable = as_asked(usable, row.param, self.groups[row.group], name)
         if usable is not tensor:
@@ -342,9 +343,9 @@ class Table:
             if tensor is None:
                 continue
             if tensor.dtype not in CODE_STORAGES:
-                made = as_codes(self.rule, group, name, tensor)
-            elif not tensor.is_contiguous():
-                made = {name: tensor.contiguous()}
+                made = as_codes(self.rule, group, name, tensor, row.param)
+            elif not local(tensor).is_contiguous():
+                made = {name: like_local(local(tensor).contiguous(), row.param)}
             else:
                 continue
             row.states |= made
@@ -464,7 +465,7 @@ class Table:
     def _set_blank_row(self, row: Row) -> None:
         """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
         row.leaves = 0
-        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS), [0] * ELEMENT_SLOTS
+        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS + 1), [0] * ELEMENT_SLOTS
         self.core.set_row(row.index, addresses, storages, 0, 0, row.group, [], row.param, None, False, [])
 
     def _set_live_row(self, row: Row, grad: Tensor) -> None:
@@ -489,7 +490,8 @@ class Table:
         addresses.append(0 if row.step is None else row.step.data_ptr())
         scales = [row.states.get(scale_key(name)) if name in needed else None for name in self.rule.states]
         scales += [None] * (STATE_SLOTS - len(scales))
-        addresses += [_address(scale) for scale in scales]
+        addresses += [_address(None if scale is None else local(scale)) for scale in scales]
+        addresses.append(first_place(row.param) if in_order else 0)
         names = dict(enumerate(self.rule.states, STATES_AT))
         storages = [
             0 if slot is None else kept_storage(self.rule, names.get(k, ""), slot.dtype) for k, slot in enumerate(slots)

@@ -329,7 +329,7 @@ def test_a_checkpoint_of_another_mode_is_refused_or_converted(saved: dict[str, A
     optimizer = fusedopt.AdamW(params, **saved)
     take_steps(optimizer, params, 2)
     other = fusedopt.AdamW(make_params(BF16), **asked)
-    if saved == asked:
+    if saved == asked or (saved, asked) == (CODED[2], CODED[1]):  # of which no code is another's
         other.load_state_dict(optimizer.state_dict())
     else:
         with pytest.raises(ValueError, match=r"is codes of torch.\w+, but state_dtype|where state_block is 32"):
@@ -367,8 +367,8 @@ def test_unfuse_leaves_the_mode(name: str, dtype: torch.dtype, options: dict[str
         known = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} if name != "SGD" else {"momentum_buffer"}
         assert plain.state[param].keys() <= known
         for key, tensor in plain.state[param].items():
-            assert tensor.dtype == F32
-            assert torch.equal(tensor, wide[k][key]), key
+            assert torch.equal(tensor, wide[k][key].to(tensor.dtype)), key
+            assert tensor.dtype == (F32 if key == "step" else dtype), key
     assert not {"state_dtype", "state_block", "master", "rounding"} & plain.param_groups[0].keys()
     take_steps(plain, params, 1)
 

@@ -85,7 +85,7 @@ class Columns:
     Attributes:
         device: where all of them lie.
         rows: tensors in the table.
-        address: int64 [12, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
+        address: int64 [13, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
         grads: int64 [rows], this step's gradients: 0 none, 1 one of no elements.
         numel: int64 [rows].
         group: int32 [rows].

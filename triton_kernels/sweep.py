@@ -91,7 +91,7 @@ def sweep_block(
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
     if BLOCKS:
-        (scale0, scale1, scale2), begin, bits, t, at_random, key = blocks
+        (scale0, scale1, scale2), _begin, bits, t, at_random, key, first = blocks
         x_codes = fetch_codes(address.state0, at.state0, has0, storage.state0, scale0, place, bits, ALIGNED)
         if STATES > 1:
             y_codes = fetch_codes(address.state1, at.state1, has1, storage.state1, scale1, place, bits, ALIGNED)
@@ -122,7 +122,7 @@ def sweep_block(
         keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
         p = stored_param(p, address.master, storage.master)
     if BLOCKS and at_random:
-        p = at_random_16(p, random_stream(begin + place, key, t), storage.param)
+        p = at_random_16(p, random_stream(first + place, key, t), storage.param)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
     if STATES > 1:

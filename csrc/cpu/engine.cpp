@@ -100,7 +100,7 @@ constexpr u32 kChunksAhead = 4;
 FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
   if (chunk.index != 0) return;
   __builtin_prefetch(reinterpret_cast<const void*>(launch.grads[chunk.tensor]));
-  for (int s = 0; s < kSlots; ++s)
+  for (int s = 0; s < kPlace; ++s)
     if (s != kGrad) __builtin_prefetch(reinterpret_cast<const void*>(launch.table.slot(s, chunk.tensor)), 1);
 }
 
