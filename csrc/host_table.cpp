@@ -130,7 +130,8 @@ int HostTable::variant() {
   while (variant_ < kVariantCount && !kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
   if (variant_ == kVariantCount) {
     variant_ = -1;
-    throw std::invalid_argument("no variant has float64, or outputs beside the update, with kept bits or 8-bit states");
+    throw std::invalid_argument(
+        "no variant has float64 with a mode of float32, nor a report with codes or random rounding");
   }
   return variant_;
 }

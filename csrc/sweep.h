@@ -30,6 +30,7 @@ struct ChunkView {
   i32 boundary;
   i32 block_bits;       // 2^this are the elements of a block of codes
   u64 scales[kStates];  // of the chunk's first block; 0: the state is not in codes
+  u64 place;            // of its first element in the whole tensor, over all devices
 
   FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk) {
     const TensorTable& table = launch.table;
@@ -46,6 +47,7 @@ struct ChunkView {
       const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(storage_of(s))) : 0;
       address[s] = start == 0 ? 0 : start + advance;
     }
+    place = table.slot(kPlace, chunk.tensor) + u64(begin);
     block_bits = i32(mode() & kBlockBits);
     for (int s = 0; s < kStates; ++s) {
       const u64 start = table.slot(kScale0 + s, chunk.tensor);
@@ -57,6 +59,7 @@ struct ChunkView {
     ChunkView found = *this;
     const i32 rest = at < size ? size - at : 0;
     found.begin += at;
+    found.place += u64(at);
     found.size = rest < count ? rest : count;
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < kElementSlots; ++s)
@@ -309,7 +312,8 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     if (chunk.mode() & kRoundsAtRandom) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
-        x[kParam][k] = bf16_at_random(x[kParam][k], block.rounding.bits(block.place, Access::template places<X>(k)));
+        x[kParam][k] = at_random_16(V::storage(kParam, chunk.storage), x[kParam][k],
+                                    block.rounding.bits(block.place, Access::template places<X>(k)));
     }
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
@@ -352,9 +356,9 @@ FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gr
 }
 
 // A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
-template <class Access, class V, class Rule>
-FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, u64 step,
-                              int lane, int lanes) {
+template <class Access, class V, class Rule, class S>
+FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, const S& side,
+                              u64 step, int lane, int lanes) {
   const RandomStream random(0, step), rounding(chunk.mode() >> kKeyShift, step);
   // All of it is inlined, so that on a CPU the rule's branches are known in the loops: a call would hide them.
   Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) FUSEDOPT_INLINE {
@@ -365,7 +369,7 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
       part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
     Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
       using W = decltype(width);
-      sweep_vector<Access, V, float, W>(chunk, rule, gradient, NoSide{}, IndexOf<V, W>(chunk, i), i, n, part);
+      sweep_vector<Access, V, float, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, n, part);
     });
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s) {

@@ -21,6 +21,7 @@ enum Slot : int {
   kScale0,  // of the states that are codes: one float32 for each block
   kScale1,
   kScale2,
+  kPlace,  // no address: the place of element 0 in the whole of a tensor that lies over devices, for its random bits
   kSlots
 };
 

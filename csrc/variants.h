@@ -67,6 +67,8 @@ struct Variant {
   X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                   \
   X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                    \
     fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)                              \
+  X(blocks_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                  \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature | fusedopt::kSideFeature)    \
   X(f32_report, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature | fusedopt::kReportFeature)      \
   X(everything, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kEveryFeature)
 

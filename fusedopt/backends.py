@@ -15,6 +15,7 @@ from . import blocks, exact, reference
 from .core import compiled, why_not_compiled
 from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP
 from .precision import ROUNDING_KEY, coded_states, master_key, recoded, rounds_at_random, scale_key, widened
+from .sharded import first_place
 from .table import Row, Table, local, real_view
 
 # Best first.
@@ -147,7 +148,7 @@ class Reference:
             dtype = _row_dtype(table, row)
             values = {name: real_view(tensor).to(dtype) for name, tensor in tensors.items()}
             coded = coded_states(table.rule, row.param, group)
-            values |= {name: widened(row.states, name, group) for name in coded}
+            values |= {name: local(widened(row.states, name, group)) for name in coded}
             key = master_key(row.param, group)
             if key is not None:
                 values["param"] = exact.join(tensors["param"], key, local(row.states[key]))
@@ -298,7 +299,8 @@ def _round_at_random(table: Table, row: Row, step: int, updates: dict[str, Tenso
     """Leaves in the updates a parameter that its dtype holds exactly."""
     param = updates["param"]
     assert param is not None  # every rule updates it
-    updates["param"] = blocks.at_random(param, int(table.state_of(row)[ROUNDING_KEY]), step)
+    key = int(table.state_of(row)[ROUNDING_KEY])
+    updates["param"] = blocks.at_random(param, key, step, row.param.dtype, first_place(row.param))
 
 
 def _keep_codes(table: Table, row: Row, name: str, step: int, updates: dict[str, Tensor | None]) -> None:
@@ -307,7 +309,8 @@ def _keep_codes(table: Table, row: Row, name: str, step: int, updates: dict[str,
     assert value is not None  # every rule updates the states that its groups need
     made = recoded(table.rule, table.groups[row.group], name, value, step)
     updates[name] = made[name]
-    row.states[scale_key(name)].copy_(made[scale_key(name)])
+    scales = made[scale_key(name)]
+    local(row.states[scale_key(name)]).view(-1)[: scales.numel()].copy_(scales)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -258,9 +258,11 @@ class FusedOptimizer(Optimizer):
             check_modes(self._rule, group)
             asked = {"rounding": group.get("rounding")}
             asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
-            for name, mode in asked.items() if self._phase.flags else ():
+            for name, mode in asked.items() if self._phase.report else ():
                 if mode in CODES or (name == "rounding" and mode is not None):
-                    raise ValueError(f"{name}={mode!r} and {self._phase} can not work together yet: no kernel has both")
+                    raise ValueError(
+                        f"{name}={mode!r} and report={self._phase.report!r} can not work together: no kernel has both"
+                    )
         super().add_param_group(param_group)
         self._see_params()
         self._forget_tables()
@@ -347,9 +349,10 @@ class FusedOptimizer(Optimizer):
 
     def _unstepped(self) -> list[Tensor]:
         """Parameters that have a state which no step has written yet."""
-        params = [param for param in self._hidden_steps if param in self.state]
-        steps = [float(self._hidden_steps[param]) for param in params]
-        return [param for param, step in zip(params, steps, strict=True) if step == 0.0]
+        counts = {param: step for param, step in self._hidden_steps.items() if param in self.state}
+        if not self._rule.keeps_step:
+            counts |= {param: state["step"] for param, state in self.state.items() if "step" in state}
+        return [param for param, step in counts.items() if float(step) == 0.0]
 
     def _name_of(self, group: int, place: int) -> str:
         names = self.param_groups[group].get("param_names")

@@ -89,13 +89,31 @@ def stream(places: Tensor, seed: int, step: int) -> Tensor:
     return random_bits(places, seed ^ (places >> 32), step_key)
 
 
-def at_random(values: Tensor, key: int, step: int) -> Tensor:
-    """Rounds each float32 to one of the two bfloat16 beside it, so that the mean is kept."""
-    places = torch.arange(values.numel(), device=values.device).reshape(values.shape)
+def at_random(values: Tensor, key: int, step: int, dtype: torch.dtype = torch.bfloat16, first_place: int = 0) -> Tensor:
+    """Rounds each float32 to one of the two bfloat16 or float16 beside it, so that the mean is kept."""
+    places = torch.arange(first_place, first_place + values.numel(), device=values.device).reshape(values.shape)
+    words = stream(places, key, step)
+    return _bf16_at_random(values, words) if dtype == torch.bfloat16 else _f16_at_random(values, words)
+
+
+def _bf16_at_random(values: Tensor, words: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), _dropped(values, words, 16), values)
+
+
+def _f16_at_random(values: Tensor, words: Tensor) -> Tensor:
+    """What is above the largest is left to its store, to nearest: csrc/storage/codec.h."""
+    magnitude = values.abs()
+    shift = torch.where(magnitude < 2.0**-14, 2.0**-14, 0.0)
+    rounded = _dropped(magnitude + shift, words, 13) - shift
+    return torch.where(magnitude <= 65504.0, torch.copysign(rounded, values), values)
+
+
+def _dropped(values: Tensor, words: Tensor, count: int) -> Tensor:
+    """Values without their last bits, after as many random ones were added."""
     bits = values.contiguous().view(torch.int32).to(torch.int64) & _MASK
-    rounded = (bits + (stream(places, key, step) & 0xFFFF)) & 0xFFFF0000
-    signed = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32)
-    return torch.where(values.isfinite(), signed.view(torch.float32), values)
+    mask = (1 << count) - 1
+    rounded = (bits + (words & mask)) & (_MASK ^ mask)
+    return torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32).view(torch.float32)
 
 
 def _halves(rows: Tensor, step: int) -> Tensor:

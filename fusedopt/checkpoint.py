@@ -87,7 +87,7 @@ def without_modes(rule: Rule, state_dict: StateDict) -> StateDict:
         {key: value for key, value in group.items() if key not in MODE_KEYS} for group in state_dict["param_groups"]
     ]
     group_of = {param: group for group in state_dict["param_groups"] for param in group["params"]}
-    state = {param: _widened(rule, value, group_of.get(param, {})) for param, value in state_dict["state"].items()}
+    state = {param: widened_state(rule, value, group_of.get(param, {})) for param, value in state_dict["state"].items()}
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -157,8 +157,8 @@ def _fitted(
 ) -> dict[str, Any]:
     """The state of one parameter, on its device."""
     expect(f"loaded state of {name}", value, Mapping)
-    if rule.keeps_step:
-        check_step(name, value, rule.states)
+    if rule.counts_in_state(group):
+        check_step(name, value, rule.states if rule.keeps_step else ())
     for key in (*rule.states, *more):
         if isinstance(value.get(key), Tensor):
             check_state(name, param, key, value[key])
@@ -169,18 +169,19 @@ def _fitted(
     fitted: dict[str, Any] = {key: _moved(item, device) for key, item in value.items() if key != "step"}
     if "step" not in value:
         return fitted
-    step = as_step(value["step"], device) if rule.keeps_step else _moved(value["step"], device)
+    step = as_step(value["step"], device) if rule.counts_in_state(group) else _moved(value["step"], device)
     return {key: step if key == "step" else fitted[key] for key in value}
 
 
-def _widened(rule: Rule, state: Any, group: Mapping[str, Any]) -> Any:
+def widened_state(rule: Rule, state: Any, group: Mapping[str, Any]) -> Any:
+    """The state of a parameter as ``torch.optim`` keeps it, in float32 at least."""
     if not isinstance(state, dict):
         return state
     known = (*STATE_DTYPES, *CODE_STORAGES)
     wide = {
         name: widened(state, name, group) for name in rule.states if getattr(state.get(name), "dtype", None) in known
     }
-    left_out = (*MASTER_KEYS, ROUNDING_KEY, *map(scale_key, rule.states))
+    left_out = (*MASTER_KEYS, ROUNDING_KEY, *map(scale_key, rule.states), *(() if rule.keeps_step else ("step",)))
     return {key: value for key, value in {**state, **wide}.items() if key not in left_out}
 
 

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from .backends import choose_backend
 from .base import FusedOptimizer
 from .check import check_flags
+from .checkpoint import widened_state
 from .optimizers.adam import Adam, AdamW
 from .optimizers.sgd import SGD
+from .precision import MODE_KEYS
 from .table import local
 
 TWINS: dict[type[Optimizer], type[FusedOptimizer]] = {
@@ -109,6 +111,7 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
         names = ", ".join(f"fusedopt.{fused.__name__}" for fused in TWINS.values())
         raise TypeError(f"unfuse takes {names}; {_full_name(type(optimizer))} has no twin in torch.optim")
     _drop_unstarted(optimizer)
+    _leave_modes(optimizer)
     attributes, keys = _additions(type(optimizer), twin)
     _become(optimizer, twin, {})
     for name in attributes & vars(optimizer).keys():
@@ -197,9 +200,24 @@ def _drop_unstarted(optimizer: FusedOptimizer) -> None:
     A step that the gradient scaler skipped makes the buffer and leaves it 0. For torch a buffer that is there
     has been stepped, and would have the first gradient dampened.
     """
-    for param, step in optimizer._hidden_steps.items():
-        if float(step) == 0.0 and param in optimizer.state:
-            optimizer.state[param].pop("momentum_buffer", None)
+    for param in optimizer._unstepped():
+        optimizer.state[param].pop("momentum_buffer", None)
+
+
+def _leave_modes(optimizer: FusedOptimizer) -> None:
+    """Makes of what torch does not know what it does: states in the parameter's dtype, nothing beside them."""
+    for group in optimizer.param_groups:
+        if not any(key in group for key in MODE_KEYS):
+            continue
+        for param in group["params"]:
+            if param in optimizer.state:
+                state = widened_state(optimizer._rule, optimizer.state[param], group)
+                kept = {name: state[name].to(param.dtype) for name in optimizer._rule.states if name in state}
+                optimizer.state[param] = {**state, **kept}
+        for key in MODE_KEYS:
+            group.pop(key, None)
+    for key in MODE_KEYS:
+        optimizer.defaults.pop(key, None)
 
 
 def _return_steps(optimizer: Optimizer, group: dict[str, Any]) -> None:

@@ -21,21 +21,26 @@ import torch
 from torch import Tensor
 
 from .base import FusedOptimizer
-from .blocks import block_count
+from .blocks import FLOAT8, block_count
 from .optimizers.adam import AdamW
 from .precision import block_of, is_coded, master_dtype, master_key, state_dtype_of, takes_modes
 from .rules import Group, Rule
 
-# In this order they are shown; a mode that an optimizer cannot have is left out.
+# In this order they are shown.
 MODES: dict[str, dict[str, Any]] = {
     "as torch": {},
     "float32 states": {"state_dtype": torch.float32},
     "float32 states, fp32": {"state_dtype": torch.float32, "master": "fp32"},
     "float32 states, split": {"state_dtype": torch.float32, "master": "split"},
     "bfloat16 states, split": {"state_dtype": torch.bfloat16, "master": "split"},
+    "bfloat16 states, kahan": {"state_dtype": torch.bfloat16, "master": "kahan"},
+    "as torch, stochastic": {"rounding": "stochastic"},
     "int8 states": {"state_dtype": torch.int8},
     "int8 states, split": {"state_dtype": torch.int8, "master": "split"},
     "int8 states, stochastic": {"state_dtype": torch.int8, "rounding": "stochastic"},
+    "float8 states": {"state_dtype": FLOAT8},
+    "float8 states, split": {"state_dtype": FLOAT8, "master": "split"},
+    "float8 states, stochastic": {"state_dtype": FLOAT8, "rounding": "stochastic"},
 }
 
 
@@ -95,7 +100,7 @@ def plan_memory(
         options: of the optimizer, such as ``amsgrad=True``: what decides which states there are.
 
     Returns:
-        A plan for each mode that the optimizer can have.
+        A plan for each mode.
 
     Raises:
         ValueError: the budget is below 0, or an option is out of its range.
@@ -104,8 +109,7 @@ def plan_memory(
         raise ValueError(f"budget is {budget}; it must be a number of bytes, at least 0")
     tensors = model.parameters() if isinstance(model, torch.nn.Module) else model
     params = [param for param in dict.fromkeys(tensors) if param.requires_grad]
-    plans = [_plan(name, mode, params, optimizer, budget, options) for name, mode in MODES.items()]
-    found = [plan for plan in plans if plan is not None]
+    found = [_plan(name, mode, params, optimizer, budget, options) for name, mode in MODES.items()]
     if verbose:
         print(table(found))
     return found
@@ -128,9 +132,7 @@ def _plan(
     optimizer: type[FusedOptimizer],
     budget: int | None,
     options: dict[str, Any],
-) -> ModePlan | None:
-    if "rounding" in mode and not optimizer._rule.keeps_step:
-        return None
+) -> ModePlan:
     group = optimizer([torch.nn.Parameter(torch.empty(0))], **{**options, **mode}).defaults
     dtype_bytes = sum(param.numel() * param.element_size() for param in params)
     state_bytes = sum(_state_bytes(optimizer._rule, param, group) for param in params)
@@ -151,4 +153,4 @@ def _state_bytes(rule: Rule, param: Tensor, group: Group) -> int:
             total += param.numel() * param.element_size()
     key = master_key(param, group)
     kept = 0 if key is None else param.numel() * master_dtype(param, key).itemsize
-    return total + kept + (4 if rule.states_of(group) else 0)
+    return total + kept + (4 if rule.states_of(group) or rule.counts_in_state(group) else 0)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from .blocks import FLOAT8, block_count, coded, decoded, random_bits
 from .rules import Group, Rule
-from .sharded import is_sharded
+from .sharded import (
+    by_rank,
+    by_rank_shape,
+    check_even,
+    check_in_order,
+    check_together,
+    like_local,
+    local,
+    most_elements,
+)
 from .storages import CODE_STORAGES, FLOAT8_SQUARE, KEPT_STORAGES
 
 StateDtype: TypeAlias = torch.dtype | Mapping[str, torch.dtype] | None
@@ -57,10 +66,6 @@ def check_modes(rule: Rule, group: Group) -> None:
         raise ValueError(f"state_block is {group['state_block']!r}; it must be {', '.join(map(str, BLOCKS))} or None")
     if group.get("rounding") not in (None, "stochastic"):
         raise ValueError(f"rounding is {group['rounding']!r}; it must be 'stochastic' or None")
-    if group.get("rounding") and not rule.keeps_step:
-        raise ValueError(
-            f"rounding={group['rounding']!r} counts steps, of which {rule.stem} keeps no count in its state"
-        )
     if group.get("rounding") and group.get("master"):
         raise ValueError(
             f"rounding={group['rounding']!r} and master={group['master']!r} exclude each other: "
@@ -102,8 +107,8 @@ def takes_modes(param: Tensor) -> bool:
 
 
 def rounds_at_random(param: Tensor, group: Group) -> bool:
-    """Whether a parameter is rounded at random: only bfloat16 ones are, wider ones need not be."""
-    return group.get("rounding") is not None and param.dtype == torch.bfloat16
+    """Whether a parameter is rounded at random: those of 16 bits are, wider ones need not be."""
+    return group.get("rounding") is not None and param.dtype in (torch.bfloat16, torch.float16)
 
 
 def make_rounding_key(place: int) -> int:
@@ -121,9 +126,7 @@ def check_rounding(name: str, param: Tensor, group: Group, state: Mapping[str, A
     """Refuses parameters that are not rounded at random yet, and keys that are none."""
     if group.get("rounding") is None:
         return
-    if param.dtype == torch.float16 or is_sharded(param):
-        what = "a DTensor" if is_sharded(param) else f"of dtype {param.dtype}"
-        raise ValueError(f"{name} is {what}; rounding={group['rounding']!r} is for plain tensors of {torch.bfloat16}")
+    check_in_order(f"rounding={group['rounding']!r}: {name}", param)
     key = state.get(ROUNDING_KEY, 0)
     if not isinstance(key, int) or not 0 <= key < ROUNDING_KEYS:
         raise ValueError(f"{ROUNDING_KEY} of {name} is {key!r}; it must be a count below {ROUNDING_KEYS}")
@@ -165,14 +168,24 @@ def kept_storage(rule: Rule, name: str, dtype: torch.dtype) -> int:
 
 def blank_codes(rule: Rule, param: Tensor, group: Group, name: str) -> dict[str, Tensor]:
     """Codes and scales of a state before its first step. Blocks are counted in row-major order: so codes lie."""
-    codes = torch.zeros(param.shape, dtype=code_dtype(rule, group, name), device=param.device)
-    scales = torch.zeros(block_count(param.numel(), block_of(group)), device=param.device)
-    return {name: codes, scale_key(name): scales}
+    codes = torch.zeros(local(param).shape, dtype=code_dtype(rule, group, name), device=local(param).device)
+    return _over_devices(name, param, group, codes, codes.new_zeros(blocks_of(param, group), dtype=torch.float32))
 
 
-def as_codes(rule: Rule, group: Group, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Codes and scales of a state that is there in floating point."""
-    return recoded(rule, group, name, tensor.detach().to(torch.float32), step=0)
+def as_codes(rule: Rule, group: Group, name: str, tensor: Tensor, param: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a state that is there in floating point. Those of a DTensor are of its local tensor."""
+    made = recoded(rule, group, name, local(tensor.detach()).to(torch.float32), step=0)
+    return _over_devices(name, param, group, made[name], made[scale_key(name)])
+
+
+def _over_devices(name: str, param: Tensor, group: Group, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a local tensor as parts of those of all: a DTensor's scales have a row for each rank."""
+    return {name: like_local(codes, param), scale_key(name): by_rank(scales, param, blocks_of(param, group))}
+
+
+def blocks_of(param: Tensor, group: Group) -> int:
+    """How many blocks a parameter's states have, on the rank that has the most of them."""
+    return block_count(most_elements(param), block_of(group))
 
 
 def recoded(rule: Rule, group: Group, name: str, values: Tensor, step: int) -> dict[str, Tensor]:
@@ -186,15 +199,16 @@ def widened(state: Mapping[str, Any], name: str, group: Group) -> Tensor:
     """A state in float32, whatever it is kept in."""
     tensor: Tensor = state[name]
     if tensor.dtype in CODE_STORAGES:
-        return decoded(tensor, state[scale_key(name)], block=block_of(group))
+        scales = local(state[scale_key(name)]).reshape(-1)
+        return like_local(decoded(local(tensor), scales, block=block_of(group)), tensor)
     return tensor.float()
 
 
 def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
     """Refuses codes that the group did not ask for, or those of another block size."""
     wanted = coded_states(rule, param, group)
-    if wanted and is_sharded(param):
-        raise ValueError(f"{name} is a DTensor, of which no states in 8 bits are kept yet")
+    if wanted:
+        check_even(f"states in 8 bits: {name}", param)
     for key in rule.states:
         tensor, scales = state.get(key), state.get(scale_key(key))
         if not isinstance(tensor, Tensor) or tensor.dtype not in CODE_STORAGES:
@@ -204,9 +218,10 @@ def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mappi
                 f"{key} of {name} is codes of {tensor.dtype}, but state_dtype is {state_dtype_of(group, key)}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"
             )
-        blocks = (block_count(param.numel(), block_of(group)),)
+        blocks = by_rank_shape(param, blocks_of(param, group))
         if not isinstance(scales, Tensor):
             raise ValueError(f"{key} of {name} is codes of {tensor.dtype}, but there is no '{scale_key(key)}'")
+        check_together(f"{scale_key(key)} of {name}", scales, param)
         if scales.shape != blocks or scales.dtype != torch.float32:
             raise ValueError(
                 f"{scale_key(key)} of {name} has shape {tuple(scales.shape)} and dtype {scales.dtype}; it must have "
@@ -255,12 +270,15 @@ def check_master(name: str, param: Tensor, group: Group, state: Mapping[str, Any
             )
 
 
-def check_no_double(name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:
-    """Refuses float64 beside what is kept of a parameter, whose bits are those of a float32."""
-    if master_key(param, group) and any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        raise TypeError(
-            f"{name} has a gradient, a state or a copy of torch.float64, which master={group['master']!r} cannot have"
-        )
+def check_no_double(rule: Rule, name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:
+    """Refuses float64 beside a mode whose kernels compute in float32."""
+    if not any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return
+    modes = [f"master={group['master']!r}"] if master_key(param, group) else []
+    modes += [f"rounding={group['rounding']!r}"] if rounds_at_random(param, group) else []
+    modes += [f"state_dtype={state_dtype_of(group, key)} of {key}" for key in coded_states(rule, param, group)]
+    if modes:
+        raise TypeError(f"{name} has a gradient, a state or a copy of torch.float64, which {modes[0]} cannot have")
 
 
 def keep_modes(saved: dict[str, Any], group: Group) -> None:

@@ -22,7 +22,7 @@ U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
 
 # csrc/rules/rule.h, csrc/table.h
 HYPERS = 8  # hyperparameters a rule may name
-SLOTS = 12  # columns of addresses: csrc/table.h
+SLOTS = 13  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
 GRAD, STATE0, MASTER, COPY = 1, 2, 5, 7
 REPORTS = 128  # enum PhaseFlag in csrc/phase.h
@@ -74,6 +74,7 @@ VARIANTS = (
     Variant("blocks", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE),
     Variant("f32_side", FLOAT32, FLOAT32, SIDE_FEATURE),
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
+    Variant("blocks_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE | SIDE_FEATURE),
     Variant("f32_report", FLOAT32, FLOAT32, SIDE_FEATURE | REPORT_FEATURE),
     Variant("everything", ANY_STORAGE, ANY_STORAGE, EVERY_FEATURE),
 )
@@ -189,7 +190,9 @@ class PyTable:
             state = min(states, default=param)
         found = next((variant.name for variant in VARIANTS if variant.covers(param, state, features)), None)
         if found is None:
-            raise ValueError("no variant has float64, or outputs beside the update, with kept bits or 8-bit states")
+            raise ValueError(
+                "no variant has float64 with a mode of float32, nor a report with codes or random rounding"
+            )
         return found
 
     @property
@@ -416,7 +419,7 @@ class PyTable:
         Returns:
             ``grads`` u64[rows], ``group_values`` f64[groups, 8], ``group_flags`` u32[groups],
             ``group_max_norms`` f64[groups], ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8].
-            Unless only_step also ``address`` u64[12, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage``
+            Unless only_step also ``address`` u64[13, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage``
             u64[rows], ``first_leaf`` u64[rows + 1], ``part_leaf`` u64[parts + 1], ``layout`` i32[rows],
             ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
         """

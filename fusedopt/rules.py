@@ -25,7 +25,7 @@ class Rule:
         flags: the group's keys that are flags, and their bits in the rule's ``enum Flag``.
         states: names of the state tensors, in the order of the table's state slots.
         needs: whether a group's tensors need a state, by its name.
-        keeps_step: whether the state has a ``step``; else the count is kept beside it, out of the state.
+        keeps_step: whether the state has a ``step`` in every mode; else the count is kept beside it, out of the state.
         takes_sparse: whether torch takes sparse gradients for it; they are made dense, one parameter at a time.
         update: the rule in ``fusedopt.reference``, called with tensors, states by name, and hyperparameters.
         squares: names of the states that are means of squares: their range is twice a gradient's.
@@ -40,6 +40,10 @@ class Rule:
     takes_sparse: bool
     update: Callable[[Tensor, Tensor, Mapping[str, Tensor], int, Group, float | None], dict[str, Tensor | None]]
     squares: tuple[str, ...] = ()
+
+    def counts_in_state(self, group: Group) -> bool:
+        """Whether the state of a group's tensors has a ``step``: always, or because random bits are of the step."""
+        return self.keeps_step or group.get("rounding") is not None
 
     def states_of(self, group: Group) -> tuple[str, ...]:
         """Names of the states that a group's tensors need."""

@@ -2,13 +2,15 @@
 
 The kernels read and write local tensors, past DTensor's dispatch. That is right only where local tensors of a row
 are the same part of the whole, so everything else is redistributed first, or refused by name.
-Nothing of torch.distributed is imported: where there is a DTensor, its own methods suffice.
+Nothing of torch.distributed is imported before there is a DTensor, whose own methods mostly suffice.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # A mesh of devices and the dimensions of it over which a tensor is cut; None: each device has all of it.
@@ -45,6 +47,103 @@ def check_together(what: str, tensor: Tensor, param: Tensor) -> None:
         raise TypeError(f"{what} is {_kind(tensor)}, the parameter {_kind(param)}: both or neither must be DTensors")
     if is_sharded(param) and _mesh(tensor) != _mesh(param):
         raise ValueError(f"{what} is on {_mesh(tensor)}, the parameter on {_mesh(param)}")
+
+
+def check_in_order(name: str, param: Tensor) -> None:
+    """Refuses a parameter whose local tensor is no run of the elements of the whole, or one of unknown start."""
+    if not is_sharded(param):
+        return
+    if any(placement.is_shard() and placement.dim != 0 for placement in _placements(param)) or not _is_even(param):
+        raise ValueError(
+            f"{name} lies over the devices as {_placements(param)}, {tuple(local(param).shape)} of "
+            f"{tuple(param.shape)}; it must be replicated or in even shards of its first dimension"
+        )
+
+
+def check_even(name: str, param: Tensor) -> None:
+    """Refuses a parameter whose shards are not those that ``torch.chunk`` makes."""
+    if is_sharded(param) and not _is_even(param):
+        raise ValueError(
+            f"{name} lies over the devices as {_placements(param)}, {tuple(local(param).shape)} of "
+            f"{tuple(param.shape)}; it must be replicated or in even shards"
+        )
+
+
+def first_place(param: Tensor) -> int:
+    """The place of a local tensor's first element in the whole, of which it is a run of rows; 0 of a plain tensor."""
+    return _extent(param, 0)[0] * param.shape[1:].numel() if is_sharded(param) and param.dim() else 0
+
+
+def most_elements(param: Tensor) -> int:
+    """How many elements the largest local tensor of a parameter has: that of the first rank."""
+    if not is_sharded(param):
+        return param.numel()
+    sizes = list(param.shape)
+    for ranks, placement in zip(_mesh(param).shape, _placements(param), strict=True):
+        if placement.is_shard():
+            sizes[placement.dim] = -(-sizes[placement.dim] // ranks)
+    return math.prod(sizes)
+
+
+def like_local(values: Tensor, param: Tensor) -> Tensor:
+    """A local tensor as part of a whole that lies over the devices as the parameter does."""
+    if not is_sharded(param):
+        return values
+    stride = torch.empty(param.shape, device="meta").stride()
+    whole: dict[str, Any] = {"shape": param.shape, "stride": stride, "run_check": False}
+    return _from_local(param, values, _placements(param), whole)
+
+
+def by_rank_shape(param: Tensor, count: int) -> tuple[int, ...]:
+    """The shape of what each rank has ``count`` of: a row for each rank; of a plain tensor one row alone."""
+    return (*_mesh(param).shape, count) if is_sharded(param) else (count,)
+
+
+def by_rank(values: Tensor, param: Tensor, count: int) -> Tensor:
+    """What this rank has, filled up to ``count``, as its row of what all ranks have; of a plain tensor itself."""
+    if not is_sharded(param):
+        return values
+    mesh = _mesh(param)
+    row = values.new_zeros(count)
+    row[: values.numel()] = values
+    return _from_local(param, row.reshape(*(1 for _ in mesh.shape), count), _a_row_each(mesh), {"run_check": False})
+
+
+def settled_by_rank(tensor: Tensor, param: Tensor) -> Tensor:
+    """The same, wherever its rows lie now."""
+    placements = _a_row_each(_mesh(param)) if is_sharded(param) else ()
+    if not is_sharded(param) or tuple(_placements(tensor)) == placements:
+        return tensor
+    found: Tensor = tensor.detach().redistribute(placements=placements)  # type: ignore[attr-defined]
+    return found
+
+
+def _a_row_each(mesh: Any) -> tuple[Any, ...]:
+    from torch.distributed.tensor import Shard  # a DTensor has imported it already
+
+    return tuple(Shard(dim) for dim in range(len(mesh.shape)))
+
+
+def _from_local(param: Tensor, values: Tensor, placements: Any, whole: dict[str, Any]) -> Tensor:
+    made: Tensor = type(param).from_local(values, _mesh(param), placements, **whole)  # type: ignore[attr-defined]
+    return made
+
+
+def _is_even(param: Tensor) -> bool:
+    plain = {type(placement).__name__ for placement in _placements(param)} <= {"Shard", "Replicate"}
+    return plain and tuple(local(param).shape) == tuple(_extent(param, dim)[1] for dim in range(param.dim()))
+
+
+def _extent(param: Tensor, dim: int) -> tuple[int, int]:
+    """Where a local tensor begins in a dimension of the whole and how much it has: split as ``torch.chunk`` does."""
+    first, count = 0, param.shape[dim]
+    places = _mesh(param).get_coordinate()
+    for place, ranks, placement in zip(places, _mesh(param).shape, _placements(param), strict=True):
+        if placement.is_shard() and placement.dim == dim:
+            share = -(-count // ranks)
+            begin = min(place * share, count)
+            first, count = first + begin, min(share, count - begin)
+    return first, count
 
 
 def settled(tensor: Tensor, param: Tensor) -> Tensor:

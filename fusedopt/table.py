@@ -54,7 +54,7 @@ from .precision import (
 )
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
-from .sharded import Spread, is_sharded, settled, spread_of
+from .sharded import Spread, first_place, is_sharded, like_local, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
@@ -265,7 +265,7 @@ class Table:
 
     def _holds(self, row: Row) -> bool:
         state = self._found(row)
-        if self.rule.keeps_step and state.get("step") is not row.step:
+        if self._counts_in_state(row) and state.get("step") is not row.step:
             return False
         if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
             return False
@@ -277,8 +277,8 @@ class Table:
         kept = [self._kept(row) for row in rows]
         for row in rows:
             self._check_found(row)
-            if self.rule.keeps_step:
-                check_step(row.name, self._found(row), self.rule.states)
+            if self._counts_in_state(row):
+                check_step(row.name, self._found(row), self.rule.states if self.rule.keeps_step else ())
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
         _check_apart(rows, everything)
         for row, present in zip(rows, everything, strict=True):
@@ -332,7 +332,8 @@ class Table:
 
     def _settle(self, row: Row, name: str, tensor: Tensor) -> Tensor:
         """A state tensor, dense and where its parameter is; what the state then holds too."""
-        usable = settled(resolved(tensor).to(local(row.param).device), row.param)
+        place = settled_by_rank if name in map(scale_key, self.rule.states) else settled
+        usable = place(resolved(tensor).to(local(row.param).device), row.param)
         if name in self.rule.states:
             usable = as_asked(usable, row.param, self.groups[row.group], name)
         if usable is not tensor:
@@ -347,9 +348,9 @@ class Table:
             if tensor is None:
                 continue
             if tensor.dtype not in CODE_STORAGES:
-                made = as_codes(self.rule, group, name, tensor)
-            elif not tensor.is_contiguous():
-                made = {name: tensor.contiguous()}
+                made = as_codes(self.rule, group, name, tensor, row.param)
+            elif not local(tensor).is_contiguous():
+                made = {name: like_local(local(tensor).contiguous(), row.param)}
             else:
                 continue
             row.states |= made
@@ -374,14 +375,18 @@ class Table:
         for (row, _), step in zip(strange, make_steps(counts, self.device), strict=True):
             self._keep_step(row, step)
 
+    def _counts_in_state(self, row: Row) -> bool:
+        return self.rule.counts_in_state(self.groups[row.group])
+
     def _found_step(self, row: Row) -> Any:
-        if self.rule.keeps_step:
-            return self._state.get(row.param, {}).get("step")
+        step = self._state.get(row.param, {}).get("step") if self._counts_in_state(row) else None
+        if step is not None or self.rule.keeps_step:
+            return step
         return self._hidden_steps.get(row.param, 1.0) if self._present(row) else None
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.step = step
-        if self.rule.keeps_step:
+        if self._counts_in_state(row):
             self._state[row.param]["step"] = step
         else:
             self._hidden_steps[row.param] = step
@@ -398,7 +403,7 @@ class Table:
                 group, state = self.groups[row.group], self._found(row)
                 if has_modes(group):
                     wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
-                    check_no_double(row.name, row.param, group, [row.param.grad, row.copy, *wanted])
+                    check_no_double(self.rule, row.name, row.param, group, [row.param.grad, row.copy, *wanted])
         if self.phase.zero_grads:
             self._check_cleared(rows)
         self._adopt([row for row in rows if not self._holds(row)])
@@ -446,7 +451,7 @@ class Table:
                 row.states[EMA] = self._state[row.param][EMA] = average
 
     def _wants_step(self, row: Row) -> bool:
-        return self.rule.keeps_step or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
+        return self._counts_in_state(row) or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
 
     def _set_row(self, row: Row) -> None:
         grad = row.gradient
@@ -459,14 +464,14 @@ class Table:
         state = self._state.get(row.param)
         if state is not None:
             entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
-            if self.rule.keeps_step:
+            if self._counts_in_state(row):
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
 
     def _set_blank_row(self, row: Row) -> None:
         """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
         row.leaves = 0
-        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS), [0] * ELEMENT_SLOTS
+        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS + 1), [0] * ELEMENT_SLOTS
         self.core.set_row(row.index, addresses, storages, 0, 0, row.group, [], row.param, None, False, [])
 
     def _set_live_row(self, row: Row, grad: Tensor) -> None:
@@ -491,7 +496,8 @@ class Table:
         addresses.append(0 if row.step is None else row.step.data_ptr())
         scales = [row.states.get(scale_key(name)) if name in needed else None for name in self.rule.states]
         scales += [None] * (STATE_SLOTS - len(scales))
-        addresses += [_address(scale) for scale in scales]
+        addresses += [_address(None if scale is None else local(scale)) for scale in scales]
+        addresses.append(first_place(row.param) if in_order else 0)
         names = dict(enumerate(self.rule.states, STATES_AT))
         storages = [
             0 if slot is None else kept_storage(self.rule, names.get(k, ""), slot.dtype) for k, slot in enumerate(slots)

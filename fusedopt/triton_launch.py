@@ -29,7 +29,7 @@ _DTYPES = {
     "group_storages": torch.int32,
 }
 _SHAPES = {
-    "address": (12, -1),
+    "address": (13, -1),
     "chunks": (-1, 2),
     "group_values": (-1, 8),
     "group_tensors": (-1, 8),

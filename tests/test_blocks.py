@@ -12,7 +12,7 @@ import fusedopt
 from fusedopt import blocks
 
 from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
-from .test_precision import BF16, F16, F32, assert_same, bits_of, make_params, take_steps
+from .test_precision import BF16, F16, F32, make_params, take_steps
 
 I8, F8 = torch.int8, torch.float8_e4m3fn
 needs_no_backend = pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
@@ -29,6 +29,9 @@ MODES = [
     ("SGD", F32, {"state_dtype": F8, "momentum": 0.9, "state_block": 256}),
     ("AdamW", BF16, {"rounding": "stochastic"}),
     ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": I8}),
+    ("Adam", F16, {"rounding": "stochastic", "amsgrad": True}),
+    ("SGD", F16, {"rounding": "stochastic"}),
+    ("SGD", BF16, {"rounding": "stochastic", "momentum": 0.9, "state_dtype": F8}),
 ]
 
 
@@ -55,6 +58,23 @@ def uneven_steps(optimizer: Any, params: list[torch.nn.Parameter], steps: int) -
         optimizer.step()
 
 
+def all_bits(optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Everything that a step writes, float8 as its bits, on the CPU."""
+    found: dict[str, Any] = {}
+    for k, param in enumerate(params):
+        found |= {f"param {k}": param.detach(), f"grad {k}": param.grad}
+        found |= {f"{key} {k}": torch.as_tensor(value) for key, value in optimizer.state[param].items()}
+    found |= {f"copy {k}": tensor for k, tensor in enumerate(optimizer._phase.copy_to or ())}
+    return {key: (x.view(torch.int8) if x.dtype == F8 else x).cpu() for key, x in found.items()}
+
+
+def assert_all_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype, key
+        assert torch.allclose(ours[key], tensor, rtol=0, atol=0, equal_nan=True), key
+
+
 @pytest.mark.parametrize(("name", "dtype", "options"), MODES, ids=str)
 @pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
 def test_codes_scales_and_parameters_have_the_bits_of_the_reference(
@@ -67,16 +87,55 @@ def test_codes_scales_and_parameters_have_the_bits_of_the_reference(
         before = fusedopt.launch_count()
         uneven_steps(optimizer, params, 3)
         assert fusedopt.launch_count() == before + 3
-        values = {f"param {k}": param.detach().cpu() for k, param in enumerate(params)}
-        for k, param in enumerate(params):
-            values |= {f"{key} {k}": torch.as_tensor(value).cpu() for key, value in optimizer.state[param].items()}
-        found.append(values)
-    ours, theirs = found
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert ours[key].dtype == tensor.dtype, key
-        one, other = (x.view(torch.int8) if x.dtype == F8 else x for x in (ours[key], tensor))
-        assert torch.allclose(one, other, rtol=0, atol=0, equal_nan=True), key
+        found.append(all_bits(optimizer, params))
+    assert_all_same(*found)
+
+
+SIDES: dict[str, Any] = {"ema_decay": 0.9, "ema_warmup": True, "copies": True, "zero_grads": True}
+PHASES = [
+    ("AdamW", BF16, {"state_dtype": I8, "master": "split"}, SIDES),
+    ("AdamW", BF16, {"state_dtype": I8}, {"ema_decay": 0.25, "max_grad_norm": 0.5}),
+    ("Adam", F32, {"state_dtype": {"exp_avg": I8, "exp_avg_sq": F8}, "amsgrad": True, "state_block": 32}, SIDES),
+    ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": F8}, {**SIDES, "max_grad_norm": 2.0}),
+    ("AdamW", BF16, {"rounding": "stochastic"}, {"copies": True, "max_grad_norm": 0.1, "skip_nonfinite": True}),
+    ("SGD", F16, {"state_dtype": I8, "momentum": 0.9}, {**SIDES, "skip_nonfinite": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "options", "phase"), PHASES, ids=str)
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+def test_codes_beside_a_phase_have_the_bits_of_the_reference(
+    name: str, dtype: torch.dtype, options: dict[str, Any], phase: dict[str, Any], run: Run, settings: Run
+) -> None:
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        params = mixed_params(dtype, device)
+        asked = {key: value for key, value in phase.items() if key != "copies"}
+        if phase.get("copies"):
+            asked["copy_to"] = [
+                torch.empty_like(param, dtype=(BF16, F16, F32)[k % 3]).detach() for k, param in enumerate(params)
+            ]
+        optimizer = getattr(fusedopt, name)(params, lr=0.01, backend=backend, **options, **asked)
+        uneven_steps(optimizer, params, 3)
+        found.append(all_bits(optimizer, params))
+        if "max_grad_norm" in phase:
+            found[-1]["norm"] = optimizer.grad_norm.cpu()
+        if "skip_nonfinite" in phase:
+            assert int(optimizer.skipped_steps) == 1
+    assert_all_same(*found)
+
+
+@needs_no_backend
+def test_a_phase_changes_no_bit_of_a_mode() -> None:
+    found = []
+    for phase in ({}, {"ema_decay": 0.5, "zero_grads": True}):
+        params = mixed_params(BF16, "cpu")
+        optimizer = fusedopt.AdamW(params, lr=0.01, rounding="stochastic", state_dtype=I8, **phase)
+        uneven_steps(optimizer, params, 3)
+        found.append(all_bits(optimizer, params))
+    plain, beside = found
+    assert_all_same({key: tensor for key, tensor in beside.items() if not key.startswith(("ema", "grad"))},
+                    {key: tensor for key, tensor in plain.items() if not key.startswith("grad")})  # fmt: skip
 
 
 @needs_no_backend
@@ -154,40 +213,190 @@ def test_random_rounding_is_unbiased_and_stays_between_neighbours() -> None:
     assert abs(both - 0.09) <= 5 * (0.09 * 0.91 / count) ** 0.5, "steps are independent"
 
 
+# The floats of 16 bits from 0 up, and what the next one is larger by. Their neighbours above are the next bits.
+F16_VALUES = torch.arange(0x7C00, dtype=torch.int16).view(F16)
+F16_GAPS = 2.0 ** (torch.arange(0x7C00) // 1024 - 1).clamp(min=0) * 2.0**-24
+STEPS_UP = (1, 3, 4095, 4096, 8191)  # of 8192 between two neighbours
+
+
 @needs_no_backend
-def test_small_updates_are_kept_on_average_by_random_rounding() -> None:
-    param = torch.nn.Parameter(torch.ones(4096, dtype=BF16))
-    optimizer = fusedopt.AdamW([param], lr=1e-4, weight_decay=0.0, rounding="stochastic")
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("steps", [0, *STEPS_UP])
+def test_as_many_random_words_round_a_float16_up_as_make_the_mean_exact(steps: int, sign: int) -> None:
+    """Of 2^13 words the last `steps` go up, between any two neighbours, subnormal ones too: so its mean is exact."""
+    low, gaps = F16_VALUES.double()[:-1], F16_GAPS.double()[:-1]
+    exact = (sign * (low + gaps * steps / 8192)).float()
+    assert torch.equal(exact.double(), sign * (low + gaps * steps / 8192)), "float32 has them all"
+    for word, goes_up in ((0, False), (8191 - steps, False), (8192 - steps, True), (8191, steps > 0)):
+        if word > 8191:
+            continue
+        found = blocks._f16_at_random(exact, torch.tensor(0xABCD0000 & ~0x1FFF | word))
+        expected = sign * (F16_VALUES[1:] if goes_up else F16_VALUES[:-1]).float()
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@needs_no_backend
+def test_random_rounding_to_float16_makes_no_infinity_that_nearest_would_not() -> None:
+    edge = torch.tensor([65504.0, 65505.0, 65519.9, 65520.0, 1e9, torch.inf, -65519.0, -65520.0, -0.0])
+    for word in (0, 1, 8191):
+        found = blocks._f16_at_random(edge, torch.tensor(word)).to(F16)
+        assert torch.equal(found, edge.to(F16))
+        assert found[-1].signbit()
+        assert blocks._f16_at_random(torch.tensor(torch.nan), torch.tensor(word)).isnan()
+
+
+@needs_no_backend
+def test_what_lies_below_the_places_of_a_subnormal_biases_it_by_a_2_14th_of_the_gap_at_most() -> None:
+    shares = torch.tensor([0.0, 2**-15, 3**-9, 0.1, 1 / 3, 0.7, 1 - 2**-20], dtype=torch.float64)
+    values = (shares * 2.0**-24).float()[:, None].expand(-1, 8192)
+    found = blocks._f16_at_random(values, torch.arange(8192)[None, :])
+    assert ((found == 0) | (found == 2.0**-24)).all()
+    # The sum with 2^-14 is rounded to 2^-37: by half of that, a 2^14th of the gap of 2^-24.
+    assert ((found.double().mean(dim=1) * 2**24 - shares).abs() <= 2**-14 + 2**-24).all()
+
+
+@pytest.mark.parametrize("steps", STEPS_UP)
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+def test_every_gap_of_float16_is_rounded_as_the_reference_does(steps: int, run: Run, settings: Run) -> None:
+    """From every float16 a step of SGD goes to `steps` of 8192 of the way to the next: exactly, in float32."""
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        params = [torch.nn.Parameter((sign * F16_VALUES).to(device)) for sign in (1, -1)]
+        optimizer = fusedopt.SGD(params, lr=steps / 8192, backend=backend, rounding="stochastic")
+        for param, sign in zip(params, (-1, 1), strict=True):
+            param.grad = (sign * F16_GAPS).to(device, F16)
+        optimizer.step()
+        found.append(all_bits(optimizer, params))
+    assert_all_same(*found)
+    exact = (F16_VALUES.double() + F16_GAPS.double() * steps / 8192).float()
+    key = optimizer.state[params[0]]["rounding_key"]
+    assert torch.equal(found[0]["param 0"], blocks.at_random(exact, key, 1, F16).to(F16))
+
+
+SMALL_UPDATES = [
+    # AdamW moves 1e-4 a step, a 39th of the gap of 2^-8 below 1 in bfloat16; SGD as much, a fifth of 2^-11 in float16.
+    ("AdamW", BF16, 2**-8, {"weight_decay": 0.0}),
+    ("SGD", BF16, 2**-8, {}),
+    ("SGD", F16, 2**-11, {}),
+]
+
+
+@needs_no_backend
+@pytest.mark.parametrize(("name", "dtype", "gap", "options"), SMALL_UPDATES, ids=str)
+def test_small_updates_are_kept_on_average_by_random_rounding(
+    name: str, dtype: torch.dtype, gap: float, options: dict[str, Any]
+) -> None:
+    param = torch.nn.Parameter(torch.ones(4096, dtype=dtype))
+    optimizer = getattr(fusedopt, name)([param], lr=1e-4, rounding="stochastic", **options)
     for _ in range(100):
         param.grad = torch.ones_like(param)
         optimizer.step()
-    # Each step moves 1e-4, a 39th of the gap of 2^-8 below 1; to nearest nothing would move. The deviation of 100 steps
-    # is at most sqrt(100)/2 gaps for an element, a 64th of that for the mean.
-    assert abs(float(param.detach().double().mean()) - 0.99) <= 5 * 5 * 2**-8 / 64
+    # To nearest nothing would move. The deviation of 100 steps is at most sqrt(100)/2 gaps for an element, a 64th of
+    # that for the mean.
+    assert abs(float(param.detach().double().mean()) - 0.99) <= 5 * 5 * gap / 64
 
 
 @needs_no_backend
-@pytest.mark.parametrize("options", [{"state_dtype": I8}, {"rounding": "stochastic", "state_dtype": I8}], ids=str)
-def test_a_checkpoint_goes_on_bit_for_bit_and_another_mode_refuses_it(options: dict[str, Any], tmp_path: Any) -> None:
-    params = make_params(BF16)
-    optimizer = fusedopt.AdamW(params, **options)
+@pytest.mark.parametrize(("name", "dtype", "options"), MODES, ids=str)
+def test_a_checkpoint_of_each_mode_goes_on_bit_for_bit(
+    name: str, dtype: torch.dtype, options: dict[str, Any], tmp_path: Any
+) -> None:
+    params = make_params(dtype)
+    optimizer = getattr(fusedopt, name)(params, lr=0.01, **options)
     take_steps(optimizer, params, 3)
     torch.save([optimizer.state_dict(), [param.detach() for param in params]], tmp_path / "saved")
     state, values = torch.load(tmp_path / "saved", weights_only=True)
     copies = [torch.nn.Parameter(value) for value in values]
-    resumed = fusedopt.AdamW(copies, **options)
+    resumed = getattr(fusedopt, name)(copies, lr=0.01, **options)
     resumed.load_state_dict(state)
     for one, some in ((optimizer, params), (resumed, copies)):
         take_steps(one, some, 2, seed=9)
-        for param in some:
-            one.state[param].pop("rounding_key", None)
-    assert_same(bits_of(resumed, copies), bits_of(optimizer, params))
-    others = {"state_dtype": F32}, {"state_dtype": I8, "state_block": 32}, {}
-    for other in (fusedopt.AdamW(make_params(BF16), **asked) for asked in others):
-        with pytest.raises(ValueError, match=r"is codes of torch.u?int8, but state_dtype|where state_block is 32"):
-            other.load_state_dict(state)
+    assert_all_same(all_bits(resumed, copies), all_bits(optimizer, params))
+    if options.get("rounding"):
+        assert all(int(resumed.state[param]["step"]) == 5 for param in copies)
+
+
+CODED: list[dict[str, Any]] = [{"state_dtype": I8}, {"state_dtype": F8}, {"state_dtype": {"exp_avg": F8}}]
+NOT_CODED: list[dict[str, Any]] = [{}, {"state_dtype": F32}, {"state_dtype": {"exp_avg_sq": BF16}}]
+
+
+@needs_no_backend
+@pytest.mark.parametrize("saved", CODED, ids=str)
+@pytest.mark.parametrize("asked", [*CODED, *NOT_CODED, {"state_dtype": I8, "state_block": 32}], ids=str)
+def test_a_checkpoint_of_another_mode_is_refused_or_converted(saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Codes go into the mode that made them; float32 of ``state_dict_torch`` and plain states into any."""
+    params = make_params(BF16)
+    optimizer = fusedopt.AdamW(params, **saved)
+    take_steps(optimizer, params, 2)
+    other = fusedopt.AdamW(make_params(BF16), **asked)
+    if saved == asked or (saved, asked) == (CODED[2], CODED[1]):  # of which no code is another's
+        other.load_state_dict(optimizer.state_dict())
+    else:
+        with pytest.raises(ValueError, match=r"is codes of torch.\w+, but state_dtype|where state_block is 32"):
+            other.load_state_dict(optimizer.state_dict())
         assert not other.state
-        other.load_state_dict(copy.deepcopy(optimizer.state_dict_torch()))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict_torch()))
+    theirs = other.param_groups[0]["params"]
+    take_steps(other, theirs, 1)
+    kept = other.state[theirs[0]]["exp_avg"].dtype
+    wanted = asked.get("state_dtype", F32)  # None: what was loaded stays
+    assert kept == (wanted.get("exp_avg", F32) if isinstance(wanted, dict) else wanted)
+
+
+@needs_no_backend
+@pytest.mark.parametrize("asked", [*CODED, {"rounding": "stochastic"}, {"master": "split"}], ids=str)
+def test_a_plain_checkpoint_goes_into_every_mode(asked: dict[str, Any]) -> None:
+    params = make_params(BF16)
+    plain = fusedopt.AdamW(params)
+    take_steps(plain, params, 2)
+    other = fusedopt.AdamW(make_params(BF16), **asked)
+    other.load_state_dict(copy.deepcopy(plain.state_dict()))
+    take_steps(other, other.param_groups[0]["params"], 1)
+    assert int(other.state[other.param_groups[0]["params"][0]]["step"]) == 3
+
+
+@needs_no_backend
+@pytest.mark.parametrize(("name", "dtype", "options"), MODES, ids=str)
+def test_unfuse_leaves_the_mode(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    params = make_params(dtype)
+    optimizer = getattr(fusedopt, name)(params, lr=0.01, **options)
+    take_steps(optimizer, params, 2)
+    wide = copy.deepcopy(optimizer.state_dict_torch())["state"]
+    plain = fusedopt.unfuse(optimizer)
+    for k, param in enumerate(params):
+        known = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} if name != "SGD" else {"momentum_buffer"}
+        assert plain.state[param].keys() <= known
+        for key, tensor in plain.state[param].items():
+            assert torch.equal(tensor, wide[k][key].to(tensor.dtype)), key
+            assert tensor.dtype == (F32 if key == "step" else dtype), key
+    assert not {"state_dtype", "state_block", "master", "rounding"} & plain.param_groups[0].keys()
+    take_steps(plain, params, 1)
+
+
+@needs_no_backend
+def test_sgd_rounded_at_random_counts_on_from_a_velocity_without_a_count_and_refuses_a_false_one() -> None:
+    params = make_params(BF16)
+    plain = fusedopt.SGD(params, lr=0.1, momentum=0.9)
+    take_steps(plain, params, 2)
+    other = fusedopt.SGD(make_params(BF16), lr=0.1, momentum=0.9, rounding="stochastic")
+    state = copy.deepcopy(plain.state_dict())
+    other.load_state_dict(state)
+    theirs = other.param_groups[0]["params"]
+    take_steps(other, theirs, 1)
+    assert [int(other.state[param]["step"]) for param in theirs] == [2] * len(theirs)  # some were taken: 1 at least
+    state["state"][0]["step"] = -1.0
+    with pytest.raises(ValueError, match=r"step of parameter 0 of group 0 must be a count, but it is -1"):
+        other.load_state_dict(state)
+
+
+@needs_no_backend
+def test_a_first_step_that_was_skipped_leaves_no_velocity_to_torch() -> None:
+    params = make_params(BF16)
+    optimizer = fusedopt.SGD(params, lr=0.1, momentum=0.9, rounding="stochastic", skip_nonfinite=True)
+    for param in params:
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    assert not any("momentum_buffer" in state for state in optimizer.state_dict_torch()["state"].values())
 
 
 @needs_no_backend
@@ -212,7 +421,8 @@ REFUSED = [
     ({"state_dtype": I8, "state_block": 100}, "state_block is 100; it must be 32, 64, 128, 256"),
     ({"rounding": "up"}, "rounding is 'up'"),
     ({"rounding": "stochastic", "master": "split"}, "rounding='stochastic' and master='split'"),
-    ({"state_dtype": I8, "zero_grads": True}, "can not work together yet"),
+    ({"state_dtype": I8, "report": True}, "state_dtype of exp_avg=torch.int8 and report=True can not work together"),
+    ({"rounding": "stochastic", "report": 10}, "rounding='stochastic' and report=10 can not work together"),
 ]
 
 
@@ -224,14 +434,14 @@ def test_a_mode_that_cannot_be_is_refused(options: dict[str, Any], message: str)
 
 
 @needs_no_backend
-def test_random_rounding_of_float16_is_refused_before_anything_is_written() -> None:
-    params = make_params(F16)
-    before = [param.detach().clone() for param in params]
-    optimizer = fusedopt.AdamW(params, rounding="stochastic")
-    with pytest.raises(ValueError, match=r"of dtype torch.float16; rounding='stochastic' is for"):
-        take_steps(optimizer, params, 1)
+@pytest.mark.parametrize("options", [{"state_dtype": I8}, {"rounding": "stochastic"}], ids=str)
+def test_float64_beside_a_mode_is_refused_before_anything_is_written(options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(8, dtype=BF16))
+    optimizer = fusedopt.AdamW([param], copy_to=[torch.zeros(8, dtype=torch.float64)], **options)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"copy of torch.float64, which (state_dtype=torch.int8|rounding='stochastic')"):
+        optimizer.step()
     assert not optimizer.state
-    assert all(torch.equal(param.detach(), old) for param, old in zip(params, before, strict=True))
 
 
 PLANNED = [
@@ -263,6 +473,6 @@ def test_a_plan_is_printed_and_a_negative_budget_refused(capsys: Any) -> None:
     params = [torch.empty(10**6, dtype=BF16, device="meta", requires_grad=True)]
     fusedopt.plan_memory(params, budget=10**7 + 100)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("too much") for line in lines[1:]] == [False, True, True, True, *[False] * 4]
+    assert [line.endswith("too much") for line in lines[1:]] == [False, True, True, True, *[False] * 9]
     with pytest.raises(ValueError, match="budget is -1"):
         fusedopt.plan_memory(params, budget=-1)

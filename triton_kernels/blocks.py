@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .rules import square_root
 from .storage import (
+    BFLOAT16,
     FLOAT8,
     ROOT8,
     SIGNED8,
@@ -47,6 +48,24 @@ def bf16_at_random(x, random):
     """Rounds to one of the two bfloat16 beside x, to each with the probability that makes the mean x."""
     rounded = bits_float((float_bits(x) + (random & 0xFFFF)) & 0xFFFF0000)
     return tl.where(x - x == 0.0, rounded, x)
+
+
+@triton.jit
+def f16_at_random(x, random):
+    """The same of the two float16 beside x; what is above the largest is left to its store."""
+    sign = float_bits(x) & 0x80000000
+    magnitude = bits_float(float_bits(x) & 0x7FFFFFFF)
+    least_normal = 6.103515625e-05  # 2^-14
+    normal = bits_float((float_bits(magnitude) + (random & 0x1FFF)) & 0xFFFFE000)
+    shifted = bits_float((float_bits(magnitude + least_normal) + (random & 0x1FFF)) & 0xFFFFE000)
+    rounded = tl.where(magnitude < least_normal, shifted - least_normal, normal)
+    return tl.where(magnitude <= 65504.0, bits_float(sign | float_bits(rounded)), x)
+
+
+@triton.jit
+def at_random_16(x, random, storage):
+    """Rounds at random to the 16-bit float that a storage is."""
+    return tl.where(storage == BFLOAT16, bf16_at_random(x, random), f16_at_random(x, random))
 
 
 @triton.jit
@@ -117,7 +136,7 @@ def encode(x, y, random, storage, most):
 def keep_codes(x, address, index, mask, storage, scales, blocks, place, LENGTH: tl.constexpr, ALIGNED: tl.constexpr):
     """Writes a state as codes, and the scales of its blocks, where it is kept so."""
     if is_code(storage):
-        _scales, begin, bits, t, _at_random, _key = blocks
+        _scales, begin, bits, t, _at_random, _key, _first = blocks
         x = tl.where(storage == ROOT8, square_root(x), x)
         largest = largest_of_block(x, mask, bits, LENGTH)
         most = tl.where(storage == SIGNED8, 127.0, tl.where(storage == ROOT8, 255.0, 448.0))

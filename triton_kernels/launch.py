@@ -68,6 +68,9 @@ VARIANTS = {
     "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
     "bf16_8": Variant(_BF16, _ANY, strided=False, double=False, width=4, programs=3, mastered=True, blocks=True),
     "blocks": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=3, mastered=True, blocks=True),
+    "blocks_side": Variant(
+        _ANY, _ANY, strided=True, double=False, width=4, programs=2, side=True, mastered=True, blocks=True
+    ),
     "f32_report": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True, report=True),
     "everything": Variant(
         _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, report=True
@@ -82,7 +85,7 @@ class Columns:
     Attributes:
         device: where all of them lie.
         rows: tensors in the table.
-        address: int64 [12, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
+        address: int64 [13, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
         grads: int64 [rows], this step's gradients: 0 none, 1 one of no elements.
         numel: int64 [rows].
         group: int32 [rows].

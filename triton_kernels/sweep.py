@@ -11,7 +11,7 @@ compile-time arguments; everything that changes from step to step is read at run
 import triton
 import triton.language as tl
 
-from .blocks import MOST_BLOCK, bf16_at_random, decode_codes, fetch_codes, keep_codes, random_stream
+from .blocks import MOST_BLOCK, at_random_16, decode_codes, fetch_codes, keep_codes, random_stream
 from .master import exact_param, fetch_master, keep_master, stored_param
 from .phase import CLEARS_GRADS, rounded, side_of, sweep_sides
 from .reduce import CLIPS, JOINED, SKIPS_NONFINITE, coefficient_of, norm_of
@@ -91,7 +91,7 @@ def sweep_block(
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
     if BLOCKS:
-        (scale0, scale1, scale2), begin, bits, t, at_random, key = blocks
+        (scale0, scale1, scale2), _begin, bits, t, at_random, key, first = blocks
         x_codes = fetch_codes(address.state0, at.state0, has0, storage.state0, scale0, place, bits, ALIGNED)
         if STATES > 1:
             y_codes = fetch_codes(address.state1, at.state1, has1, storage.state1, scale1, place, bits, ALIGNED)
@@ -122,7 +122,7 @@ def sweep_block(
         keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
         p = stored_param(p, address.master, storage.master)
     if BLOCKS and at_random:
-        p = bf16_at_random(p, random_stream(begin + place, key, t))
+        p = at_random_16(p, random_stream(first + place, key, t), storage.param)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
     if STATES > 1:

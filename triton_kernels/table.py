@@ -24,6 +24,7 @@ STEP = tl.constexpr(8)
 SCALE0 = tl.constexpr(9)
 SCALE1 = tl.constexpr(10)
 SCALE2 = tl.constexpr(11)
+PLACE = tl.constexpr(12)
 
 HYPERS = tl.constexpr(8)  # hyperparameters a rule may name
 STORAGE_BITS = tl.constexpr(4)  # bits per slot in the storage column
@@ -101,11 +102,12 @@ def slot_addresses(address, grads, rows, row, MASTERED: tl.constexpr, SIDE: tl.c
 
 @triton.jit
 def block_scales(address, rows, row, packed, begin, t, BLOCKS: tl.constexpr):
-    """What states in codes need: addresses of their scales, from a chunk's first block on, and how blocks lie."""
+    """What codes and random rounding need: addresses of scales, from a chunk's first block on, and how blocks lie."""
     none = tl.full([], 0, tl.int64)
     bits = tl.full([], 0, tl.int32)
     key = tl.full([], 0, tl.int64)
     at_random = tl.full([], 0, tl.int1)
+    place = begin
     scales = (none, none, none)
     if BLOCKS:
         column = address + row
@@ -113,13 +115,14 @@ def block_scales(address, rows, row, packed, begin, t, BLOCKS: tl.constexpr):
         bits = (mode & 15).to(tl.int32)
         key = (mode >> 8) & 0xFFFFFF
         at_random = (mode & 16) != 0
+        place = begin + tl.load(column + PLACE * rows)
         skipped = (begin >> bits) * 4
         scales = (
             tl.load(column + SCALE0 * rows) + skipped,
             tl.load(column + SCALE1 * rows) + skipped,
             tl.load(column + SCALE2 * rows) + skipped,
         )
-    return scales, begin, bits, t, at_random, key
+    return scales, begin, bits, t, at_random, key, place
 
 
 @triton.jit

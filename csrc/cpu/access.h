@@ -114,12 +114,12 @@ struct HostAccess {
     bool folds = false;
     i32 folded = 0;  // elements of which that is
     i32 at;          // where the next vector goes
-    u64 place;       // of its first element in the tensor
+    u64 place;       // of its first element in the whole tensor
     RandomStream rounding;
 
     FUSEDOPT_FN void move_to(const ChunkView& chunk, i32 first, i32 i) {
       at = i;
-      place = u64(chunk.begin + first + i);
+      place = chunk.place + u64(first + i);
     }
     template <class Y, int M>
     FUSEDOPT_FN void take(int state, const Y (&x)[M]) {

@@ -17,7 +17,7 @@ using Access = HostAccess<Isa>;
 // Where a better instruction set is compiled beside this one, this one is for rare old processors: one variant that
 // covers all, and one for blocks, give the same bits and a third of the build time.
 #ifdef FUSEDOPT_ONE_VARIANT
-constexpr u32 kBlockFeatures = kStridedFeature | kMasterFeature | kBlockFeature;
+constexpr u32 kBlockFeatures = kStridedFeature | kMasterFeature | kBlockFeature | kSideFeature;
 template <class V>
 using Compiled = Variant<kAnyStorage, kAnyStorage, V::kBlocks ? kBlockFeatures : u32(kEveryFeature)>;
 #else
@@ -58,7 +58,7 @@ template <class V, class Rule, class S>
 FUSEDOPT_FN void sweep_one(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
                            u64 step) {
   if constexpr (V::kBlocks)
-    sweep_blocks<Access, V>(view, rule, gradient, step, 0, 1);
+    sweep_blocks<Access, V>(view, rule, gradient, side, step, 0, 1);
   else
     sweep_chunk<Access, V>(view, rule, gradient, side, 0, 1);
 }
@@ -100,7 +100,7 @@ constexpr u32 kChunksAhead = 4;
 FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
   if (chunk.index != 0) return;
   __builtin_prefetch(reinterpret_cast<const void*>(launch.grads[chunk.tensor]));
-  for (int s = 0; s < kSlots; ++s)
+  for (int s = 0; s < kPlace; ++s)
     if (s != kGrad) __builtin_prefetch(reinterpret_cast<const void*>(launch.table.slot(s, chunk.tensor)), 1);
 }
 

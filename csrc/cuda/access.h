@@ -117,7 +117,7 @@ struct DeviceAccess {
     float scale[kStates];
     float value[kStates][kPart] = {};
     int at = 0;  // which element comes next, where they come one by one
-    u64 place;   // of it in the tensor
+    u64 place;   // of it in the whole tensor
     RandomStream rounding;
 
     FUSEDOPT_FN void take(int state, const float (&x)[kPart]) {
@@ -148,7 +148,7 @@ struct DeviceAccess {
 
   template <class V, class Visit>
   FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, i32 first, int count, const Visit& visit) {
-    part.place = u64(chunk.begin + first);
+    part.place = chunk.place + u64(first);
     if (count == kPart && !(V::kStrided && chunk.layout)) return visit(Width<kPart, false>{}, first, kPart);
     FUSEDOPT_LOOP
     for (part.at = 0; part.at < count; ++part.at, ++part.place) visit(Width<1>{}, first + part.at, 1);

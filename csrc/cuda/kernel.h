@@ -94,9 +94,9 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
     if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
     device::barrier();
     if constexpr (V::kBlocks)
-      sweep_blocks<DeviceAccess, V>(block.view, block.in_float,
-                                    gradient_of<V, float>(launch, block.flags, block.coefficient),
-                                    next_step(launch, chunk.tensor), lane, lanes);
+      sweep_blocks<DeviceAccess, V>(
+          block.view, block.in_float, gradient_of<V, float>(launch, block.flags, block.coefficient),
+          side_of<V, float>(launch, chunk.tensor, tally), next_step(launch, chunk.tensor), lane, lanes);
     else if (V::kDouble && block.view.computes_in_double())
       sweep_chunk<DeviceAccess, V>(block.view, block.in_double,
                                    gradient_of<V, double>(launch, block.flags, block.coefficient),

@@ -67,6 +67,22 @@ FUSEDOPT_FN U f16_from_float(F x) {
   return sign | rounded;
 }
 
+// The same of the two float16 beside x. Below 2^-14 all have the same last place: 2^-14 is added to a magnitude there,
+// so that the same 13 bits are dropped; that sum is off by 2^-38 at most, 2^-14 of the gap. What is above the largest
+// is left to its store, to nearest: chance makes no infinity. The sign is kept, of zeros too.
+template <class X, class U>
+FUSEDOPT_FN X f16_at_random(X x, U random) {
+  const U sign = bit_cast<U>(x) & 0x80000000u;
+  const U dropped = random & 0x1FFFu;
+  const X magnitude = bit_cast<X>(bit_cast<U>(x) & 0x7FFFFFFFu);
+  const X least_normal = X{} + bit_cast<float>(113u << 23);
+  const X most = X{} + 65504.0f;
+  const X normal = bit_cast<X>((bit_cast<U>(magnitude) + dropped) & 0xFFFFE000u);
+  const X shifted = bit_cast<X>((bit_cast<U>(magnitude + least_normal) + dropped) & 0xFFFFE000u);
+  const X rounded = magnitude < least_normal ? shifted - least_normal : normal;
+  return magnitude <= most ? bit_cast<X>(sign | bit_cast<U>(rounded)) : x;
+}
+
 // The float of 8 bits with 4 of exponent and 3 of mantissa, no infinity and a NaN of each sign (e4m3fn).
 constexpr float kMostFloat8 = 448.0f;
 

@@ -39,6 +39,11 @@ FUSEDOPT_FN U float_to_16(int storage, F x) {
   return storage == kBFloat16 ? bf16_from_float<U>(x) : f16_from_float<U>(x);
 }
 
+template <class F, class U>
+FUSEDOPT_FN F at_random_16(int storage, F x, U random) {
+  return storage == kBFloat16 ? bf16_at_random(x, random) : f16_at_random(x, random);
+}
+
 // One element, as the integer that memory holds.
 template <class C>
 FUSEDOPT_FN C decode16(int storage, u16 bits) {

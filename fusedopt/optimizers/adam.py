@@ -80,8 +80,8 @@ class Adam(FusedOptimizer):
         state_block: elements that share a scale: 32, 64, 128 or 256; None: 128.
         master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
             the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
-        rounding: "stochastic" rounds bfloat16 parameters up or down at random, so that the mean is kept; None: to
-            nearest.
+        rounding: "stochastic" rounds 16-bit parameters up or down at random, so that the mean is kept;
+            None: to nearest.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
         phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 

@@ -81,6 +81,8 @@ class SGD(FusedOptimizer):
         state_block: elements that share a scale: 32, 64, 128 or 256; None: 128.
         master: what is kept beside a 16-bit parameter so that no update is lost to rounding: "fp32", a copy; "split",
             the low 16 bits that make a bfloat16 its float32; "kahan", a compensation; None: nothing.
+        rounding: "stochastic" rounds 16-bit parameters up or down at random, so that the mean is kept; the state has a
+            ``step`` then; None: to nearest.
         backend: "cpu", "cuda", "triton" or "reference"; None: the best of each device.
         phase: what else a step does in the same pass, by keyword: :class:`fusedopt.phase.Phase`.
 
@@ -124,6 +126,7 @@ class SGD(FusedOptimizer):
         state_dtype: StateDtype = None,
         state_block: int | None = None,
         master: str | None = None,
+        rounding: str | None = None,
         backend: str | None = None,
         **phase: Unpack[PhaseOptions],
     ) -> None:
@@ -144,6 +147,6 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
-            **modes(state_dtype, state_block, master),
+            **modes(state_dtype, state_block, master, rounding),
         }
         super().__init__(params, defaults, backend, Phase.of(phase))

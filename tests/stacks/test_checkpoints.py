@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -37,6 +38,8 @@ MAKERS: dict[str, Callable[..., Optimizer]] = {
     "fusedopt.AdamW": lambda params: fusedopt.AdamW(params, lr=0.01, amsgrad=True),
     "torch.optim.AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, amsgrad=True),
     "fusedopt.SGD": lambda params: fusedopt.SGD(params, lr=0.1, momentum=0.9, dampening=0.5),
+    "stochastic AdamW": lambda params: fusedopt.AdamW(params, lr=0.01, rounding="stochastic"),
+    "stochastic SGD": lambda params: fusedopt.SGD(params, lr=0.01, momentum=0.9, rounding="stochastic"),
     "torch.optim.SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5),
 }
 # Which optimizer's checkpoint each one resumes, to end as which one ends.
@@ -44,6 +47,8 @@ PAIRS = [
     ("fusedopt.AdamW", "fusedopt.AdamW"),
     ("fusedopt.AdamW", "torch.optim.AdamW"),
     ("torch.optim.AdamW", "fusedopt.AdamW"),
+    ("stochastic AdamW", "stochastic AdamW"),
+    ("stochastic SGD", "stochastic SGD"),
     ("fusedopt.SGD", "fusedopt.SGD"),
     ("fusedopt.SGD", "torch.optim.SGD"),
     ("torch.optim.SGD", "fusedopt.SGD"),
@@ -53,8 +58,12 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FORMS = {"nested": StateDictOptions(), "flat": FLAT}
 
 
-def sharded(seed: int) -> Net:
-    model = make_model(seed)
+def dtype_of(name: str) -> torch.dtype:
+    return torch.bfloat16 if name.startswith("stochastic") else torch.float32
+
+
+def sharded(seed: int, dtype: torch.dtype = torch.float32) -> Net:
+    model = make_model(seed).to(dtype)
     fully_shard(model.first)
     fully_shard(model)
     return model
@@ -65,7 +74,7 @@ def train(model: nn.Module, optimizer: Optimizer, first: int, steps: int) -> Non
     for step in range(first, first + steps):
         for index, param in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(100 * step + index)
-            grad = torch.randn(param.shape, generator=generator).to(param.device)
+            grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
             param.grad = like(grad, param)
         optimizer.step()
 
@@ -93,7 +102,7 @@ def everything(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     """Parameters and states."""
     params = list(model.parameters())
     states = [optimizer.state[param][name] for param in params for name in sorted(optimizer.state[param])]
-    return [whole(tensor).cpu() for tensor in [*params, *states]]
+    return [whole(torch.as_tensor(tensor)).cpu() for tensor in [*params, *states]]
 
 
 # ---- the run that is saved ------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ def everything(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
 def save(folder: Path) -> None:
     """Every optimizer's training on these ranks, saved in every form on the way."""
     for name, make in MAKERS.items():
-        model = sharded(seed=1)
+        model = sharded(1, dtype_of(name))
         optimizer = make(model.parameters())
         train(model, optimizer, 0, BEFORE)
         for form, options in FORMS.items():
@@ -136,7 +145,7 @@ def check_end(model: nn.Module, optimizer: Optimizer, end: list[Tensor], same_bi
 @pytest.mark.parametrize("form", FORMS)
 @on_ranks(1, 2)
 def test_a_checkpoint_of_4_ranks_resumes_on_fewer(saved: Path, saver: str, loader: str, form: str) -> None:
-    model = sharded(seed=2)
+    model = sharded(2, dtype_of(saver))
     optimizer = MAKERS[loader](model.parameters())
     resume(model, optimizer, saved / saver / form, FORMS[form])
     train(model, optimizer, BEFORE, AFTER)
@@ -145,7 +154,7 @@ def test_a_checkpoint_of_4_ranks_resumes_on_fewer(saved: Path, saver: str, loade
 
 @pytest.mark.parametrize(("saver", "loader"), PAIRS, ids=lambda name: name)
 def test_a_checkpoint_of_4_ranks_resumes_without_a_process_group(saved: Path, saver: str, loader: str) -> None:
-    model = make_model(seed=2)
+    model = make_model(seed=2).to(dtype_of(saver))
     optimizer = MAKERS[loader](model.parameters())
     state = state_of(model, optimizer)
     dcp.load(state, checkpoint_id=saved / saver / "nested", no_dist=True)
@@ -228,3 +237,71 @@ def test_a_rank_killed_during_a_save_leaves_the_last_checkpoint_usable(team: Tea
     assert (tmp_path / "2" / "__1_0.distcp").read_bytes() == b"half"
     end = saved / "fusedopt.AdamW" / "end.pt"
     team.run(resume_the_last_that_is_whole, 2, "cpu", {"folder": tmp_path, "end": end})
+
+
+# ---- states in 8 bits -----------------------------------------------------------------------------------
+
+CODES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+each_code = pytest.mark.parametrize("code", CODES)
+
+
+def coded(seed: int, code: str) -> tuple[Net, fusedopt.AdamW]:
+    model = sharded(seed, torch.bfloat16)
+    return model, fusedopt.AdamW(model.parameters(), lr=0.01, state_dtype=CODES[code], state_block=32)
+
+
+def here(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """What of parameters and states is on this rank, codes as numbers."""
+    params = list(model.parameters())
+    states = [optimizer.state[param][name] for param in params for name in sorted(optimizer.state[param])]
+    return [getattr(one, "_local_tensor", one).detach().float().clone() for one in [*params, *states]]
+
+
+@each_code
+@pytest.mark.parametrize("form", FORMS)
+@on_ranks(2, 4)
+def test_codes_are_saved_and_loaded_over_as_many_ranks(tmp_path: Path, code: str, form: str) -> None:
+    model, optimizer = coded(1, code)
+    train(model, optimizer, 0, BEFORE)
+    dcp.save(state_of(model, optimizer, FORMS[form]), checkpoint_id=tmp_path / "codes")
+    train(model, optimizer, BEFORE, AFTER)
+    other, again = coded(2, code)
+    resume(other, again, tmp_path / "codes", FORMS[form])
+    train(other, again, BEFORE, AFTER)
+    assert all(torch.equal(*pair) for pair in zip(here(other, again), here(model, optimizer), strict=True))
+
+
+def save_codes(folder: Path, code: str) -> None:
+    model, optimizer = coded(1, code)
+    train(model, optimizer, 0, BEFORE)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder / "codes")
+    wide = optimizer.state_dict_torch()["state"]
+    dcp.save({str(k): state for k, state in wide.items()}, checkpoint_id=folder / "float32")
+    values = [whole(state["exp_avg"]) for state in wide.values()]
+    if dist.get_rank() == 0:
+        torch.save(values, folder / "values.pt")
+
+
+def resume_codes(folder: Path, code: str) -> None:
+    model, optimizer = coded(2, code)
+    with pytest.raises(CheckpointException, match="Size mismatch between saved"):
+        resume(model, optimizer, folder / "codes")
+    model, optimizer = coded(2, code)
+    train(model, optimizer, 0, 1)
+    template = optimizer.state_dict_torch()
+    state = {str(k): value for k, value in template["state"].items()}
+    dcp.load(state, checkpoint_id=folder / "float32")
+    optimizer.load_state_dict({**template, "state": {int(k): value for k, value in state.items()}})
+    for param, expected in zip(model.parameters(), torch.load(folder / "values.pt"), strict=True):
+        assert torch.equal(whole(optimizer.state[param]["exp_avg"]), expected)
+    train(model, optimizer, BEFORE, 1)
+    assert all(int(optimizer.state[param]["step"]) == BEFORE + 1 for param in model.parameters())
+    assert all(optimizer.state[param]["exp_avg"].dtype == CODES[code] for param in model.parameters())
+
+
+@each_code
+def test_codes_go_to_fewer_ranks_through_float32_and_are_refused_otherwise(
+    team: Team, tmp_path: Path, code: str
+) -> None:
+    team.run(save_codes, 4, "cpu", {"folder": tmp_path, "code": code})
+    team.run(resume_codes, 2, "cpu", {"folder": tmp_path, "code": code})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -180,6 +181,98 @@ def test_a_compiled_step_breaks_the_graph_and_gets_the_same_bits() -> None:
         eager.step()
         step()
         assert torch.equal(*(param.to_local() for param in params))  # type: ignore[attr-defined]
+
+
+RANDOM: dict[str, tuple[tuple[int, ...], list[Any]]] = {  # by sizes of the mesh, 0: all ranks
+    "replicated": ((0,), [Replicate()]),
+    "rows": ((0,), [Shard(0)]),
+    "rows of replicas": ((2, 0), [Replicate(), Shard(0)]),
+    "replicas of rows": ((2, 0), [Shard(0), Replicate()]),
+    "rows of rows": ((2, 0), [Shard(0), Shard(0)]),
+}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("layout", RANDOM)
+@on_ranks(2, 4)
+@both_tables
+def test_random_rounding_over_any_ranks_has_the_bits_of_one_process(layout: str, name: str) -> None:
+    """Rows of 5, 3, 1: over 4 ranks some have none."""
+    sizes, placed = RANDOM[layout]
+    known = math.prod(size for size in sizes if size)
+    grid = init_device_mesh(device().type, tuple(size or dist.get_world_size() // known for size in sizes))
+    shapes = [(5, 4), (3, 70), (1, 3), (7,)]
+    plain = [nn.Parameter(torch.randn(shape).to(device(), torch.bfloat16)) for shape in shapes]
+    params = [nn.Parameter(distribute_tensor(one.detach(), grid, placed)) for one in plain]
+    make = getattr(fusedopt, name)
+    for backend in ("reference", "cpu") if device().type == "cpu" and core.compiled else (None,):
+        ours, truth = (make(some, lr=0.01, rounding="stochastic", backend=backend) for some in (params, plain))
+        for step in range(3):
+            torch.manual_seed(step)
+            for param, one in zip(params, plain, strict=True):
+                one.grad = torch.randn(one.shape).to(one)
+                param.grad = distribute_tensor(one.grad, grid, placed)
+            ours.step()
+            truth.step()
+            assert all(torch.equal(whole(param), one) for param, one in zip(params, plain, strict=True)), step
+
+
+CODED: list[tuple[str, dict[str, Any]]] = [
+    ("AdamW", {"state_dtype": torch.int8, "state_block": 32}),
+    ("Adam", {"state_dtype": torch.float8_e4m3fn, "amsgrad": True, "master": "split"}),
+    ("SGD", {"state_dtype": torch.int8, "momentum": 0.9}),
+]
+SPREAD: dict[str, tuple[tuple[int, ...], list[Any]]] = {
+    **RANDOM,
+    "columns": ((0,), [Shard(1)]),
+    "rows of columns": ((2, 0), [Shard(0), Shard(1)]),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), CODED, ids=str)
+@pytest.mark.parametrize("layout", SPREAD)
+@on_ranks(2, 4)
+@both_tables
+def test_codes_of_a_shard_are_those_of_its_local_tensor_alone(layout: str, name: str, options: dict[str, Any]) -> None:
+    sizes, placed = SPREAD[layout]
+    known = math.prod(size for size in sizes if size)
+    grid = init_device_mesh(device().type, tuple(size or dist.get_world_size() // known for size in sizes))
+    torch.manual_seed(0)
+    values = [torch.randn(shape).to(device(), torch.bfloat16) for shape in ((5, 41), (3, 700), (1, 3))]
+    for backend in ("reference", "cpu") if device().type == "cpu" and core.compiled else (None,):
+        params: list[Any] = [nn.Parameter(distribute_tensor(one, grid, placed)) for one in values]
+        plain = [nn.Parameter(param.to_local().detach().clone()) for param in params]
+        make = getattr(fusedopt, name)
+        ours, truth = (make(some, lr=0.01, backend=backend, **options) for some in (params, plain))
+        for step in range(4):
+            for param, one in zip(params, plain, strict=True):
+                param.grad = distribute_tensor(torch.randn(param.shape).to(device(), param.dtype), grid, placed)
+                one.grad = param.grad.to_local().clone()
+            ours.step()
+            truth.step()
+            for param, one in zip(params, plain, strict=True):
+                assert torch.equal(param.to_local(), one)
+                mine, theirs = ours.state[param], truth.state[one]
+                assert list(mine) == list(theirs)
+                for key, tensor in theirs.items():
+                    found = mine[key].to_local().reshape(-1) if hasattr(mine[key], "to_local") else mine[key]
+                    found = found[: tensor.numel()] if key.endswith("_scale") else found
+                    assert torch.equal(found.float().flatten(), tensor.float().flatten()), (step, key)
+            if step == 1:  # through float32, and back
+                ours.load_state_dict(ours.state_dict_torch() if "master" not in options else ours.state_dict())
+                truth.load_state_dict(truth.state_dict_torch() if "master" not in options else truth.state_dict())
+
+
+@on_ranks(2)
+@both_tables
+def test_random_rounding_of_columns_is_refused_before_anything_is_written() -> None:
+    param = nn.Parameter(place(values(0).bfloat16(), [Shard(1)]))
+    optimizer = fusedopt.SGD([("embedding", param)], lr=0.1, rounding="stochastic")
+    param.grad = place(values(1).bfloat16(), [Shard(1)])
+    with pytest.raises(ValueError, match=r"'embedding' lies over the devices as \(Shard\(dim=1\),\).*first dimension"):
+        optimizer.step()
+    assert torch.equal(whole(param), values(0).bfloat16())
+    assert not optimizer.state
 
 
 class Operators(TorchDispatchMode):
