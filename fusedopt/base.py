@@ -54,6 +54,7 @@ class FusedOptimizer(Optimizer):
         self._phase = Phase() if phase is None else phase
         self._results: dict[int, Tensor] = {}  # of each table
         self._hidden_steps: dict[Tensor, Tensor] = {}
+        self._main, self._spreads, self._unreported = 0, (None,), 0
         self._forget_tables()
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []

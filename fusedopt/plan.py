@@ -5,8 +5,8 @@ Example:
     >>> with torch.device("meta"):
     ...     model = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
     >>> plans = fusedopt.plan_memory(model, budget=11_000_000, verbose=False)
-    >>> [plan.name for plan in plans if plan.fits]
-    ['as torch', 'bfloat16 states, split', 'int8 states', 'int8 states, split', 'int8 states, stochastic']
+    >>> [plan.name for plan in plans if plan.fits and "int8" in plan.name]
+    ['int8 states', 'int8 states, split', 'int8 states, stochastic']
     >>> plans[-2].state_bytes
     4062508
 """

@@ -212,13 +212,6 @@ FAULTS: tuple[Fault, ...] = (
         (BLOCKS,),
     ),
     Fault(
-        "blocks: a partial vector counts to the largest",
-        HOST_ACCESS,
-        "for (int k = count; k % L != 0; ++k) part.value[state][k] = 0.0f;",
-        "",
-        (BLOCKS,),
-    ),
-    Fault(
         "blocks: nothing beside the update",
         SWEEP,
         "(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, n, part)",
@@ -254,7 +247,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("low bits: to nearest even", MASTER, "bits + 0x8000u", "bits + 0x7FFFu + ((bits >> 16) & 1u)", (PRECISION,)),
     Fault("low bits: not those of this parameter", MASTER, "joined != joined ? p : joined", "joined", (PRECISION,)),
-    Fault("low bits: of a NaN", MASTER, "exact != exact ? nothing : bit", "false ? nothing : bit", (PRECISION,)),
+    Fault("low bits: of a NaN", MASTER, "exact != exact ? nothing : bit", "false ? nothing : bit", (BLOCKS,)),
     Fault("compensation not given back", MASTER, "return p + kept;", "return p;", (PRECISION,)),
     Fault("compensation of infinity", MASTER, "lost - lost == nothing ? lost : nothing", "lost", (PRECISION,)),
     # what a launch does beside the update
@@ -293,20 +286,6 @@ FAULTS: tuple[Fault, ...] = (
         KERNEL,
         "tree.values);\n  device::grid_barrier(launch.arrivals + 1);",
         "tree.values);",
-        (NORM,),
-    ),
-    Fault(
-        "norm: no barrier after a leaf's sum",
-        KERNEL,
-        "live ? values[0] : 0.0;\n      device::barrier();",
-        "live ? values[0] : 0.0;",
-        (NORM,),
-    ),
-    Fault(
-        "norm: no barrier between groups of leaves",
-        KERNEL,
-        "++group) {\n    device::barrier();",
-        "++group) {",
         (NORM,),
     ),
     Fault(

@@ -476,3 +476,33 @@ def test_a_plan_is_printed_and_a_negative_budget_refused(capsys: Any) -> None:
     assert [line.endswith("too much") for line in lines[1:]] == [False, True, True, True, *[False] * 9]
     with pytest.raises(ValueError, match="budget is -1"):
         fusedopt.plan_memory(params, budget=-1)
+
+
+# A NaN with all bits set: to add to its bits, as rounding at random does, would make it -0.
+FULL_NAN = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+@pytest.mark.parametrize("options", [{"rounding": "stochastic"}, {"master": "split"}], ids=str)
+def test_a_nan_of_any_bits_stays_one_and_leaves_no_low_bits(options: dict[str, Any], run: Run, settings: Run) -> None:
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no gradients of another dtype (Tensor.grad_dtype)")
+    param = torch.nn.Parameter(torch.zeros(300, dtype=BF16, device=run.device))
+    param.grad_dtype = F32
+    optimizer = fusedopt.SGD([param], lr=1.0, backend=run.backend, **options)
+    param.grad = FULL_NAN.to(run.device).expand(300).clone()
+    optimizer.step()
+    assert bool(param.isnan().all())
+    assert not bool(optimizer.state[param].get("low_bits", torch.zeros(1)).any())
+
+
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+@pytest.mark.parametrize("dtype", [I8, F8], ids=str)
+def test_a_block_whose_scale_has_no_finite_inverse_is_zero(dtype: torch.dtype, run: Run, settings: Run) -> None:
+    param = torch.nn.Parameter(torch.ones(300, device=run.device))
+    optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, state_dtype=dtype, backend=run.backend)
+    param.grad = torch.full_like(param, 1e-38)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert not bool(state["momentum_buffer_scale"].any())
+    assert not bool(state["momentum_buffer"].float().any())
