@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import nvrtc
@@ -23,6 +23,9 @@ DEVICE_FLAGS = "-std=c++17 --fmad=false --ftz=false --prec-div=true --prec-sqrt=
 NVCC_FLAGS = "-O3 -allow-unsupported-compiler -Wno-deprecated-gpu-targets".split()
 # NVRTC takes a function without __device__ for host code, which it refuses, and lacks a builtin of nvcc's.
 NVRTC_FLAGS = ["-default-device", "-D__builtin_memcpy=memcpy"]
+
+# Half the time for half the optimizations, none of which may change a bit.
+QUICK_FLAG = "--Ofast-compile=mid"
 
 NATIVE_HINT = "name the architecture instead, such as FUSEDOPT_CUDA_ARCHS=90"
 
@@ -52,19 +55,31 @@ class DeviceCompiler:
         path: the program, or NVRTC's library.
         version: such as "13.0.88".
         archs: architectures it knows: 90 is sm_90.
+        quick: whether it is to compile soon rather than well.
     """
 
     kind: str
     path: str
     version: str
     archs: tuple[int, ...]
+    quick: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.version}"
+        return f"{self.kind} {self.version}{', quick: not for measuring' * self.quick}"
+
+    def made_quick(self) -> DeviceCompiler:
+        """The same compiler, to compile soon rather than well.
+
+        Raises:
+            BuildError: it cannot.
+        """
+        if _numbers(self.version) < (13, 0):
+            raise BuildError(f"FUSEDOPT_CUDA_QUICK=1, but {self} has no {QUICK_FLAG}: CUDA 13 has; or unset it")
+        return replace(self, quick=True)
 
     def command(self, target: Target, depfile: str, threads: int) -> str:
         """Shell command for ninja, with ``$in`` and ``$out``, run in the repository root; threads: for this file."""
-        version = f": {self} &&"  # does nothing, but changes the command, so that ninja sees an upgrade
+        version = f": {shlex.quote(str(self))} &&"  # does nothing, but ninja sees an upgrade
         if self.kind == "nvcc":
             kind = "-ptx" if target.ptx else "-cubin"
             flags = [
@@ -73,6 +88,7 @@ class DeviceCompiler:
                 *DEVICE_FLAGS,
                 *NVCC_FLAGS,
                 *self._split(threads),
+                *self._speed(),
                 "-Icsrc",
                 "-MMD",
                 "-MF",
@@ -81,8 +97,11 @@ class DeviceCompiler:
             return f"{version} {shlex.quote(self.path)} {shlex.join(flags)} $in -o $out"
         script = f'"${nvrtc.PYTHON_VARIABLE}" -I build_support/nvrtc.py'
         flags = ["--arch", target.arch, "--depfile", depfile, "--include", "csrc"]
-        options = shlex.join(DEVICE_FLAGS + NVRTC_FLAGS)
+        options = shlex.join([*DEVICE_FLAGS, *NVRTC_FLAGS, *self._speed()])
         return f"{version} {script} {shlex.join(flags)} --output $out $in -- {options}"
+
+    def _speed(self) -> list[str]:
+        return [QUICK_FLAG] if self.quick else []
 
     def _split(self, threads: int) -> list[str]:
         """Flags that share the optimizations of one file among threads: nvcc's and its assembler's."""

@@ -128,6 +128,8 @@ def _plan_device(settings: Settings) -> DeviceBuild:
             raise BuildError(f"FUSEDOPT_CUDA=1, but {problem.reason}\n  mend: {problem.remedy}") from None
         report.warn("fusedopt is built WITHOUT CUDA device code: the cuda backend is absent.", problem)
         return DeviceBuild(None, (), f"none: {problem.reason}", f"no device code: {problem}")
+    if settings.quick:
+        compiler = compiler.made_quick()
     return DeviceBuild(compiler, tuple(device.choose_targets(settings, compiler)), str(compiler), "")
 
 

@@ -40,6 +40,7 @@ class Settings:
             error, "0" installs Python alone.
         cuda: ``FUSEDOPT_CUDA``: the same choice for device code.
         archs: ``FUSEDOPT_CUDA_ARCHS``, such as "80;90+ptx" or "native"; empty for the default list.
+        quick: ``FUSEDOPT_CUDA_QUICK``: whether device code is compiled soon rather than well.
         sanitize: ``FUSEDOPT_SANITIZE``, such as "address,undefined"; empty for none.
         jobs: ``MAX_JOBS``: compilers run at once; default, the CPUs this process may use.
     """
@@ -47,6 +48,7 @@ class Settings:
     extension: str
     cuda: str
     archs: str
+    quick: bool
     sanitize: str
     jobs: int
 
@@ -57,15 +59,16 @@ class Settings:
             extension=_choice(env, "FUSEDOPT_EXTENSION"),
             cuda=_choice(env, "FUSEDOPT_CUDA"),
             archs=env.get("FUSEDOPT_CUDA_ARCHS", "").strip(),
+            quick=_choice(env, "FUSEDOPT_CUDA_QUICK", ("0", "1")) == "1",
             sanitize=env.get("FUSEDOPT_SANITIZE", "").strip(),
             jobs=_jobs(env.get("MAX_JOBS", "")),
         )
 
 
-def _choice(env: Mapping[str, str], name: str) -> str:
-    value = env.get(name, "").strip().lower() or "auto"
-    if value not in CHOICES:
-        raise BuildError(f"{name}={value!r} is not one of {', '.join(CHOICES)}")
+def _choice(env: Mapping[str, str], name: str, choices: tuple[str, ...] = CHOICES) -> str:
+    value = env.get(name, "").strip().lower() or choices[0]
+    if value not in choices:
+        raise BuildError(f"{name}={value!r} is not one of {', '.join(choices)}")
     return value
 
 

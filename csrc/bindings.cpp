@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <utility>
@@ -108,12 +109,18 @@ class Table {
     live_params_ = py::none();
   }
 
-  // Where each row's parameter stands: its group, and its position in that group's list.
-  void set_places(const std::vector<std::pair<u32, Py_ssize_t>>& places) {
+  // Every row's parameter and where it stands: its group, and its position in that group's list. A row is blank until
+  // set_row() describes it: the launch passes it over, whatever its parameter is, wherever it lies.
+  void set_places(const std::vector<std::tuple<u32, Py_ssize_t, py::object>>& places) {
     for (u64 row = 0; row < places_.size(); ++row) {
-      places_[row].group = places.at(row).first;
-      places_[row].index = places.at(row).second;
+      const auto& [group, index, param] = places.at(row);
+      places_[row].group = group;
+      places_[row].index = index;
+      places_[row].param = param.ptr();
+      watches_[row].param = param;
+      watches_[row].param_facts.ndim = watches_[row].grad_facts.ndim = TensorFacts::kUnknown;
     }
+    holding_ = false;
   }
 
   // The optimizer's state: from now on refresh() reports the rows to which it gives another dict.
@@ -160,23 +167,50 @@ class Table {
     spec.group = group;
     spec.layout = std::move(layout);
     host_.set_row(row, spec);
-    Watch& watch = watches_[row];
-    watch.param = std::move(param);
-    places_[row].param = watch.param.ptr();
-    watch.hold = Hold();
-    holding_ = false;
-    watch.keep = std::move(keep);
-    watch.unwrap = unwrap;
-    watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
-    watch.stand_in = false;
-    watch.grad_spec = unwrap && !grad.is_none() ? py::object(grad.attr("_spec")) : py::object();
-    if (!grad.is_none()) {
-      if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
-      if (!reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts, extents_)) fail();
-      watch.stand_in = !grad_of(watch.param.ptr()).is(grad);
+    watch_tensors(row, std::move(param), grad, unwrap, std::move(keep));
+  }
+
+  // How many elements a parameter has whose row can be described without a closer look: it and its gradient are on this
+  // device, of one shape, in row-major order, of kernels' dtypes and apart. 0: look closer.
+  i64 plain_elements(const py::object& param, const py::object& grad) {
+    TensorFacts p, g;
+    seen_.clear();
+    if (!reader.read(param.ptr(), p, seen_) || !reader.read(grad.ptr(), g, seen_)) {
+      PyErr_Clear();
+      return 0;
     }
-    if (extents_.size() > kMostExtents) forget_facts();
-    set_live(row, !grad.is_none());
+    const i64 elements = row_major_elements(p);
+    const bool alike = p.ndim == g.ndim && std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents);
+    if (!alike || elements != row_major_elements(g) || !(p.device == device_) || !(g.device == device_)) return 0;
+    const int storages[] = {storage_of(p.dtype), storage_of(g.dtype)};
+    if (storages[0] < 0 || storages[1] < 0 || p.address == 0 || g.address == 0) return 0;
+    const u64 p_end = p.address + u64(elements * storage_bytes(storages[0]));
+    const u64 g_end = g.address + u64(elements * storage_bytes(storages[1]));
+    return p_end <= g.address || g_end <= p.address ? elements : 0;
+  }
+
+  // Describes a row that plain_elements() has passed, whose states are new. None: it has no such state, no step.
+  void set_plain_row(u64 row, const py::object& grad, const std::vector<py::object>& states, const py::object& step,
+                     u32 mode, py::list keep) {
+    RowSpec spec;
+    const py::object param = watches_.at(row).param;
+    TensorFacts facts;
+    seen_.clear();
+    const auto set_slot = [&](int slot, const py::object& tensor) {
+      if (tensor.is_none()) return;
+      if (!reader.read(tensor.ptr(), facts, seen_)) fail();
+      spec.address[slot] = facts.address;
+      spec.storage[slot] = u8(storage_of(facts.dtype));
+    };
+    set_slot(kParam, param);
+    spec.numel = row_major_elements(facts);
+    set_slot(kGrad, grad);
+    for (size_t s = 0; s < states.size(); ++s) set_slot(kState0 + int(s), states[s]);
+    if (!step.is_none() && !reader.read_address(step.ptr(), spec.address[kStep])) fail();
+    spec.mode = mode;
+    spec.group = places_[row].group;
+    host_.set_row(row, spec);
+    watch_tensors(row, param, grad, false, std::move(keep));
   }
 
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
@@ -318,6 +352,38 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
+  // The elements of a tensor of `seen_` that is in row-major order; else 0.
+  i64 row_major_elements(const TensorFacts& facts) const {
+    const int64_t* const shape = seen_.data() + facts.extents;
+    const int64_t* const strides = shape + facts.ndim;
+    i64 elements = 1;
+    for (int32_t d = facts.ndim - 1; d >= 0; --d) {
+      if (shape[d] != 1 && strides[d] != elements) return 0;
+      elements *= shape[d];
+    }
+    return elements;
+  }
+
+  void watch_tensors(u64 row, py::object param, const py::object& grad, bool unwrap, py::list keep) {
+    Watch& watch = watches_[row];
+    watch.param = std::move(param);
+    places_[row].param = watch.param.ptr();
+    watch.hold = Hold();
+    holding_ = false;
+    watch.keep = std::move(keep);
+    watch.unwrap = unwrap;
+    watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
+    watch.stand_in = false;
+    watch.grad_spec = unwrap && !grad.is_none() ? py::object(grad.attr("_spec")) : py::object();
+    if (!grad.is_none()) {
+      if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
+      if (!reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts, extents_)) fail();
+      watch.stand_in = !grad_of(watch.param.ptr()).is(grad);
+    }
+    if (extents_.size() > kMostExtents) forget_facts();
+    set_live(row, !grad.is_none());
+  }
+
   static constexpr i64 kCpuChunk = 32768;
   static constexpr u64 kPrefetchRows = 6;
   static constexpr size_t kMostExtents = size_t(1) << 24;
@@ -523,6 +589,7 @@ class Table {
   std::vector<Watch> watches_;
   std::vector<Place> places_;
   std::vector<int64_t> extents_;  // shapes and strides that the facts point into
+  std::vector<int64_t> seen_;     // the same of tensors that are looked at and not kept
   std::vector<bool> live_;
   bool wants_holds_ = false;
   bool holding_ = false;            // every live parameter that can be held
@@ -594,6 +661,9 @@ PYBIND11_MODULE(_C, m) {
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("keep"))
+      .def("plain_elements", &Table::plain_elements, py::arg("param"), py::arg("grad"))
+      .def("set_plain_row", &Table::set_plain_row, py::arg("row"), py::arg("grad"), py::arg("states"), py::arg("step"),
+           py::arg("mode"), py::arg("keep"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))

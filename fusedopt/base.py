@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, norms, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, local
-from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
+from .phase import EMA, MEASURES, NOTHING, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import CODES, check_modes, scale_key, state_dtype_of
 from .report import Report, read_report
 from .rules import Rule
@@ -51,7 +51,7 @@ class FusedOptimizer(Optimizer):
         """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
         find_backend(backend)
         self._requested_backend = backend
-        self._phase = Phase() if phase is None else phase
+        self._phase = NOTHING if phase is None else phase
         self._results: dict[int, Tensor] = {}  # of each table
         self._hidden_steps: dict[Tensor, Tensor] = {}
         self._main, self._spreads, self._unreported = 0, (None,), 0
@@ -257,16 +257,20 @@ class FusedOptimizer(Optimizer):
             group = {**self.defaults, **param_group}
             self._phase.check_group(group)
             check_modes(self._rule, group)
-            asked = {"rounding": group.get("rounding")}
-            asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
-            for name, mode in asked.items() if self._phase.report else ():
-                if mode in CODES or (name == "rounding" and mode is not None):
-                    raise ValueError(
-                        f"{name}={mode!r} and report={self._phase.report!r} can not work together: no kernel has both"
-                    )
+            if self._phase.report:
+                self._check_reportable(group)
         super().add_param_group(param_group)
         self._see_params()
         self._forget_tables()
+
+    def _check_reportable(self, group: dict[str, Any]) -> None:
+        asked = {"rounding": group.get("rounding")}
+        asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
+        for name, mode in asked.items():
+            if mode in CODES or (name == "rounding" and mode is not None):
+                raise ValueError(
+                    f"{name}={mode!r} and report={self._phase.report!r} can not work together: no kernel has both"
+                )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
@@ -324,7 +328,7 @@ class FusedOptimizer(Optimizer):
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
         if not hasattr(self, "_phase"):
-            self._phase = Phase()
+            self._phase = NOTHING
         if not hasattr(self, "_results"):
             self._results = {}
         super().__setstate__(state)
@@ -450,6 +454,8 @@ class FusedOptimizer(Optimizer):
 
     def _copies(self) -> dict[Tensor, Tensor]:
         """The checked copy of each parameter that has one."""
+        if self._phase.copy_to is None:
+            return {}
         copies = self._phase.copies([param for group in self.param_groups for param in group["params"]])
         for g, group in enumerate(self.param_groups) if copies else ():
             for k, param in enumerate(group["params"]):
@@ -514,7 +520,8 @@ class FusedOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         self._spreads = tuple(dict.fromkeys(map(spread_of, params))) or (None,)
         for device, device_rows in rows.items():
-            device_rows.sort(key=lambda row: part_of(row, self._phase, self._spreads))
+            if len(self._spreads) > 1 or self._phase.norm_by_group:
+                device_rows.sort(key=lambda row: part_of(row, self._phase, self._spreads))
             for part in separate(device_rows):
                 launcher = self._launchers.get((device, len(tables)))
                 table = Table(

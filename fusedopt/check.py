@@ -158,7 +158,8 @@ def check_memory(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or is_pending(tensor) or tensor.numel() == 0:
         return
     storage = tensor.untyped_storage()
-    reach = span(tensor)[1] - storage.data_ptr()
+    end = tensor.data_ptr() + tensor.nbytes if tensor.is_contiguous() else span(tensor)[1]
+    reach = end - storage.data_ptr()
     if reach > storage.nbytes():
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype} needs a storage of {reach} bytes, but its "

@@ -51,8 +51,8 @@ class Core(Protocol):
     def resize(self, rows: int, group_sizes: list[int]) -> None:
         """Forgets everything and makes room."""
 
-    def set_places(self, places: list[tuple[int, int]]) -> None:
-        """Where each row's parameter stands: its group, and its position in that group's list."""
+    def set_places(self, places: list[tuple[int, int, Tensor]]) -> None:
+        """Every row's group, its position in that group's list, and its parameter; the row itself is blank."""
 
     def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict."""
@@ -102,6 +102,20 @@ class Core(Protocol):
         keep: list[Tensor],
     ) -> None:
         """Describes one tensor and starts watching its parameter and gradient."""
+
+    def plain_elements(self, param: Tensor, grad: Tensor) -> int:
+        """How many elements a parameter has whose row ``set_plain_row`` can describe; 0: it can not."""
+
+    def set_plain_row(
+        self,
+        row: int,
+        grad: Tensor,
+        states: list[Tensor | None],
+        step: Tensor | None,
+        mode: int,
+        keep: list[Tensor],
+    ) -> None:
+        """Describes a row of plain tensors, as ``set_row``."""
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
         """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters came or went."""

@@ -105,6 +105,8 @@ class Phase:
         Raises:
             TypeError: one of them is not an option.
         """
+        if not options:
+            return NOTHING
         known = [field.name for field in fields(Phase)]
         for name in options:
             if name not in known:
@@ -195,6 +197,9 @@ class Phase:
         """The decay that the average of a parameter has at its step ``step``, from 1."""
         decay = 0.0 if self.ema_decay is None else float(self.ema_decay)
         return min(decay, (1.0 + step) / (10.0 + step)) if self.ema_warmup else decay
+
+
+NOTHING = Phase()
 
 
 def average_dtype(param: Tensor) -> torch.dtype:

@@ -55,11 +55,14 @@ def modes(
 
 def has_modes(group: Group) -> bool:
     """Whether a group asks for any mode."""
-    return any(group.get(key) is not None for key in MODE_KEYS)
+    get = group.get  # asked for every row: no loop
+    return not (get("state_dtype") is None is get("state_block") and get("master") is None is get("rounding"))
 
 
 def check_modes(rule: Rule, group: Group) -> None:
     """Refuses modes that the rule cannot have."""
+    if not has_modes(group):
+        return
     if group.get("master") not in (None, *MASTERS):
         raise ValueError(f"master is {group['master']!r}; it must be {', '.join(map(repr, MASTERS))} or None")
     if group.get("state_block") not in (None, *BLOCKS):

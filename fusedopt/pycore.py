@@ -110,13 +110,13 @@ class Watch:
     """
 
     param: Tensor
-    stand_in: bool
-    unwrap: bool
-    address: int
-    param_facts: Facts | None
-    grad_facts: Facts | None
-    keep: list[Tensor]
-    layout: list[int]
+    stand_in: bool = False
+    unwrap: bool = False
+    address: int = 0
+    param_facts: Facts | None = None
+    grad_facts: Facts | None = None
+    keep: list[Tensor] = field(default_factory=list)
+    layout: list[int] = field(default_factory=list)
     grad_spec: Any = None  # of a DTensor's gradient: how it lies over the devices
 
 
@@ -235,13 +235,14 @@ class PyTable:
         self._parts = [0]
         self._revision = next(_REVISIONS)
 
-    def set_places(self, places: list[tuple[int, int]]) -> None:
-        """Where each row's parameter stands.
+    def set_places(self, places: list[tuple[int, int, Tensor]]) -> None:
+        """Every row's parameter and where it stands; the row is blank until ``set_row`` describes it.
 
         Args:
-            places: group, and position in that group's list, of each row.
+            places: group, position in that group's list, and parameter of each row.
         """
-        self._places = list(places)
+        self._places = [(group, place) for group, place, _ in places]
+        self._watches = [Watch(param) for *_, param in places]
 
     def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict.
@@ -371,6 +372,52 @@ class PyTable:
         self._live[row] = grad is not None
         self._live_params = None
         self._revision = next(_REVISIONS)
+
+    def plain_elements(self, param: Tensor, grad: Tensor) -> int:
+        """How many elements a parameter has whose row ``set_plain_row`` can describe; 0: it can not.
+
+        Args:
+            param: a parameter.
+            grad: its gradient.
+        """
+        if not (param.dtype in STORAGES and grad.dtype in STORAGES and param.shape == grad.shape):
+            return 0
+        if not (param.layout == grad.layout == torch.strided and param.device == grad.device == self._device):
+            return 0
+        if not (param.is_contiguous() and grad.is_contiguous()):
+            return 0
+        starts = param.data_ptr(), grad.data_ptr()
+        is_apart = starts[0] + param.nbytes <= starts[1] or starts[1] + grad.nbytes <= starts[0]
+        return param.numel() if is_apart and 0 not in starts else 0
+
+    def set_plain_row(
+        self,
+        row: int,
+        grad: Tensor,
+        states: list[Tensor | None],
+        step: Tensor | None,
+        mode: int,
+        keep: list[Tensor],
+    ) -> None:
+        """Describes a row of plain tensors, as ``set_row``.
+
+        Args:
+            row: its index.
+            grad: its gradient.
+            states: by slot; None: absent.
+            step: its count, or None.
+            mode: of blocks and rounding: csrc/table.h.
+            keep: what else the row points into and must therefore outlive it.
+        """
+        watch = self._watches[row]
+        assert watch is not None  # set_places has given it its parameter
+        addresses, storages = [0] * SLOTS, [0] * ELEMENT_SLOTS
+        for slot, tensor in enumerate((watch.param, grad, *states)):
+            if tensor is not None:
+                addresses[slot], storages[slot] = tensor.data_ptr(), STORAGES[tensor.dtype]
+        addresses[ELEMENT_SLOTS] = 0 if step is None else step.data_ptr()
+        numel, group = watch.param.numel(), self._places[row][0]
+        self.set_row(row, addresses, storages, mode, numel, group, [], watch.param, grad, False, keep)
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""

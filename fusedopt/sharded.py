@@ -24,15 +24,19 @@ def spread_of(tensor: Tensor) -> Spread:
     return (_mesh(tensor), cut) if cut else None
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is of torch's own types, as almost all are: no need to look for attributes that it does not have."""
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    return hasattr(tensor, "_local_tensor")
+    return not is_plain(tensor) and hasattr(tensor, "_local_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor whose memory is on this device: a DTensor's local tensor, anything else itself."""
-    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return shard
+    return tensor if is_plain(tensor) else getattr(tensor, "_local_tensor", tensor)
 
 
 def check_placements(name: str, param: Tensor) -> None:

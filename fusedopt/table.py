@@ -30,8 +30,9 @@ from .check import (
 )
 from .core import Core, make_core
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
-from .phase import EMA, LEAF, MOST_LEAVES, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
+from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
+    DEFAULT_BLOCK,
     ROUNDING_KEY,
     as_asked,
     as_codes,
@@ -54,17 +55,17 @@ from .precision import (
 )
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
-from .sharded import Spread, first_place, is_sharded, like_local, settled, settled_by_rank, spread_of
+from .sharded import Spread, first_place, is_plain, is_sharded, like_local, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
+PLAIN_MODE = DEFAULT_BLOCK.bit_length() - 1  # precision.row_mode of a group without modes
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATES_AT, STATE_SLOTS = 2, 3
-NOTHING = Phase()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Row:
     """One parameter of a table.
 
@@ -154,16 +155,16 @@ class Table:
         self.core: Core = make_core(rule, device)
         holds.register(self.core)
         self.core.resize(len(rows), [len(group["params"]) for group in groups])
-        self.core.set_places([(row.group, row.place) for row in rows])
-        parts = [part_of(row, phase, spreads) for row in rows]
-        self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
+        self.core.set_places([(row.group, row.place, row.param) for row in rows])
+        self.parts = [0]
+        if self.norms * len(spreads) > 1:
+            parts = [part_of(row, phase, spreads) for row in rows]
+            self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
         self.core.set_parts(self.parts)
         self.core.watch_states(state)
         if phase.flags:
             self.announce()
-        self._adopt([row for row in rows if state.get(row.param)])
-        for row in rows:
-            self._set_blank_row(row)
+        self._adopt([row for row in rows if state.get(row.param)] if state else [])
 
     def refresh(self) -> bool:
         """Reads gradients and hyperparameters again, and makes new rows where something changed.
@@ -265,6 +266,8 @@ class Table:
 
     def _holds(self, row: Row) -> bool:
         state = self._found(row)
+        if not state and not row.states and row.step is None:
+            return True
         if self._counts_in_state(row) and state.get("step") is not row.step:
             return False
         if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
@@ -393,8 +396,9 @@ class Table:
 
     def _remake(self, rows: list[Row]) -> None:
         """Describes rows anew. Nothing is changed where any of them is at fault."""
+        plain = {row.index for row in rows if self._is_plain(row)}
         for row in rows:
-            if row.param.grad is not None:
+            if row.param.grad is not None and row.index not in plain:
                 check_parameter(row.name, row.param)
                 check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
                 self._check_found(row)
@@ -406,14 +410,49 @@ class Table:
                     check_no_double(self.rule, row.name, row.param, group, [row.param.grad, row.copy, *wanted])
         if self.phase.zero_grads:
             self._check_cleared(rows)
-        self._adopt([row for row in rows if not self._holds(row)])
+        self._adopt([row for row in rows if row.index not in plain and not self._holds(row)])
         self._create_states([row for row in rows if row.param.grad is not None])
         leaves = [row.leaves for row in rows]
         for row in rows:
-            row.stand_in = _stand_in(row.param)
-            self._set_row(row)
+            if row.index in plain:
+                self._set_plain_row(row)
+            else:
+                row.stand_in = _stand_in(row.param)
+                self._set_row(row)
         if leaves != [row.leaves for row in rows]:
             self.reported = []  # what was kept is by leaves that no longer are these
+
+    def _is_plain(self, row: Row) -> bool:
+        """Whether a row is new, as at a first step, and of tensors that need no closer look, as almost all."""
+        param, grad = row.param, row.param.grad
+        if type(grad) is not Tensor or not is_plain(param):
+            return False
+        if param.is_inference() or param.is_neg() or grad.is_neg():
+            return False
+        if row.step is not None or row.states or param in self._state or self._asks_for_more(row):
+            return False
+        if not self.core.plain_elements(param, grad):
+            return False
+        check_memory(row.name, param)
+        check_memory(f"gradient of {row.name}", grad)
+        return True
+
+    def _asks_for_more(self, row: Row) -> bool:
+        """Whether a row has more slots than those of its rule."""
+        return bool(self.phase.states or self.phase.zero_grads or row.copy is not None) or has_modes(
+            self.groups[row.group]
+        )
+
+    def _set_plain_row(self, row: Row) -> None:
+        grad = row.param.grad
+        assert grad is not None  # it would not be plain
+        row.stand_in = row.copy_facts = None
+        row.is_dense = True
+        row.leaves = -(-row.param.numel() // LEAF)
+        states = [row.states.get(name) for name in self.rule.states]
+        keep = [tensor.detach() for tensor in (*states, row.step) if tensor is not None]
+        self.core.set_plain_row(row.index, grad, states, row.step, PLAIN_MODE, keep)
+        self._watch(row)
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()
@@ -428,20 +467,12 @@ class Table:
         for row, step in zip(with_step, make_steps([0.0] * len(with_step), self.device), strict=True):
             self._keep_step(row, step)
         for row in rows:
-            key = master_key(row.param, self.groups[row.group])
-            if key is not None and key not in row.states:
-                row.states[key] = self._state[row.param][key] = make_master(row.param, key)
-            if rounds_at_random(row.param, self.groups[row.group]):
-                place = sum(len(group["params"]) for group in self.groups[: row.group]) + row.place
-                self._state[row.param].setdefault(ROUNDING_KEY, make_rounding_key(place))
-            coded = coded_states(self.rule, row.param, self.groups[row.group])
-            for name in self.rule.states_of(self.groups[row.group]):
-                if name not in row.states and name in coded:
-                    made = blank_codes(self.rule, row.param, self.groups[row.group], name)
-                    row.states |= made
-                    self._state[row.param] |= made
-                elif name not in row.states:
-                    dtype = _state_dtype(self.rule, row, self.groups[row.group], name)
+            group = self.groups[row.group]
+            if has_modes(group):
+                self._create_kept(row)
+            for name in self.rule.states_of(group):
+                if name not in row.states:
+                    dtype = _state_dtype(self.rule, row, group, name)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
                     row.states[name] = self._state[row.param][name] = tensor.detach()
             if EMA in self.phase.states and EMA not in row.states:
@@ -449,6 +480,21 @@ class Table:
                     average_dtype(row.param), copy=True, memory_format=torch.preserve_format
                 )
                 row.states[EMA] = self._state[row.param][EMA] = average
+
+    def _create_kept(self, row: Row) -> None:
+        """What the modes of a row's group keep: see ``precision``."""
+        group, state = self.groups[row.group], self._state[row.param]
+        key = master_key(row.param, group)
+        if key is not None and key not in row.states:
+            row.states[key] = state[key] = make_master(row.param, key)
+        if rounds_at_random(row.param, group):
+            place = sum(len(group["params"]) for group in self.groups[: row.group]) + row.place
+            state.setdefault(ROUNDING_KEY, make_rounding_key(place))
+        for name in coded_states(self.rule, row.param, group):
+            if name not in row.states:
+                made = blank_codes(self.rule, row.param, group, name)
+                row.states |= made
+                state |= made
 
     def _wants_step(self, row: Row) -> bool:
         return self._counts_in_state(row) or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
@@ -459,8 +505,12 @@ class Table:
             self._set_blank_row(row)
             return
         self._set_live_row(row, grad)
-        row.addresses = _state_addresses(row)
         row.copy_facts = None if row.copy is None else _facts(row.copy)
+        self._watch(row)
+
+    def _watch(self, row: Row) -> None:
+        """From now on a refresh sees where the optimizer's state is no longer that of the row."""
+        row.addresses = _state_addresses(row)
         state = self._state.get(row.param)
         if state is not None:
             entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
@@ -487,10 +537,10 @@ class Table:
         param = slots[0]
         assert param is not None  # the parameter is always there
         row.leaves = -(-param.numel() // LEAF)
-        strides = [None if slot is None else slot.stride() for slot in slots]
         # Random bits are those of places in row-major order, whatever order memory has.
         in_order = rounds_at_random(row.param, self.groups[row.group])
-        layout = strided_layout(param.shape, strides, row_major=in_order)
+        is_contiguous = all(slot is None or slot.is_contiguous() for slot in slots)
+        layout = [] if is_contiguous else strided_layout(param.shape, _strides(slots), row_major=in_order)
         row.is_dense = not layout
         addresses = [_address(slot) for slot in slots]
         addresses.append(0 if row.step is None else row.step.data_ptr())
@@ -538,6 +588,9 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     Raises:
         ValueError: two parameters share some elements without being the same.
     """
+    if len(rows) == 1:
+        rows[0].index = 0
+        return [list(rows)]
     earlier = _sharers(rows)
     levels: dict[int, int] = {}
     for k in range(len(rows)):
@@ -608,7 +661,8 @@ def _storage_address(tensor: Tensor) -> int:
 
 def make_steps(counts: Sequence[float], device: torch.device) -> Sequence[Tensor]:
     """Step counts as float32 on a device: 0-dim views of one buffer."""
-    return torch.tensor(counts, dtype=torch.float32, device=device).unbind() if counts else ()
+    made = torch.tensor(counts, dtype=torch.float32, device=device) if any(counts) else None
+    return (torch.zeros(len(counts), device=device, dtype=torch.float32) if made is None else made).unbind()
 
 
 def is_settled_step(step: Tensor, device: torch.device) -> bool:
@@ -644,6 +698,10 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor lies and how."""
     shard = local(tensor)
     return shard.data_ptr(), shard.shape, shard.stride(), shard.dtype
+
+
+def _strides(slots: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:
+    return [None if slot is None else slot.stride() for slot in slots]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -75,6 +75,13 @@ VARIABLES = (
         "GPU architectures to compile for",
     ),
     Variable(
+        "FUSEDOPT_CUDA_QUICK",
+        "build",
+        "0, 1",
+        "0",
+        "device code compiled soon rather than well: to try a change, not to measure it",
+    ),
+    Variable(
         "FUSEDOPT_SANITIZE",
         "build",
         "such as address,undefined",

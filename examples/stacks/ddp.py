@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch.distributed as dist
-from common import accuracy, batch, network, say, start_rank
+from common import accuracy, batch, end_rank, network, say, start_rank
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -39,7 +39,7 @@ def main() -> None:
         if step % 10 == 0:
             say(f"step {step}: loss {2 * loss.item():.3f}")
     say(f"test accuracy {accuracy(model.module, device):.3f}")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

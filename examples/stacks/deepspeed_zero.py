@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import accuracy, batch, network, say
+from common import accuracy, batch, end_rank, network, say
 from torch.nn.functional import cross_entropy
 
 import fusedopt
@@ -49,7 +49,7 @@ def main() -> None:
             say(f"step {step}: loss {loss.item():.3f}")
     engine.save_checkpoint(options.out)
     say(f"test accuracy {accuracy(lambda images: engine(images.bfloat16()), engine.device):.3f}")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

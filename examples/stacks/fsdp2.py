@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import accuracy, batch, network, say, start_rank
+from common import accuracy, batch, end_rank, network, say, start_rank
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
@@ -55,7 +55,7 @@ def main() -> None:
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=options.out / str(options.steps))
     say(f"test accuracy {accuracy(model, device):.3f}")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch.distributed as dist
-from common import accuracy, batch, network, say, start_rank
+from common import accuracy, batch, end_rank, network, say, start_rank
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -47,7 +47,7 @@ def main() -> None:
         if step % 10 == 0:
             say(f"step {step}: loss {loss.item():.3f}")
     say(f"test accuracy {accuracy(model, device):.3f}")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch.distributed as dist
-from common import accuracy, batch, network, say, start_rank
+from common import accuracy, batch, end_rank, network, say, start_rank
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +37,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"the whole state: {len(optimizer.state_dict()['state'])} parameters")
     say(f"test accuracy {accuracy(model.module, device):.3f}")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":
