@@ -329,14 +329,13 @@ def find_backend(name: str | None) -> Backend | None:
     Raises:
         ValueError: there is none of that name.
     """
-    asked = name
-    name = asked or os.environ.get("FUSEDOPT_BACKEND") or None
-    if name is None:
+    asked = (os.environ.get("FUSEDOPT_BACKEND") or None) if name is None else name
+    if asked is None:
         return None
-    if name not in _ALL:
-        source = "" if asked else " (named by FUSEDOPT_BACKEND)"
-        raise ValueError(f"backend '{name}' is unknown{source}; there are {', '.join(_ALL)}")
-    return _ALL[name]
+    if not isinstance(asked, str) or asked not in _ALL:
+        source = " (named by FUSEDOPT_BACKEND)" if name is None else ""
+        raise ValueError(f"backend {asked!r} is unknown{source}; there are {', '.join(_ALL)}")
+    return _ALL[asked]
 
 
 def choose_backend(name: str | None, device: torch.device) -> Backend:
