@@ -46,17 +46,16 @@ class Cpu:
         """Chooses the instruction set once: the best, or what FUSEDOPT_CPU_ISA names."""
         sets: list[str] = compiled.instruction_sets() if compiled else []
         wanted = os.environ.get("FUSEDOPT_CPU_ISA")
-        if compiled and wanted and wanted not in sets:
-            raise ValueError(
-                f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets) or 'none'}"
-            )
         self.isa = wanted or (sets[0] if sets else "")
+        self.fault = ""  # told when an optimizer is to step: the package loads, so that its page can say it too
+        if compiled and wanted and wanted not in sets:
+            self.fault = f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets)}"
 
     def why_not(self, device: torch.device) -> str:
         """See Backend."""
         if compiled is None:
             return f"no compiled extension: {why_not_compiled}"
-        return "" if device.type == "cpu" else f"it serves the CPU, not {device}"
+        return self.fault if device.type == "cpu" else f"it serves the CPU, not {device}"
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See Backend."""
@@ -357,7 +356,13 @@ def choose_backend(name: str | None, device: torch.device) -> Backend:
 
 
 def best_backend(device: torch.device) -> tuple[Backend, list[str]]:
-    """The first of a device's backends that can serve it, and why those before it can not."""
+    """The first of a device's backends that can serve it, and why those before it can not.
+
+    Raises:
+        ValueError: FUSEDOPT_CPU_ISA names an instruction set that is not here.
+    """
+    if cpu.fault and device.type == "cpu":
+        raise ValueError(cpu.fault)
     reasons = [] if device.type in PREFERENCE else ["there are no kernels for it"]
     for name in PREFERENCE.get(device.type, ("reference",)):
         reason = _ALL[name].why_not(device)
