@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .formulas import formulas, statements
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
@@ -26,53 +28,13 @@ LANGUAGES = {
 # An expression with fewer operators than this is arithmetic that anything may hold, such as a + b * c.
 LEAST_OPERATORS = 3
 
-NAME = re.compile(r"[A-Za-z_][\w.]*")
-# Roundings to the compute type, which languages write differently: C(x), x.to(C), _scalar(x, param).
-CASTS = (
-    (re.compile(r"\b(?:C|float|double)(?=\()"), ""),
-    (re.compile(r"\.to\(\w+\)"), ""),
-    (re.compile(r"_scalar\(([^,()]*), \w+\)"), r"(\1)"),
-)
-
-
-def statements(path: Path) -> list[str]:
-    """The statements of a file, each in one line, without comments, strings and docstrings."""
-    text = path.read_text()
-    if path.suffix == ".py":
-        text = re.sub(r'"""(?:.|\n)*?"""|"[^"\n]*"|\'[^\'\n]*\'|#[^\n]*', "", text)
-        text = re.sub(r"(?<=[(\[,{=+\-*/])\s*\n\s*|\n\s*(?=[)\]}])", " ", text)
-        return text.splitlines()
-    text = re.sub(r"//[^\n]*|/\*(?:.|\n)*?\*/|^#[^\n]*", "", text, flags=re.MULTILINE)
-    return [" ".join(statement.split()) for statement in re.split(r"[;{}]", text)]
-
-
-def skeleton(statement: str) -> str:
-    """The form of what is assigned or returned: names are a, b, c in order of appearance; casts are left out.
-
-    Two statements of one skeleton are one formula, whatever their variables are called.
-    """
-    expression = re.split(r"(?<![=<>!+\-*/])=(?!=)|\breturn\b", statement)[-1]
-    for cast, plain in CASTS:
-        expression = cast.sub(plain, expression)
-    names: dict[str, str] = {}
-    renamed = NAME.sub(lambda match: names.setdefault(match[0], chr(ord("a") + len(names) % 26)), expression)
-    return re.sub(r"[\s()]", "", renamed).replace("1.0", "1")
-
-
-def formulas(path: Path) -> Iterable[tuple[str, str]]:
-    """(skeleton, statement) of every statement that computes something."""
-    for statement in statements(path):
-        form = skeleton(statement)
-        if len(re.findall(r"(?<=[a-z0-9])[-+*/](?=[a-z0-9])", form)) >= LEAST_OPERATORS:
-            yield form, statement.strip()
-
 
 def repeated(rules: Iterable[Path], files: Iterable[Path]) -> list[str]:
-    """The formulas of the rules that stand anywhere a second time."""
-    wanted = {form for path in rules for form, _ in formulas(path)}
+    """The formulas of the rules that stand anywhere a second time, by other names or in another order too."""
+    wanted = {form for path in rules for form, _ in formulas(path, LEAST_OPERATORS)}
     found: dict[str, list[str]] = {}
     for path in files:
-        for form, statement in formulas(path):
+        for form, statement in formulas(path, LEAST_OPERATORS):
             if form in wanted:
                 found.setdefault(form, []).append(f"{path.name}: {statement}")
     return ["\n".join(places) for places in found.values() if len(places) > 1]
@@ -85,13 +47,17 @@ def test_no_formula_of_a_rule_stands_twice(language: str) -> None:
     assert not repeated(rules, files)
 
 
-SECOND_MOMENT = {"C++": "a*b+c*d*d", "Triton": "a*b+c*d*d", "Python": "a*b+1-a*c*c"}
+SECOND_MOMENT = {
+    "C++": "+(*(a b b) *(c d))",
+    "Triton": "+(*(a b b) *(c d))",
+    "Python": "+(*(+(-(a) 1) b b) *(a c))",
+}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_second_moment_of_adam_is_among_the_formulas(language: str) -> None:
     """The line v = β₂·v + (1 − β₂)·g·g: so that the check above looks at something."""
-    forms = Counter(form for path in LANGUAGES[language][0] for form, _ in formulas(path))
+    forms = Counter(form for path in LANGUAGES[language][0] for form, _ in formulas(path, LEAST_OPERATORS))
     assert forms[SECOND_MOMENT[language]] == 1, forms
 
 
@@ -99,15 +65,34 @@ def test_the_second_moment_of_adam_is_among_the_formulas(language: str) -> None:
 def test_nothing_but_the_rules_computes_with_moments_or_velocities(language: str) -> None:
     rules, files = LANGUAGES[language]
     for path in set(files) - set(rules):
-        for _, statement in formulas(path):
+        for _, statement in formulas(path, LEAST_OPERATORS):
             assert not re.search(r"exp_avg|momentum_buffer|one_minus_", statement), f"{path.name}: {statement}"
 
 
-def test_a_renamed_copy_is_found(tmp_path: Path) -> None:
+# Copies of Adam's second moment, by other names.
+COPIES = {
+    "renamed": "return w * x + y * (\n        z * z\n    )",
+    "in another order": "return z * y * z + x * w",
+    "within more": "return v - (y * z * z + x * w) * v",
+    "as an argument": "store(at, x * w + y * z * z)",
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_is_found(kind: str, tmp_path: Path) -> None:
     rules = LANGUAGES["Triton"][0]
     copy = tmp_path / "copy.py"
-    copy.write_text("def f(w, x, y, z):\n    return w * x + y * (\n        z * z\n    )\n")
+    copy.write_text(f"def f(v, w, x, y, z):\n    {COPIES[kind]}\n")
     assert len(repeated(rules, [*rules, copy])) == 1
+
+
+def test_arithmetic_of_another_form_is_no_copy(tmp_path: Path) -> None:
+    rules = LANGUAGES["Triton"][0]
+    other = tmp_path / "other.py"
+    other.write_text(
+        "def f(w, x, y, z):\n    return w * x + y * z * w - (x + y) / z, w * x * y * z, (w + x) * (y + z)\n"
+    )
+    assert not repeated(rules, [*rules, other])
 
 
 # ---- includes and imports run one way --------------------------------------------------------------------
