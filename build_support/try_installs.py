@@ -28,6 +28,7 @@ WORK = ROOT / "build/installs"
 TREE = WORK / "tree"
 COMPILERS = ("g++", "c++", "clang++")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+MANAGED = (".pyenv/versions/{}.*/bin", ".local/share/uv/python/cpython-{}.*/bin")  # in the home folder
 TORCH = "torch "  # how the name of a row begins that installs torch
 
 # Runs in the new environment: what was installed, and whether the extension loads, without the package.
@@ -263,7 +264,8 @@ def _path_without(hide: tuple[str, ...], folder: Path) -> str:
 
 def _python(version: str) -> str:
     """Path of an interpreter that runs: the first in PATH may be a version manager's stand-in."""
-    for place in os.environ["PATH"].split(os.pathsep):
+    managed = [path for pattern in MANAGED for path in Path.home().glob(pattern.format(version))]
+    for place in [*os.environ["PATH"].split(os.pathsep), *map(str, managed)]:
         program = shutil.which(f"python{version}", path=place)
         result = _run([program, "-c", "import sys; print(sys.executable)"], {}) if program else None
         if result and result.returncode == 0:

@@ -174,6 +174,8 @@ def draw(outcomes: Outcomes, best: dict[str, float], path: Path) -> Path:
     test.set(title="Test accuracy, %", xlabel="epoch")
     test.set_ylim(bottom=max(80, test.get_ylim()[0]))
     rates.set(title="Test error, %, mean ± stdev", xlabel="learning rate", xscale="log", yscale="log")
+    rates.set_yticks([2, 5, 10, 20, 50], labels=["2", "5", "10", "20", "50"])
+    rates.set_yticks([], minor=True)
     for axes in (loss, test, rates):
         axes.legend()
     return save(figure, path)
