@@ -12,6 +12,7 @@
 #include "cuda/kernel.h"
 #include "cuda/launcher.h"
 #include "dict_watch.h"
+#include "gradient_reader.h"
 #include "host_table.h"
 #include "tensor_reader.h"
 
@@ -21,6 +22,7 @@ namespace fusedopt {
 namespace {
 
 TensorReader reader;
+GradientReader gradients;
 std::atomic<u64> launches{0};
 
 // Where a hyperparameter stands in a group: group[key], or group[key][item].
@@ -40,7 +42,10 @@ struct Watch {
   DictWatch state{};
   TensorFacts param_facts;
   TensorFacts grad_facts;
-  bool unwrap = false;     // DTensor: its _local_tensor is what the row holds
+  const void* impl = nullptr;         // torch's c10::TensorImpl, of which `gradients` may be asked; null: it may not
+  const TorchTensor* grad = nullptr;  // where `gradients` last found it, to prefetch and never to read
+  GradientReader::View grad_view;     // what it was
+  bool unwrap = false;                // DTensor: its _local_tensor is what the row holds
   bool stand_in = false;   // the row's gradient was made from the parameter's, and has to be made again each step
   py::object grad_spec{};  // of a DTensor's gradient: how it lies over the devices
   Hold hold;
@@ -218,10 +223,21 @@ class Table {
     py::list changed;
     if (wants_holds_ && !holding_) hold_live_params();
     const bool states_changed = !states_watch_.is_unchanged();
-    for (u64 row = 0; row < watches_.size(); ++row) {
-      prefetch(row + kPrefetchRows);
-      if (!row_is_current(row, watches_[row]) || (states_changed && !state_is_current(watches_[row])))
-        changed.append(row);
+    // Block by block, so that what the next look needs is on its way from memory for all of them at once.
+    for (u64 first = 0; first < watches_.size(); first += kBlockRows) {
+      const u64 count = std::min(kBlockRows, watches_.size() - first);
+      const TorchTensor* grads[kBlockRows];
+      bool is_seen[kBlockRows];
+      for (u64 k = 0; k < count; ++k) {
+        prefetch(first + kBlockRows + k);
+        grads[k] = grad_without_python(watches_[first + k]);
+      }
+      for (u64 k = 0; k < count; ++k) is_seen[k] = is_current_without_python(first + k, watches_[first + k], grads[k]);
+      for (u64 k = 0; k < count; ++k) {
+        Watch& watch = watches_[first + k];
+        if ((!is_seen[k] && !row_is_current(first + k, watch)) || (states_changed && !state_is_current(watch)))
+          changed.append(first + k);
+      }
     }
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
@@ -374,18 +390,20 @@ class Table {
     watch.unwrap = unwrap;
     watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
     watch.stand_in = false;
+    watch.impl = nullptr;
     watch.grad_spec = unwrap && !grad.is_none() ? py::object(grad.attr("_spec")) : py::object();
     if (!grad.is_none()) {
       if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
       if (!reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts, extents_)) fail();
       watch.stand_in = !grad_of(watch.param.ptr()).is(grad);
+      find_impl(watch);
     }
     if (extents_.size() > kMostExtents) forget_facts();
     set_live(row, !grad.is_none());
   }
 
   static constexpr i64 kCpuChunk = 32768;
-  static constexpr u64 kPrefetchRows = 6;
+  static constexpr u64 kBlockRows = 8;
   static constexpr size_t kMostExtents = size_t(1) << 24;
 
   // Tensors lie scattered over the heap: the next ones are asked for while this one is looked at.
@@ -395,7 +413,7 @@ class Table {
     __builtin_prefetch(watch.param.ptr());
     __builtin_prefetch(watch.state.hint());
     __builtin_prefetch(watch.param_facts.hint);
-    __builtin_prefetch(watch.grad_facts.hint);
+    __builtin_prefetch(watch.impl != nullptr ? watch.grad : watch.grad_facts.hint);
   }
 
   void hold_live_params() {
@@ -416,26 +434,78 @@ class Table {
     return addresses;
   }
 
+  // From now on this parameter's gradient is read without Python, if what is read so is what Python reads.
+  void find_impl(Watch& watch) {
+    if (!gradients.is_connected() || watch.unwrap || watch.stand_in || !reader.is_plain(watch.param.ptr())) return;
+    const void* const impl = PyLong_AsVoidPtr(py::object(watch.param.attr("_cdata")).ptr());
+    if (impl == nullptr && PyErr_Occurred()) fail();
+    if (!owns(impl, watch.param_facts)) return;
+    if (gradients.read(gradients.find(impl), watch.grad_view) != GradientReader::kStrided) return;
+    const bool is_alike = is_as_known(watch.grad_view, watch) && watch.grad_view.address() == watch.grad_facts.address;
+    watch.impl = is_alike ? impl : nullptr;
+  }
+
+  // Whether a tensor's shape is kept within its c10::TensorImpl, as that of up to five dimensions is: where a
+  // parameter's is, is then which c10::TensorImpl it has.
+  static bool owns(const void* impl, const TensorFacts& facts) {
+    constexpr std::uintptr_t kMostBytes = 512;
+    return reinterpret_cast<std::uintptr_t>(facts.hint) - reinterpret_cast<std::uintptr_t>(impl) < kMostBytes;
+  }
+
+  bool is_as_known(const GradientReader::View& view, const Watch& watch) const {
+    const TensorFacts& known = watch.grad_facts;
+    return view.is_like(watch.grad_view) && view.has_extents(known.ndim, extents_.data() + known.extents);
+  }
+
+  // Where torch has the gradient of a parameter that is what it was; null where only Python may be asked for it.
+  const TorchTensor* grad_without_python(Watch& watch) {
+    if (watch.impl == nullptr || !param_is_current(watch)) return nullptr;
+    return watch.grad = gradients.find(watch.impl);
+  }
+
+  // As row_is_current(), but false also says that Python has to be asked.
+  bool is_current_without_python(u64 row, Watch& watch, const TorchTensor* grad) {
+    if (grad == nullptr) return false;
+    GradientReader::View view;
+    const GradientReader::Found found = gradients.read(grad, view);
+    if (found == GradientReader::kNone) return pass_over(row);
+    const bool is_same = found == GradientReader::kStrided && is_as_known(view, watch) && watch.state.is_current();
+    return is_same && take_gradient(row, view.address());
+  }
+
   // A row without gradient is passed over by the launch: what else it says is looked at when a gradient comes.
   bool row_is_current(u64 row, Watch& watch) {
     const py::object grad = grad_of(watch.param.ptr());
-    if (grad.is_none()) {
-      host_.set_grad(row, 0);
-      set_live(row, false);
-      return true;
-    }
-    u64 address = 0;
-    if (watch.stand_in || !watch.state.is_current()) return false;
-    if (!matches(watch.param.ptr(), watch, watch.param_facts, address) || address != watch.param_facts.address)
-      return false;
-    if (!matches(grad.ptr(), watch, watch.grad_facts, address) || is_lazy(grad, watch.grad_facts)) return false;
+    if (grad.is_none()) return pass_over(row);
+    if (watch.stand_in || !watch.state.is_current() || !param_is_current(watch)) return false;
+    TensorFacts now;
+    if (!matches(grad.ptr(), watch, watch.grad_facts, now) || is_lazy(grad, watch.grad_facts)) return false;
     if (watch.unwrap && !lies_as_before(grad, watch.grad_spec)) return false;
+    return take_gradient(row, now.address);
+  }
+
+  bool pass_over(u64 row) {
+    host_.set_grad(row, 0);
+    set_live(row, false);
+    return true;
+  }
+
+  // False where the gradient keeps its values elsewhere, as a collective's pending result does.
+  bool take_gradient(u64 row, u64 address) {
     const bool is_empty = host_.numel(row) == 0;
-    if (address == 0 && !is_empty)
-      return false;  // it keeps its values elsewhere, as a collective's pending result does
+    if (address == 0 && !is_empty) return false;
     host_.set_grad(row, is_empty ? kEmptyGradient : address);
     set_live(row, true);
     return true;
+  }
+
+  // Whether a parameter is what and where it was, and the very tensor of torch's C++ side.
+  bool param_is_current(const Watch& watch) {
+    TensorFacts now;
+    if (!matches(watch.param.ptr(), watch, watch.param_facts, now) || now.address != watch.param_facts.address)
+      return false;
+    if (watch.impl == nullptr) return !is_lazy(watch.param, watch.param_facts);
+    return now.hint == watch.param_facts.hint && !gradients.is_lazy(watch.impl);
   }
 
   // After a change of the optimizer's state: does it still give every parameter the dict that its row watches?
@@ -445,12 +515,12 @@ class Table {
     return watch.state.watches(found);
   }
 
-  bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, u64& address) {
+  bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, TensorFacts& now) {
     if (facts.ndim == TensorFacts::kUnknown) return false;
     static PyObject* const kLocalTensor = PyUnicode_InternFromString("_local_tensor");
     const reading::Owned shard(watch.unwrap ? PyObject_GetAttr(tensor, kLocalTensor) : nullptr);
     const bool is_readable = shard || !watch.unwrap;
-    const int same = is_readable ? reader.matches(shard ? shard.get() : tensor, facts, extents_, address) : -1;
+    const int same = is_readable ? reader.matches(shard ? shard.get() : tensor, facts, extents_, now) : -1;
     if (same < 0) PyErr_Clear();  // it can not be read, such as a sparse one: Python will say what is wrong
     return same == 1;
   }
@@ -467,10 +537,16 @@ class Table {
     return true;
   }
 
-  // Whether a complex tensor's memory holds the conjugate or the negative of its values.
+  // Whether a tensor's memory holds the conjugate or the negative of its values, as that of z.conj().imag does.
   static bool is_lazy(const py::object& tensor, const TensorFacts& facts) {
-    if (facts.dtype.code != dlpack::kComplex) return false;
-    return py::cast<bool>(tensor.attr("is_conj")()) || py::cast<bool>(tensor.attr("is_neg")());
+    static PyObject* const kIsNeg = PyUnicode_InternFromString("is_neg");
+    static PyObject* const kIsConj = PyUnicode_InternFromString("is_conj");
+    const auto says = [&](PyObject* question) {
+      const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), question));
+      if (!answer) fail();
+      return answer.ptr() == Py_True;
+    };
+    return says(kIsNeg) || (facts.dtype.code == dlpack::kComplex && says(kIsConj));
   }
 
   // Rows that changed often have left their old extents behind: every row describes itself anew.
@@ -627,10 +703,13 @@ void let_table_be_collected(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of fusedopt: tables, the CPU engine, the CUDA launcher and its host emulation.";
-  m.def("connect", [](const py::object& tensor_type, const py::object& capsule, const py::dict& dtypes) {
-    reader.connect(tensor_type.ptr(), capsule.ptr(), dtypes.ptr());
+  m.def("connect", [](const py::object& tensor_type, const py::object& param_type, const py::object& capsule,
+                      const py::dict& dtypes) {
+    reader.connect(tensor_type.ptr(), param_type.ptr(), capsule.ptr(), dtypes.ptr());
+    gradients.connect();
   });
   m.def("uses_exchange", [] { return reader.uses_exchange(); });
+  m.def("reads_gradients_directly", [] { return gradients.is_connected(); });
   m.def("rules", &rule_names);
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);

@@ -121,6 +121,12 @@ def check_parameter(name: str, param: Tensor) -> None:
     if real_dtype(tensor) not in STORAGES:
         known = ", ".join(str(dtype) for dtype in STORAGES)
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {known} or complex numbers of these")
+    if tensor.is_conj() or tensor.is_neg():
+        kind = "conjugate" if tensor.is_conj() else "negative"
+        raise ValueError(
+            f"{name} is a lazy view, whose memory holds the {kind} of its values; make it of tensor.resolve_conj()"
+            ".resolve_neg()"
+        )
     if overlaps_itself(tensor):
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that share "

@@ -144,4 +144,5 @@ def make_core(rule: Rule, device: torch.device) -> Core:
 
 
 if compiled is not None:
-    compiled.connect(torch.Tensor, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), _DLPACK)
+    exchange_table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    compiled.connect(torch.Tensor, torch.nn.Parameter, exchange_table, _DLPACK)
