@@ -80,6 +80,42 @@ py::object grad_of(PyObject* param) {
   return py::reinterpret_steal<py::object>(grad);
 }
 
+// torch's c10::TensorImpl of a tensor.
+const void* impl_of(const py::object& tensor) {
+  static PyObject* const kName = PyUnicode_InternFromString("_cdata");
+  const auto number = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), kName));
+  const void* const impl = number ? PyLong_AsVoidPtr(number.ptr()) : nullptr;
+  if (impl == nullptr && PyErr_Occurred()) fail();
+  return impl;
+}
+
+// Whether tensors are known to share no memory: all are plain ones that can be read.
+bool are_apart(const std::vector<py::object>& tensors) {
+  std::vector<std::pair<u64, u64>> spans;
+  std::vector<int64_t> extents;
+  for (const py::object& tensor : tensors) {
+    TensorFacts facts;
+    extents.clear();
+    if (!reader.is_plain(tensor.ptr()) || !reader.read(tensor.ptr(), facts, extents)) {
+      PyErr_Clear();
+      return false;
+    }
+    i64 last = 0;
+    bool is_empty = false;
+    for (int32_t d = 0; d < facts.ndim; ++d) {
+      is_empty = is_empty || extents[size_t(d)] == 0;
+      last += (extents[size_t(d)] - 1) * extents[size_t(facts.ndim + d)];
+    }
+    if (is_empty) continue;
+    if (facts.address == 0) return false;
+    spans.emplace_back(facts.address, facts.address + u64(last + 1) * ((facts.dtype.bits + 7) / 8));
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].first < spans[k - 1].second) return false;
+  return true;
+}
+
 py::object local_tensor(const py::object& tensor, bool unwrap) {
   return unwrap ? py::object(tensor.attr("_local_tensor")) : tensor;
 }
@@ -140,9 +176,7 @@ class Table {
     for (const auto& [key, value] : entries)
       all.emplace_back(py::reinterpret_borrow<py::str>(key),
                        value.is_none() ? py::object() : py::reinterpret_borrow<py::object>(value));
-    Watch& watch = watches_.at(row);
-    watch.state.watch(state, std::move(all));
-    watch.state_addresses = addresses_of(watch);
+    start_watch(row, state, std::move(all));
   }
 
   // Whether refresh() lets torch's C++ side count a reference to every parameter.
@@ -156,10 +190,11 @@ class Table {
 
   // Whether the watched state tensors are where they were: `tensor.data = ...` leaves no other trace.
   bool states_in_place() const {
-    for (const Watch& watch : watches_)
-      if (watch.state_addresses != addresses_of(watch)) return false;
+    for (u64 row = 0; row < watches_.size(); ++row)
+      if (!state_in_place(row)) return false;
     return true;
   }
+  bool state_in_place(u64 row) const { return watches_.at(row).state_addresses == addresses_of(watches_.at(row)); }
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
                u32 mode, i64 numel, u32 group, std::vector<i64> layout, py::object param, const py::object& grad,
@@ -175,47 +210,41 @@ class Table {
     watch_tensors(row, std::move(param), grad, unwrap, std::move(keep));
   }
 
-  // How many elements a parameter has whose row can be described without a closer look: it and its gradient are on this
-  // device, of one shape, in row-major order, of kernels' dtypes and apart. 0: look closer.
-  i64 plain_elements(const py::object& param, const py::object& grad) {
+  // Whether a parameter's row can be described without a closer look: it and its gradient are on this device, of one
+  // shape and dtype, in row-major order, whole and apart.
+  bool is_plain(const py::object& param, const py::object& grad) {
+    if (!gradients.is_connected() || !reader.is_plain(param.ptr())) return false;
     TensorFacts p, g;
     seen_.clear();
     if (!reader.read(param.ptr(), p, seen_) || !reader.read(grad.ptr(), g, seen_)) {
       PyErr_Clear();
-      return 0;
+      return false;
     }
-    const i64 elements = row_major_elements(p);
-    const bool alike = p.ndim == g.ndim && std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents);
-    if (!alike || elements != row_major_elements(g) || !(p.device == device_) || !(g.device == device_)) return 0;
-    const int storages[] = {storage_of(p.dtype), storage_of(g.dtype)};
-    if (storages[0] < 0 || storages[1] < 0 || p.address == 0 || g.address == 0) return 0;
-    const u64 p_end = p.address + u64(elements * storage_bytes(storages[0]));
-    const u64 g_end = g.address + u64(elements * storage_bytes(storages[1]));
-    return p_end <= g.address || g_end <= p.address ? elements : 0;
+    if (!(p.dtype == g.dtype)) return false;
+    if (p.ndim != g.ndim || !std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents)) return false;
+    const u64 p_bytes = whole_bytes(param, p), g_bytes = whole_bytes(grad, g);
+    return p_bytes != 0 && g_bytes != 0 && (p.address + p_bytes <= g.address || g.address + g_bytes <= p.address);
   }
 
-  // Describes a row that plain_elements() has passed, whose states are new. None: it has no such state, no step.
-  void set_plain_row(u64 row, const py::object& grad, const std::vector<py::object>& states, const py::object& step,
-                     u32 mode, py::list keep) {
-    RowSpec spec;
-    const py::object param = watches_.at(row).param;
-    TensorFacts facts;
-    seen_.clear();
-    const auto set_slot = [&](int slot, const py::object& tensor) {
-      if (tensor.is_none()) return;
-      if (!reader.read(tensor.ptr(), facts, seen_)) fail();
-      spec.address[slot] = facts.address;
-      spec.storage[slot] = u8(storage_of(facts.dtype));
-    };
-    set_slot(kParam, param);
-    spec.numel = row_major_elements(facts);
-    set_slot(kGrad, grad);
-    for (size_t s = 0; s < states.size(); ++s) set_slot(kState0 + int(s), states[s]);
-    if (!step.is_none() && !reader.read_address(step.ptr(), spec.address[kStep])) fail();
-    spec.mode = mode;
-    spec.group = places_[row].group;
-    host_.set_row(row, spec);
-    watch_tensors(row, param, grad, false, std::move(keep));
+  // Makes the states of rows that is_plain() has passed and that have none, and describes the rows. `names`: of the
+  // rule's states, by slot; `needed`: which of them each group needs. `steps`: each row's count, or None.
+  // Returns each row's states by name.
+  py::list begin_rows(const std::vector<u64>& rows, const std::vector<py::str>& names,
+                      const std::vector<std::vector<bool>>& needed, const std::vector<py::object>& steps,
+                      bool keeps_step, u32 mode, const py::object& zeros_like) {
+    py::list made;
+    for (size_t k = 0; k < rows.size(); ++k) {
+      const u64 row = rows[k];
+      const std::vector<bool>& has = needed.at(places_.at(row).group);
+      py::dict states;
+      for (size_t s = 0; s < names.size(); ++s)
+        if (has[s]) states[names[s]] = zeros_like(watches_[row].param);
+      describe_plain_row(row, names, states, steps.at(k), mode);
+      const bool counts = keeps_step && !steps[k].is_none();
+      if (counts || !states.empty()) begin_state(row, names, states, counts ? steps[k] : py::object());
+      made.append(std::move(states));
+    }
+    return made;
   }
 
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
@@ -368,6 +397,64 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
+  void describe_plain_row(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step,
+                          u32 mode) {
+    const py::object param = watches_[row].param, grad = grad_of(param.ptr());
+    RowSpec spec;
+    TensorFacts facts;
+    py::list keep;  // aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory
+    const auto set_slot = [&](int slot, const py::object& tensor) {
+      seen_.clear();
+      if (!reader.read(tensor.ptr(), facts, seen_)) fail();
+      spec.address[slot] = facts.address;
+      if (slot < kElementSlots) spec.storage[slot] = u8(storage_of(facts.dtype));
+    };
+    set_slot(kParam, param);
+    spec.numel = row_major_elements(facts);
+    set_slot(kGrad, grad);
+    const auto set_kept = [&](int slot, const py::object& tensor) {
+      set_slot(slot, tensor);
+      keep.append(tensor.attr("detach")());
+    };
+    for (size_t s = 0; s < names.size(); ++s)
+      if (states.contains(names[s])) set_kept(kState0 + int(s), states[names[s]]);
+    if (!step.is_none()) set_kept(kStep, step);
+    spec.mode = mode;
+    spec.group = places_[row].group;
+    host_.set_row(row, spec);
+    watch_tensors(row, param, grad, false, std::move(keep));
+  }
+
+  void start_watch(u64 row, const py::dict& state, std::vector<DictWatch::Entry> entries) {
+    Watch& watch = watches_.at(row);
+    watch.state.watch(state, std::move(entries));
+    watch.state_addresses = addresses_of(watch);
+  }
+
+  // Puts a row's states into the optimizer's, in torch's order, and watches them.
+  void begin_state(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step) {
+    static const py::str kStepKey("step");
+    py::dict state = states_[watches_[row].param];
+    std::vector<DictWatch::Entry> entries;
+    const auto put = [&](const py::str& key, const py::object& tensor) {
+      if (tensor) state[key] = tensor;
+      entries.emplace_back(key, tensor);
+    };
+    if (step) put(kStepKey, step);
+    for (const py::str& name : names) put(name, states.contains(name) ? py::object(states[name]) : py::object());
+    start_watch(row, state, std::move(entries));
+  }
+
+  // The bytes of a tensor of `seen_` that is what is_plain() wants one to be; else 0.
+  u64 whole_bytes(const py::object& tensor, const TensorFacts& facts) const {
+    const int storage = storage_of(facts.dtype);
+    const i64 elements = row_major_elements(facts);
+    if (storage < 0 || facts.address == 0 || !(facts.device == device_)) return 0;
+    return gradients.is_whole(impl_of(tensor), elements, storage_bytes(storage))
+               ? u64(elements * storage_bytes(storage))
+               : 0;
+  }
+
   // The elements of a tensor of `seen_` that is in row-major order; else 0.
   i64 row_major_elements(const TensorFacts& facts) const {
     const int64_t* const shape = seen_.data() + facts.extents;
@@ -437,8 +524,7 @@ class Table {
   // From now on this parameter's gradient is read without Python, if what is read so is what Python reads.
   void find_impl(Watch& watch) {
     if (!gradients.is_connected() || watch.unwrap || watch.stand_in || !reader.is_plain(watch.param.ptr())) return;
-    const void* const impl = PyLong_AsVoidPtr(py::object(watch.param.attr("_cdata")).ptr());
-    if (impl == nullptr && PyErr_Occurred()) fail();
+    const void* const impl = impl_of(watch.param);
     if (!owns(impl, watch.param_facts)) return;
     if (gradients.read(gradients.find(impl), watch.grad_view) != GradientReader::kStrided) return;
     const bool is_alike = is_as_known(watch.grad_view, watch) && watch.grad_view.address() == watch.grad_facts.address;
@@ -710,6 +796,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("uses_exchange", [] { return reader.uses_exchange(); });
   m.def("reads_gradients_directly", [] { return gradients.is_connected(); });
+  m.def("are_apart", &are_apart, py::arg("tensors"));
   m.def("rules", &rule_names);
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);
@@ -740,9 +827,9 @@ PYBIND11_MODULE(_C, m) {
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("keep"))
-      .def("plain_elements", &Table::plain_elements, py::arg("param"), py::arg("grad"))
-      .def("set_plain_row", &Table::set_plain_row, py::arg("row"), py::arg("grad"), py::arg("states"), py::arg("step"),
-           py::arg("mode"), py::arg("keep"))
+      .def("is_plain", &Table::is_plain, py::arg("param"), py::arg("grad"))
+      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("names"), py::arg("needed"), py::arg("steps"),
+           py::arg("keeps_step"), py::arg("mode"), py::arg("zeros_like"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))
@@ -754,6 +841,7 @@ PYBIND11_MODULE(_C, m) {
       .def("hold_params", &Table::hold_params, py::arg("wanted"))
       .def("release_params", &Table::release_params)
       .def("states_in_place", &Table::states_in_place)
+      .def("state_in_place", &Table::state_in_place, py::arg("row"))
       .def("refresh", &Table::refresh)
       .def("read_groups", &Table::read_groups, py::arg("groups"))
       .def("live_params", &Table::live_params)

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "dlpack.h"
 #include "types.h"
 
 namespace fusedopt {
@@ -22,16 +21,18 @@ struct TorchTensor;
 
 // https://github.com/pytorch/pytorch/blob/main/torch/csrc/inductor/aoti_torch/c/shim.h: 0 is success.
 // name in the library, member, arguments
-#define FUSEDOPT_TORCH(X)                                                          \
-  X(aoti_torch_is_defined, is_defined, (const TorchTensor*, bool*))                \
-  X(aoti_torch_get_layout, get_layout, (const TorchTensor*, int32_t*))             \
-  X(aoti_torch_get_dtype, get_dtype, (const TorchTensor*, int32_t*))               \
-  X(aoti_torch_get_device_type, get_device_type, (const TorchTensor*, int32_t*))   \
-  X(aoti_torch_get_device_index, get_device_index, (const TorchTensor*, int32_t*)) \
-  X(aoti_torch_get_dim, get_dim, (const TorchTensor*, int64_t*))                   \
-  X(aoti_torch_get_sizes, get_sizes, (const TorchTensor*, int64_t**))              \
-  X(aoti_torch_get_strides, get_strides, (const TorchTensor*, int64_t**))          \
-  X(aoti_torch_get_data_ptr, get_data_ptr, (const TorchTensor*, void**))
+#define FUSEDOPT_TORCH(X)                                                              \
+  X(aoti_torch_is_defined, is_defined, (const TorchTensor*, bool*))                    \
+  X(aoti_torch_get_layout, get_layout, (const TorchTensor*, int32_t*))                 \
+  X(aoti_torch_get_dtype, get_dtype, (const TorchTensor*, int32_t*))                   \
+  X(aoti_torch_get_device_type, get_device_type, (const TorchTensor*, int32_t*))       \
+  X(aoti_torch_get_device_index, get_device_index, (const TorchTensor*, int32_t*))     \
+  X(aoti_torch_get_dim, get_dim, (const TorchTensor*, int64_t*))                       \
+  X(aoti_torch_get_sizes, get_sizes, (const TorchTensor*, int64_t**))                  \
+  X(aoti_torch_get_strides, get_strides, (const TorchTensor*, int64_t**))              \
+  X(aoti_torch_get_data_ptr, get_data_ptr, (const TorchTensor*, void**))               \
+  X(aoti_torch_get_storage_offset, get_storage_offset, (const TorchTensor*, int64_t*)) \
+  X(aoti_torch_get_storage_size, get_storage_size, (const TorchTensor*, int64_t*))
 
 // C++ functions of torch that take a tensor and say yes or no: mangled name, member.
 #define FUSEDOPT_TORCH_PREDICATES(X)            \
@@ -75,6 +76,14 @@ class GradientReader {
   // Whether a tensor's memory holds the negative or the conjugate of its values.
   bool is_lazy(const TorchTensor* tensor) const { return is_neg_(tensor) || is_conj_(tensor); }
   bool is_lazy(const void* impl) const { return is_lazy(reinterpret_cast<const TorchTensor*>(&impl)); }
+
+  // Whether the memory of the tensor whose c10::TensorImpl is at `impl` holds its values: so many, of so many bytes.
+  bool is_whole(const void* impl, i64 elements, i64 bytes_each) const {
+    const auto* const tensor = reinterpret_cast<const TorchTensor*>(&impl);
+    int64_t offset = 0, bytes = 0;
+    const bool is_read = get_storage_offset_(tensor, &offset) == 0 && get_storage_size_(tensor, &bytes) == 0;
+    return is_read && (offset + elements) * bytes_each <= bytes && !is_lazy(tensor);
+  }
 
   // What it is like. kUnreadable: ask Python.
   Found read(const TorchTensor* grad, View& view) const {

@@ -28,6 +28,8 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> N
 
 def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Refuses a value below 0, and NaN. A tensor on a GPU is not looked at: that would wait for the GPU."""
+    if type(value) is float and value >= 0.0:  # almost always
+        return
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, but it has {value.numel()} elements")
     check_number(name, value)
@@ -237,6 +239,8 @@ def real_dtype(tensor: Tensor) -> torch.dtype:
 
 def _is_number(value: object) -> bool:
     """Whether a value is a real number or a tensor of one. A tensor on a GPU is not looked at: that would wait."""
+    if type(value) in (float, int):
+        return True
     if isinstance(value, Tensor):
         return not value.is_meta and not value.is_complex()
     try:

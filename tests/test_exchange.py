@@ -6,10 +6,12 @@ import gc
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fusedopt
 from fusedopt import backends
@@ -75,6 +77,37 @@ def test_without_the_exchange_table_a_step_has_the_same_bits() -> None:
 def test_gradients_are_read_without_python_by_functions_that_torch_exports() -> None:
     assert backends.compiled is not None
     assert backends.compiled.reads_gradients_directly()
+
+
+def _half(grad: Tensor) -> Tensor:
+    return grad.to(torch.bfloat16)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "new memory": torch.clone,
+    "columns first": lambda grad: grad.t().contiguous().t(),
+    "every second element": lambda grad: torch.stack((grad, grad), -1)[..., 0],
+    "a lazy negative": lambda grad: torch._neg_view(-grad),
+    "bfloat16": _half,
+    "sparse": lambda grad: grad.to_sparse(),
+    "a subclass": lambda grad: grad.as_subclass(nn.Parameter),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_gradient_that_is_no_longer_what_it_was_is_read_as_what_it_is(change: str) -> None:
+    param, expected = nn.Parameter(torch.zeros(3, 4)), torch.zeros(3, 4)
+    if hasattr(param, "grad_dtype"):
+        param.grad_dtype = None
+    elif change == "bfloat16":
+        pytest.skip("this torch wants gradients of the parameter's dtype")
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    for step in range(6):
+        grad = torch.arange(12.0).view(3, 4) + step
+        param.grad = CHANGES[change](grad) if step in (2, 4, 5) else grad
+        expected -= grad
+        optimizer.step()
+        assert torch.equal(param.detach(), expected), step
 
 
 def test_a_parameter_that_changes_places_with_one_of_the_same_memory_has_that_ones_gradient() -> None:
