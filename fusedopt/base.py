@@ -234,21 +234,17 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter, gradient or state is no longer where the capture found it: capture again.
         """
-        for table, _ in self._current_tables():
-            launcher = table.launcher
+        for table, backend in self._current_tables():
             if table.phase.flags:
                 table.announce()
-            if launcher is None or not getattr(launcher, "captures", 0):
-                continue
-            core: Any = table.core
-            moved = core.moved_since_captures(launcher)
+            moved = backend.moved_since_captures(table)
             if moved:
                 names = ", ".join(table.rows[row].name for row in moved[:3])
                 raise RuntimeError(
                     f"{names}: {len(moved)} of {len(table.rows)} parameters, with their gradients and states, are no "
                     "longer where the captured graph reads and writes them; capture again"
                 )
-            core.update_captures(launcher, torch.cuda.current_stream(table.device).cuda_stream)
+            backend.update_captures(table)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``."""
@@ -556,9 +552,19 @@ class _Waiting:
         return ""
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._choose().launch(table, grad_scale, found_inf)
+
+    def moved_since_captures(self, table: Table) -> list[int]:
+        return self._choose().moved_since_captures(table) if table.launcher is not None else []
+
+    def update_captures(self, table: Table) -> None:
+        if table.launcher is not None:
+            self._choose().update_captures(table)
+
+    def _choose(self) -> Backend:
         if self._chosen is None:
             self._chosen = choose_backend(self._requested, self._device)
-        self._chosen.launch(table, grad_scale, found_inf)
+        return self._chosen
 
 
 def _backend_for(table: Table, requested: str | None) -> Backend:
