@@ -115,7 +115,7 @@ def find_device_compiler() -> DeviceCompiler:
     Raises:
         Unavailable: neither is here, or neither works.
     """
-    problems: list[str] = []
+    problems = [f"{name}={os.environ[name]} has no bin/nvcc" for name in _toolkits() if not _is_toolkit(name)]
     for path in _nvcc_candidates():
         try:
             return _try_nvcc(path)
@@ -212,9 +212,21 @@ def native_archs() -> list[int]:
     return sorted(found)
 
 
+def _toolkits() -> list[str]:
+    """The variables that name a CUDA toolkit."""
+    return [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+
+
+def _nvcc_of(toolkit: str) -> str:
+    return os.path.join(os.environ[toolkit], "bin", "nvcc")
+
+
+def _is_toolkit(name: str) -> bool:
+    return os.access(_nvcc_of(name), os.X_OK)
+
+
 def _nvcc_candidates() -> list[str]:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    paths = [os.path.join(home, "bin", "nvcc") for home in homes] + [shutil.which("nvcc") or ""]
+    paths = [*map(_nvcc_of, _toolkits()), shutil.which("nvcc") or ""]
     return list(dict.fromkeys(path for path in paths if path and os.access(path, os.X_OK)))
 
 

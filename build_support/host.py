@@ -35,6 +35,7 @@ ENGINE_ISAS: dict[str, dict[str, list[str]]] = {
     "aarch64": {"neon": []},
 }
 
+CXX_REMEDY = "unset CXX, or name a C++17 compiler by it"
 PROBE = "#include <cstdint>\n#include <vector>\nstd::vector<std::int64_t> probe() { return {1}; }\n"
 
 
@@ -124,6 +125,8 @@ def _compiler_command() -> list[str]:
     for command in candidates:
         if shutil.which(command[0]):
             return command
+    if asked:
+        raise Unavailable(f"there is no C++ compiler: CXX={os.environ['CXX']!r} names no program", CXX_REMEDY)
     tried = ", ".join(command[0] for command in candidates)
     raise Unavailable(
         f"there is no C++ compiler: {tried} not found",
@@ -149,4 +152,5 @@ def _probe(command: list[str]) -> None:
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
         why = lines[0].strip() if lines else f"exit status {result.returncode}"
-        raise Unavailable(f"{command[0]} cannot build a C++17 library: {why}", "sudo apt-get install g++")
+        remedy = CXX_REMEDY if os.environ.get("CXX") else "sudo apt-get install g++"
+        raise Unavailable(f"{shlex.join(command)} cannot build a C++17 library: {why}", remedy)

@@ -109,6 +109,7 @@ CASES = (
     Case("wrong architecture", env={"FUSEDOPT_CUDA_ARCHS": "42"}, fails="does not know sm_42"),
     Case("no g++", hide=COMPILERS, expect={**BARE, "reason": "apt-get install g++"}),
     Case("no g++, asked for", hide=COMPILERS, env={"FUSEDOPT_EXTENSION": "1"}, fails="there is no C++ compiler"),
+    Case("wrong CXX", env={"CXX": "g+-", "FUSEDOPT_EXTENSION": "1"}, fails="CXX='g+-' names no program"),
     Case("no Python.h", headers=False, expect={**BARE, "reason": "-dev"}),
     Case("sdist, then wheel", how="sdist", expect=BUILT),
     Case("offline, no nvcc", how="offline", hide=("nvcc",), expect={**BUILT, "reason": "pip install"}),

@@ -434,7 +434,9 @@ class Table {
   // Puts a row's states into the optimizer's, in torch's order, and watches them.
   void begin_state(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step) {
     static const py::str kStepKey("step");
-    py::dict state = states_[watches_[row].param];
+    PyObject* const found = PyDict_SetDefault(states_.ptr(), watches_[row].param.ptr(), py::dict().ptr());  // borrowed
+    if (found == nullptr) fail();
+    const auto state = py::reinterpret_borrow<py::dict>(found);
     std::vector<DictWatch::Entry> entries;
     const auto put = [&](const py::str& key, const py::object& tensor) {
       if (tensor) state[key] = tensor;

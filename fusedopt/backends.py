@@ -63,17 +63,16 @@ class Cpu(_NeverCaptured):
         """Chooses the instruction set once: the best, or what FUSEDOPT_CPU_ISA names."""
         sets: list[str] = compiled.instruction_sets() if compiled else []
         wanted = os.environ.get("FUSEDOPT_CPU_ISA")
-        if compiled and wanted and wanted not in sets:
-            raise ValueError(
-                f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets) or 'none'}"
-            )
         self.isa = wanted or (sets[0] if sets else "")
+        self.fault = ""  # told when an optimizer is to step: the package loads, so that its page can say it too
+        if compiled and wanted and wanted not in sets:
+            self.fault = f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets)}"
 
     def why_not(self, device: torch.device) -> str:
         """See Backend."""
         if compiled is None:
             return f"no compiled extension: {why_not_compiled}"
-        return "" if device.type == "cpu" else f"it serves the CPU, not {device}"
+        return self.fault if device.type == "cpu" else f"it serves the CPU, not {device}"
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See Backend."""
@@ -369,14 +368,13 @@ def find_backend(name: str | None) -> Backend | None:
     Raises:
         ValueError: there is none of that name.
     """
-    asked = name
-    name = asked or os.environ.get("FUSEDOPT_BACKEND") or None
-    if name is None:
+    asked = (os.environ.get("FUSEDOPT_BACKEND") or None) if name is None else name
+    if asked is None:
         return None
-    if name not in _ALL:
-        source = "" if asked else " (named by FUSEDOPT_BACKEND)"
-        raise ValueError(f"backend '{name}' is unknown{source}; there are {', '.join(_ALL)}")
-    return _ALL[name]
+    if not isinstance(asked, str) or asked not in _ALL:
+        source = " (named by FUSEDOPT_BACKEND)" if name is None else ""
+        raise ValueError(f"backend {asked!r} is unknown{source}; there are {', '.join(_ALL)}")
+    return _ALL[asked]
 
 
 def choose_backend(name: str | None, device: torch.device) -> Backend:
@@ -398,7 +396,13 @@ def choose_backend(name: str | None, device: torch.device) -> Backend:
 
 
 def best_backend(device: torch.device) -> tuple[Backend, list[str]]:
-    """The first of a device's backends that can serve it, and why those before it can not."""
+    """The first of a device's backends that can serve it, and why those before it can not.
+
+    Raises:
+        ValueError: FUSEDOPT_CPU_ISA names an instruction set that is not here.
+    """
+    if cpu.fault and device.type == "cpu":
+        raise ValueError(cpu.fault)
     reasons = [] if device.type in PREFERENCE else ["there are no kernels for it"]
     for name in PREFERENCE.get(device.type, ("reference",)):
         reason = _ALL[name].why_not(device)

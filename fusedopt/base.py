@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, hooks, norms, traced
 from .backends import Backend, choose_backend, find_backend
-from .check import check_flags, local
+from .check import check_flags, check_groups, check_number, local
 from .phase import EMA, MEASURES, NOTHING, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import CODES, check_modes, scale_key, state_dtype_of
 from .report import Report, read_report
@@ -370,6 +370,10 @@ class FusedOptimizer(Optimizer):
         self._steps_until_check = ADDRESS_CHECK_PERIOD
 
     def _launch(self) -> None:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False), torch.no_grad():  # states made there could not be stepped outside
+                self._launch()
+            return
         if self._is_swapped:
             raise RuntimeError("a step within swap_ema() would be lost: the averages are in the parameters' place")
         tables = self._current_tables()
@@ -386,10 +390,11 @@ class FusedOptimizer(Optimizer):
             for number in live:
                 table, backend = tables[number]
                 params = table.live_params()
+                scalars = _on(table.device, "grad_scale", grad_scale), _on(table.device, "found_inf", found_inf)
                 if stage != MEASURES:
                     _increment_version(params)
                 self._announce(number, table, params, phase, stage)
-                backend.launch(table, _on(table.device, grad_scale), _on(table.device, found_inf))
+                backend.launch(table, *scalars)
             if stage == MEASURES and live:
                 self._join_norms([tables[number][0] for number in live], phase)
 
@@ -427,7 +432,7 @@ class FusedOptimizer(Optimizer):
             return
         table.phase, table.results = phase, self._results_of(number, table.device, phase)
         decay = phase.ema_decay
-        table.ema_decay = _on(table.device, decay) if isinstance(decay, Tensor) else decay
+        table.ema_decay = _on(table.device, "ema_decay", decay) if isinstance(decay, Tensor) else decay
         table.announce(stage)
         if stage == MEASURES:
             return
@@ -506,6 +511,9 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
+        check_groups(self.param_groups)
+        if not isinstance(self.state, dict):
+            raise TypeError(f"the optimizer's state must be a dict, but it is {self.state!r}")
         for group in self.param_groups:
             self._phase.check_group(group)
         copies = self._copies()
@@ -573,12 +581,11 @@ def _backend_for(table: Table, requested: str | None) -> Backend:
     return choose_backend(requested, table.device)
 
 
-def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    """A scalar of the gradient scaler, float32 on a table's device."""
+def _on(device: torch.device, name: str, scalar: Tensor | None) -> Tensor | None:
+    """A scalar that the launch reads, float32 on a table's device."""
     if scalar is None:
         return None
     if not isinstance(scalar, Tensor):
-        raise TypeError(f"grad_scale and found_inf must be tensors of 1 element, but one is {scalar!r}")
-    if scalar.numel() != 1:
-        raise ValueError(f"grad_scale and found_inf must have 1 element, but one has {scalar.numel()}")
+        raise TypeError(f"{name} must be a tensor of 1 element, but it is {scalar!r}")
+    check_number(name, scalar)
     return scalar.to(device=device, dtype=torch.float32, non_blocking=True)

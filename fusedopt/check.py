@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Complex, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .core import STORAGES
-from .layout import overlaps_itself, span
+from .layout import overlaps_itself
+from .memory import check_memory, check_own_memory, is_wrapper, layout_of
 from .rules import Group, Rule
 from .sharded import check_placements, check_together, is_pending
 from .sharded import local as local
 from .storages import CODE_STORAGES
+
+MOST_SHOWN = 120  # characters of a value that an error message quotes
 
 
 def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> None:
@@ -21,8 +25,7 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> N
     if isinstance(lr, Tensor):
         if foreach and not capturable:
             raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, but it has {lr.numel()} elements")
+        _check_one_element("lr", lr)
     check_at_least_0("learning rate", lr)
 
 
@@ -30,20 +33,31 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Refuses a value below 0, and NaN. A tensor on a GPU is not looked at: that would wait for the GPU."""
     if type(value) is float and value >= 0.0:  # almost always
         return
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor {name} must be 1-element, but it has {value.numel()} elements")
     check_number(name, value)
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
-    if not value >= 0.0:
+    if not float(value) >= 0.0:
         what = name if name == "learning rate" else f"{name} value"
         raise ValueError(f"Invalid {what}: {value}")
 
 
 def check_number(name: str, value: object) -> None:
-    """Refuses what is neither a real number nor a tensor of them with memory."""
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number or a tensor of 1 element, but it is {value!r}")
+    """Refuses what is neither a real number nor a tensor of one."""
+    if isinstance(value, Tensor):
+        _check_one_element(name, value)
+        if value.layout == torch.strided and not value.is_meta:
+            check_memory(name, value)  # first: to print what has no memory ends the process
+    why = _why_no_number(value)
+    if why is not None:
+        raise TypeError(f"{name} must be a number or a tensor of 1 element, but it is {_shown(value)}{why}")
+
+
+def check_truth(name: str, value: object) -> None:
+    """Refuses what is neither true nor false: a tensor of two elements, or what has no memory."""
+    try:
+        bool(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be true or false, but it is {_shown(value)}") from error
 
 
 def check_betas(
@@ -59,12 +73,9 @@ def check_betas(
     if len(betas) != 2:
         raise ValueError(f"betas must be 2 decay rates, but there are {len(betas)}")
     for index, beta in enumerate(betas):
-        if isinstance(beta, Tensor) and beta.numel() != 1:
-            raise ValueError(f"Tensor betas[{index}] must be 1-element, but it has {beta.numel()} elements")
-    for index, beta in enumerate(betas):
         check_number(f"betas[{index}]", beta)
         on_device = isinstance(beta, Tensor) and beta.device.type != "cpu"
-        if not on_device and not 0.0 <= beta < 1.0:
+        if not on_device and not 0.0 <= float(beta) < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     kinds = [isinstance(beta, Tensor) for beta in betas]
     if not (all(kinds) or all(isinstance(beta, float) for beta in betas)):
@@ -82,6 +93,20 @@ def check_flags(*, foreach: bool | None, fused: bool | None, differentiable: boo
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
+def check_groups(groups: object) -> None:
+    """Refuses what is no list of groups of parameters, as somebody may leave it who writes to ``param_groups``."""
+    if not isinstance(groups, list):
+        raise TypeError(f"param_groups must be a list of dicts, but it is {_shown(groups)}")
+    for index, group in enumerate(groups):
+        if not isinstance(group, dict):
+            raise TypeError(f"group {index} must be a dict, but it is {_shown(group)}")
+        if not isinstance(group.get("params"), list):
+            raise TypeError(f"'params' of group {index} must be a list, but it is {_shown(group.get('params'))}")
+        for place, param in enumerate(group["params"]):
+            if not isinstance(param, Tensor):
+                raise TypeError(f"parameter {place} of group {index} must be a tensor, but it is {_shown(param)}")
+
+
 def check_hyperparameters(rule: Rule, groups: Sequence[Group]) -> None:
     """Refuses hyperparameters that no step could use, by group and name. Their ranges are not looked at."""
     for index, group in enumerate(groups):
@@ -89,28 +114,29 @@ def check_hyperparameters(rule: Rule, groups: Sequence[Group]) -> None:
             if key not in group:
                 raise KeyError(f"group {index} has no '{key}'")
         for key, item in rule.hypers:
-            name = f"'{key}' of group {index}" if item < 0 else f"'{key}'[{item}] of group {index}"
-            try:
-                value = group[key] if item < 0 else group[key][item]
-                if isinstance(value, str):
-                    raise TypeError("text is no number")
-                if isinstance(value, Tensor) and value.is_meta:
-                    raise TypeError("there is no memory on the meta device")
-                is_scalar = not isinstance(value, Tensor) or value.numel() == 1
-                if is_scalar and not (isinstance(value, Tensor) and value.device.type != "cpu"):
-                    float(value)
-            except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
-                wanted = "must be a number or a tensor of 1 element"
-                raise TypeError(f"{name} {wanted}, but it is {group[key]!r}") from error
-            if not is_scalar:
-                raise ValueError(f"{name} must have 1 element, but it has {value.numel()}")
+            _check_hyperparameter(f"'{key}'", f"of group {index}", group[key], item)
+        for key, count in {key: item + 1 for key, item in rule.hypers if item > 0}.items():
+            if len(group[key]) != count:
+                raise ValueError(f"'{key}' of group {index} must be {count} numbers, but there are {len(group[key])}")
+        for key, _ in rule.flags:
+            check_truth(f"'{key}' of group {index}", group[key])
+
+
+def _check_hyperparameter(key: str, of: str, value: Any, item: int) -> None:
+    """Refuses a value, or an item of it where ``item`` is not below 0, that is no number."""
+    if item < 0:
+        return check_number(f"{key} {of}", value)
+    if not isinstance(value, (tuple, list)) or len(value) <= item:
+        wanted = "must be a number or a tensor of 1 element"
+        raise TypeError(f"{key}[{item}] {of} {wanted}, but it is {_shown(value)}")
+    return check_number(f"{key}[{item}] {of}", value[item])
 
 
 def check_parameter(name: str, param: Tensor) -> None:
     """Refuses a parameter that no kernel could update, by name."""
     tensor = local(param)
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} is {tensor.layout}; its layout must be {torch.strided}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} is {layout_of(tensor)}; its layout must be {torch.strided}")
     if tensor.is_meta:
         raise RuntimeError(f"{name} is on the meta device, where there is no memory to update")
     if is_wrapper(tensor):
@@ -140,13 +166,15 @@ def check_parameter(name: str, param: Tensor) -> None:
 
 def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool) -> None:
     """Refuses a gradient that does not fit its parameter, by name and with both values."""
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"gradient of {name} must be a tensor, but it is {_shown(grad)}")
     if grad.is_sparse and not takes_sparse:
         raise RuntimeError(
             "Adam does not support sparse gradients, please consider SparseAdam instead: "
             f"gradient of {name} is {grad.layout}"
         )
-    if grad.layout != torch.strided and not grad.is_sparse:
-        raise RuntimeError(f"gradient of {name} is {grad.layout}; it must be torch.strided or torch.sparse_coo")
+    if (grad.layout != torch.strided and not grad.is_sparse) or grad.is_nested:
+        raise RuntimeError(f"gradient of {name} is {layout_of(grad)}; it must be torch.strided or torch.sparse_coo")
     check_together(f"gradient of {name}", grad, param)
     if grad.shape != param.shape:
         shapes = f"{tuple(grad.shape)}, the parameter {tuple(param.shape)}"
@@ -160,41 +188,32 @@ def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool
     check_memory(f"gradient of {name}", grad)
 
 
-def check_memory(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor that reaches past its storage, which was freed or shrunk under it (``storage.resize_``)."""
-    tensor = local(tensor)
-    if tensor.layout != torch.strided or is_pending(tensor) or tensor.numel() == 0:
-        return
-    storage = tensor.untyped_storage()
-    end = tensor.data_ptr() + tensor.nbytes if tensor.is_contiguous() else span(tensor)[1]
-    reach = end - storage.data_ptr()
-    if reach > storage.nbytes():
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} and {tensor.dtype} needs a storage of {reach} bytes, but its "
-            f"storage has {storage.nbytes()}: it was freed or shrunk"
-        )
+def check_state(row: str, param: Tensor, name: str, tensor: object, *, codes: bool) -> None:
+    """Refuses a state tensor that does not fit its parameter: that of another model, most likely.
 
+    Args:
+        row: what the parameter is called.
+        param: the parameter.
+        name: of the state.
+        tensor: the state.
+        codes: whether it may be kept in 8 bits.
 
-def check_state(row: str, param: Tensor, name: str, tensor: Tensor) -> None:
-    """Refuses a state tensor that does not fit its parameter: that of another model, most likely."""
-    check_together(f"{name} of {row}", tensor, param)
-    if tensor.shape != param.shape:
-        shapes = f"{tuple(tensor.shape)}, the parameter {tuple(param.shape)}"
-        raise ValueError(f"{name} of {row} has shape {shapes}")
-    if tensor.layout != torch.strided and not tensor.is_sparse:
-        raise TypeError(f"{name} of {row} is {tensor.layout}; its layout must be {torch.strided}")
-    if tensor.is_meta or is_wrapper(local(tensor)):
-        kind = f"{type(tensor).__name__} on {tensor.device}"
-        raise TypeError(f"{name} of {row} has no memory of its own: it is a {kind}")
-    known = real_dtype(local(tensor)) in (*STORAGES, *CODE_STORAGES)
-    if not known or tensor.is_complex() != param.is_complex():
-        raise TypeError(f"{name} of {row} has dtype {tensor.dtype}, the parameter {param.dtype}")
-    if not tensor.is_sparse and overlaps_itself(local(tensor)):
-        raise ValueError(
-            f"{name} of {row} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that "
-            "share memory"
-        )
-    check_memory(f"{name} of {row}", tensor)
+    Raises:
+        TypeError: it is no tensor, has no memory, or is of a dtype that no kernel reads there.
+        ValueError: it is of another shape, or its elements share memory.
+    """
+    what = f"{name} of {row}"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be a tensor, but it is {_shown(tensor)}")
+    check_together(what, tensor, param)
+    if tensor.is_nested or tensor.shape != param.shape:
+        shape = layout_of(tensor) if tensor.is_nested else tuple(tensor.shape)
+        raise ValueError(f"{what} has shape {shape}, the parameter {tuple(param.shape)}")
+    if not tensor.is_sparse:  # SGD's velocity may be; it is made dense
+        check_own_memory(what, tensor)
+    known = (*STORAGES, *CODE_STORAGES) if codes else STORAGES
+    if real_dtype(local(tensor)) not in known or tensor.is_complex() != param.is_complex():
+        raise TypeError(f"{what} has dtype {tensor.dtype}, the parameter {param.dtype}")
 
 
 def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> None:
@@ -209,10 +228,11 @@ def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> Non
         if step.numel() != 1:
             raise ValueError(f"step of {row} must have 1 element, but it has {step.numel()}")
         check_memory(f"step of {row}", step)
-        if step.device.type != "cpu":
-            return  # to look at it would wait for the device
-    if not _is_number(step):
-        raise ValueError(f"step of {row} must be a count, but it is {step!r}")
+    why = _why_no_number(step)
+    if why is not None:
+        raise ValueError(f"step of {row} must be a count, but it is {_shown(step)}{why}")
+    if isinstance(step, Tensor) and step.device.type != "cpu":
+        return  # to look at it would wait for the device
     count = float(step)
     if not (count >= 0.0 and count.is_integer()):
         raise ValueError(f"step of {row} must be a count, but it is {count}")
@@ -221,33 +241,54 @@ def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> Non
         raise ValueError(f"the state of {row} has taken {int(count)} steps, but has no {' and no '.join(missing)}")
 
 
-def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor is a subclass that keeps its values in other tensors, or in none."""
-    kind = type(tensor)
-    if kind is torch.nn.Parameter or kind is Tensor:
-        return False
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    fake = kind.__name__ in ("FakeTensor", "FunctionalTensor")
-    return bool(fake or is_traceable_wrapper_subclass(tensor))
-
-
 def real_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of a tensor's real numbers."""
     return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
 
 
-def _is_number(value: object) -> bool:
-    """Whether a value is a real number or a tensor of one. A tensor on a GPU is not looked at: that would wait."""
-    if type(value) in (float, int):
-        return True
+def _check_one_element(name: str, value: Tensor) -> None:
+    if value.numel() != 1 and name.startswith("'"):
+        raise ValueError(f"{name} must have 1 element, but it has {value.numel()}")
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element, but it has {value.numel()} elements")
+
+
+def _why_no_number(value: object) -> str | None:
+    """Why a step could read no real number from a value, as far as it does not show; None: it can.
+
+    What lies on a GPU is not looked at: that would wait for the GPU.
+    """
+    if type(value) is float:  # almost always
+        return None
     if isinstance(value, Tensor):
-        return not value.is_meta and not value.is_complex()
+        return _why_no_scalar(value)
+    if isinstance(value, (str, bytes, bytearray)):
+        return ", which is text"
+    if isinstance(value, Complex) and not isinstance(value, Real):
+        return ", which is complex"
     try:
         float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return ", which is too large"
     except (TypeError, ValueError):
-        return False
-    return not isinstance(value, (str, bytes, bytearray))
+        return ""
+    return None
+
+
+def _why_no_scalar(tensor: Tensor) -> str | None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f", which is {layout_of(tensor)}"
+    if tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+        return ", which has no memory"
+    if tensor.is_complex() or tensor.is_quantized:
+        return f" of {tensor.dtype}"
+    return ", which is a lazy view" if tensor.is_neg() else None
+
+
+def _shown(value: object) -> str:
+    """A value for a message: not all of a large one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _to_scalar(value: float | Tensor) -> float | Tensor:

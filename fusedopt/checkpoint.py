@@ -63,7 +63,7 @@ def read(
     _check_sizes(groups, saved_groups)
     ids = list(chain.from_iterable(group["params"] for group in saved_groups))
     places = [(g, k) for g, group in enumerate(groups) for k in range(len(group["params"]))]
-    place_of = dict(zip(ids, places, strict=True))
+    place_of = _place_of(ids, places, groups, name_of)
     for group, saved in zip(groups, saved_groups, strict=True):
         saved["params"] = group["params"]
         keep_modes(saved, group)
@@ -74,6 +74,7 @@ def read(
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict["state"].items():
         if key not in place_of:
+            _check_stranger(rule, key, value)
             state[key] = value  # not of a parameter: kept as it is, as torch does
             continue
         g, k = place_of[key]
@@ -140,6 +141,29 @@ def _check_sizes(groups: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any
             )
 
 
+def _place_of(
+    ids: Sequence[Any],
+    places: Sequence[tuple[int, int]],
+    groups: Sequence[dict[str, Any]],
+    name_of: Callable[[int, int], str],
+) -> dict[Any, tuple[int, int]]:
+    """Group and place of the parameter that each saved one is now."""
+    place_of: dict[Any, tuple[int, int]] = {}
+    for key, place in zip(ids, places, strict=True):
+        first = place_of.setdefault(key, place)
+        if groups[first[0]]["params"][first[1]] is not groups[place[0]]["params"][place[1]]:
+            raise ValueError(
+                f"loaded state dict has {key!r} for {name_of(*first)} and for {name_of(*place)}, which are not the same"
+            )
+    return place_of
+
+
+def _check_stranger(rule: Rule, key: Any, value: Any) -> None:
+    """Refuses the state of a parameter that no group has, as where JSON has made text of the numbers."""
+    if isinstance(value, Mapping) and any(name in value for name in ("step", *rule.states)):
+        raise ValueError(f"loaded state dict has a state of a parameter {key!r}, which is in none of its groups")
+
+
 def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
     try:
         check_hyperparameters(rule, groups)
@@ -157,11 +181,11 @@ def _fitted(
 ) -> dict[str, Any]:
     """The state of one parameter, on its device."""
     expect(f"loaded state of {name}", value, Mapping)
+    for key in (*rule.states, *more):
+        if value.get(key) is not None:
+            check_state(name, param, key, value[key], codes=key in rule.states)
     if rule.counts_in_state(group):
         check_step(name, value, rule.states if rule.keeps_step else ())
-    for key in (*rule.states, *more):
-        if isinstance(value.get(key), Tensor):
-            check_state(name, param, key, value[key])
     check_master(name, param, group, value)
     check_codes(rule, name, param, group, value)
     check_rounding(name, param, group, value)

@@ -134,16 +134,17 @@ def _choice(device: torch.device) -> tuple[str | None, str]:
     """The backend that an optimizer which names none will use, and why."""
     try:
         named = find_backend(None)
+        if named is None:
+            best, reasons = best_backend(device)
     except ValueError as error:
-        return None, f"FUSEDOPT_BACKEND: {error}"
+        return None, str(error)
     if named is not None:
         reason = named.why_not(device)
         if reason:
             return None, f"FUSEDOPT_BACKEND={named.name}, but {reason}"
         return named.name, f"FUSEDOPT_BACKEND={named.name}"
-    best, reasons = best_backend(device)
     if best is cpu:
-        return best.name, f"it is built, for {cpu.isa}"
+        return best.name, f"it is built; with {cpu.isa} instructions"
     return best.name, "; ".join(reasons) or "it is built and there is a driver"
 
 
@@ -157,18 +158,18 @@ def _device_name(device: torch.device) -> str:
 def _advice(report: Info) -> list[str]:
     """What to do about what is missing, and about a self-test that failed."""
     advice = []
-    missing = report["build"]["missing"]
-    if missing:
-        advice.append(missing)
     has_gpu = len(report["devices"]) > 1
+    for_gpu = "" if has_gpu else "only for a GPU: "
+    if report["build"]["missing"]:
+        needed = for_gpu if report["build"]["extension"] else ""
+        advice.append(f"{needed}{report['build']['missing']}")
     if not has_gpu:
-        advice.append(_why_no_gpu())
+        advice.append(f"{for_gpu}{_why_no_gpu()}")
     if report["versions"]["triton"] is None:
-        need = "" if has_gpu else " (not needed without a GPU)"
-        advice.append(f"triton is not installed: pip install 'fusedopt[triton]'{need}")
+        advice.append(f"{for_gpu}triton is not installed; to mend: pip install 'fusedopt[triton]'")
     for device in report["devices"]:
         if device["uses"] is None:
-            advice.append(f"{device['device']}: {device['because']}")
+            advice.append(f"{device['device']}: no optimizer can step there: {device['because']}; {_other(device)}")
         elif device["uses"] == "reference":
             advice.append(f"{device['device']} uses the reference, which is slow")
     for outcome in report["self_test"] or []:
@@ -180,11 +181,17 @@ def _advice(report: Info) -> list[str]:
     return advice
 
 
+def _other(device: dict[str, Any]) -> str:
+    """What mends an environment variable that leaves a device without a backend."""
+    serving = ", ".join(name for name, reason in device["backends"].items() if not reason)
+    return f"to mend: unset the variable; FUSEDOPT_BACKEND may be {serving} here"
+
+
 def _why_no_gpu() -> str:
     driver = compiled.cuda_unavailable() if compiled else ""
     if torch.version.cuda is None and torch.version.hip is None:
         return (
-            f"no GPU is used: torch {torch.__version__} is built without CUDA and ROCm; "
-            "where there is a GPU, install torch as https://pytorch.org/get-started/locally says"
+            f"torch {torch.__version__} is built without CUDA and ROCm; to mend: install torch as "
+            "https://pytorch.org/get-started/locally says"
         )
-    return f"no GPU is used: torch sees none{f' ({driver})' if driver else ''}"
+    return f"torch sees none{f' ({driver})' if driver else ''}"

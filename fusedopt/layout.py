@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -51,6 +52,8 @@ def _offsets(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 def span(tensor: Tensor) -> tuple[int, int]:
     """First byte of a tensor's memory, and the one after its last; equal where it has no elements."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     if tensor.numel() == 0:
         return start, start
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -129,7 +132,10 @@ def _meet(dims: Sequence[tuple[int, int, int]], distance: int, item: int) -> boo
 
 def neighbours(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
     """Pairs of indices, the smaller first, of tensors whose spans of memory meet."""
-    spans = sorted((*span(tensor), index) for index, tensor in enumerate(tensors) if tensor.numel())
+    spans = sorted((*span(tensor), index) for index, tensor in enumerate(tensors))
+    if all(end <= next_start for (_, end, _), (next_start, _, _) in pairwise(spans)):
+        return  # as almost always
+    spans = [each for each in spans if each[0] < each[1]]
     open_spans: list[tuple[int, int]] = []  # end, index
     for start, end, index in spans:
         open_spans = [(other_end, other) for other_end, other in open_spans if other_end > start]

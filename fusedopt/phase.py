@@ -11,8 +11,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .check import check_memory, check_number, local, real_dtype
+from .check import check_number, local, real_dtype
 from .layout import may_share_memory, neighbours, overlaps_itself
+from .memory import check_own_memory
 from .storages import STORAGES
 
 EMA = "ema"  # the key of the average in a parameter's state
@@ -81,12 +82,12 @@ class Phase:
         for name in ("ema_decay", "max_grad_norm", "norm_type"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name))
+        for name in ("ema_warmup", "zero_grads", "norm_by_group", "skip_nonfinite"):
+            if not isinstance(getattr(self, name), bool):  # they become bits of `flags`
+                raise TypeError(f"{name} must be True or False, but it is {getattr(self, name)!r}")
         if self.copy_to is not None and not isinstance(self.copy_to, (Mapping, Sequence)):
             raise TypeError(f"copy_to must be a sequence of tensors or a dict by parameter, but it is {self.copy_to!r}")
-        if isinstance(decay, Tensor):
-            if decay.numel() != 1:
-                raise ValueError(f"Tensor ema_decay must be 1-element, but it has {decay.numel()} elements")
-        elif decay is not None and not 0.0 <= decay <= 1.0:
+        if decay is not None and not isinstance(decay, Tensor) and not 0.0 <= decay <= 1.0:
             raise ValueError(f"Invalid ema_decay: {decay}")
         if self.ema_warmup and decay is None:
             raise ValueError("ema_warmup needs ema_decay: it is how that starts")
@@ -186,6 +187,11 @@ class Phase:
         if self.copy_to is None:
             return {}
         if isinstance(self.copy_to, Mapping):
+            known = set(params)
+            for key in self.copy_to:
+                if not isinstance(key, Tensor) or key not in known:
+                    what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+                    raise ValueError(f"copy_to has a copy for {what}, which is no parameter of the optimizer")
             return dict(self.copy_to)
         if len(self.copy_to) != len(params):
             raise ValueError(
@@ -213,15 +219,14 @@ def check_copy(name: str, param: Tensor, copy: Tensor) -> None:
     what = f"copy_to of {name}"
     if not isinstance(copy, Tensor):
         raise TypeError(f"{what} must be a tensor, but it is {copy!r}")
-    if copy.shape != param.shape:
-        raise ValueError(f"{what} has shape {tuple(copy.shape)}, the parameter {tuple(param.shape)}")
+    if copy.is_nested or copy.shape != param.shape:
+        shape = "nested" if copy.is_nested else tuple(copy.shape)
+        raise ValueError(f"{what} has shape {shape}, the parameter {tuple(param.shape)}")
     if copy.device != param.device:
         raise ValueError(f"{what} is on {copy.device}, the parameter on {param.device}")
     if real_dtype(copy) not in STORAGES or copy.is_complex() != param.is_complex():
         raise TypeError(f"{what} has dtype {copy.dtype}, the parameter {param.dtype}")
-    if overlaps_itself(local(copy)):
-        raise ValueError(f"{what} has elements that share memory")
-    check_memory(what, copy)
+    check_own_memory(what, copy)
 
 
 def check_cleared(grads: Sequence[tuple[str, Tensor]]) -> None:
@@ -231,6 +236,8 @@ def check_cleared(grads: Sequence[tuple[str, Tensor]]) -> None:
         what = f"zero_grads: gradient of {name}"
         if grad.is_sparse or grad.is_conj() or grad.is_neg():
             raise ValueError(f"{what} is sparse or a lazy view, which can not be cleared in place")
+        if grad.is_inference():
+            raise ValueError(f"{what} is an inference tensor, which can not be written outside inference_mode")
         if overlaps_itself(local(grad)):
             raise ValueError(f"{what} has elements that share memory, as an expanded tensor has")
         named.append((what, grad))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blocks import FLOAT8, block_count, coded, decoded, random_bits
+from .memory import check_own_memory
 from .rules import Group, Rule
 from .sharded import (
     by_rank,
@@ -65,7 +66,7 @@ def check_modes(rule: Rule, group: Group) -> None:
         return
     if group.get("master") not in (None, *MASTERS):
         raise ValueError(f"master is {group['master']!r}; it must be {', '.join(map(repr, MASTERS))} or None")
-    if group.get("state_block") not in (None, *BLOCKS):
+    if not isinstance(group.get("state_block"), (int, type(None))) or group.get("state_block") not in (None, *BLOCKS):
         raise ValueError(f"state_block is {group['state_block']!r}; it must be {', '.join(map(str, BLOCKS))} or None")
     if group.get("rounding") not in (None, "stochastic"):
         raise ValueError(f"rounding is {group['rounding']!r}; it must be 'stochastic' or None")
@@ -230,6 +231,7 @@ def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mappi
                 f"{scale_key(key)} of {name} has shape {tuple(scales.shape)} and dtype {scales.dtype}; it must have "
                 f"{blocks} and {torch.float32} where state_block is {block_of(group)}"
             )
+        check_own_memory(f"{scale_key(key)} of {name}", scales)
 
 
 def master_key(param: Tensor, group: Group) -> str | None:
@@ -266,11 +268,14 @@ def check_master(name: str, param: Tensor, group: Group, state: Mapping[str, Any
                 f"the state of {name} has '{other}', but master is {group.get('master')!r}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"
             )
+        if not isinstance(kept, Tensor):
+            raise TypeError(f"{other} of {name} must be a tensor, but it is {kept!r}")
         if kept.shape != param.shape or kept.dtype != master_dtype(param, key):
             raise ValueError(
                 f"{other} of {name} has shape {tuple(kept.shape)} and dtype {kept.dtype}; it must have "
                 f"{tuple(param.shape)} and {master_dtype(param, key)}"
             )
+        check_own_memory(f"{other} of {name}", kept)
 
 
 def check_no_double(rule: Rule, name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:

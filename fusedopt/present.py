@@ -9,6 +9,11 @@ from typing import Any
 from .variables import VARIABLES
 
 WIDTH = 100
+# What is worth to know of a backend that can serve a device.
+CAN_SERVE = {
+    "reference": "can serve it, slowly: one tensor after the other",
+    "emulated": "can serve it, for tests of the CUDA kernels; never chosen by itself",
+}
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -46,7 +51,7 @@ def _machine(machine: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "system", machine["system"]
     yield (
         "processor",
-        f"{machine['processor']}; {machine['processors']} of them, torch uses {machine['threads']}",
+        f"{machine['processor']}; {machine['processors']} cores to run on, {machine['threads']} threads of torch",
     )
 
 
@@ -55,8 +60,10 @@ def _build(build: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "extension", f"none: {build['missing']}"
         return
     yield "extension", f"by {build['host_compiler']}" + (f", {build['date']}" if build["date"] else "")
-    usable = ", ".join(build["usable_instruction_sets"])
-    yield "CPU engine", f"for {', '.join(build['instruction_sets']) or usable}; this processor runs {usable}"
+    usable = build["usable_instruction_sets"]
+    others = [name for name in build["instruction_sets"] if name not in usable]
+    beyond = f"; not for this processor: {', '.join(others)}" if others else ""
+    yield "CPU engine", f"with {', '.join(usable)} instructions{beyond}"
     archs = " ".join(f"sm_{arch}" for arch in build["archs"])
     size = sum(image["bytes"] for image in build["images"]) / 1e6
     made = f" for {archs}: {size:.2f} MB in {len(build['images'])} images" if build["images"] else ""
@@ -67,14 +74,16 @@ def _device(device: Mapping[str, Any], missing: str) -> str:
     """One device. What the build lacks was told above, and is not told again for every backend."""
     uses = f"'{device['uses']}'" if device["uses"] else "no backend"
     rows = [("uses", f"{uses}: {device['because']}")]
-    rows += [(f"'{name}'", reason or "can serve it") for name, reason in device["backends"].items()]
+    rows += [
+        (f"'{name}'", reason or CAN_SERVE.get(name, "can serve it")) for name, reason in device["backends"].items()
+    ]
     if missing:
         rows = [(name, line.replace(missing, "see above")) for name, line in rows]
     return f"\nDevice {device['device']}: {device['name']}\n{_rows(rows)}"
 
 
 def _self_test(outcomes: Sequence[Mapping[str, Any]] | None) -> Iterable[str]:
-    yield "\nSelf-test: the bits of each backend against the reference"
+    yield "\nSelf-test: some steps of every optimizer on each backend; all bits must be those of the reference"
     if outcomes is None:
         yield "  not run"
         return

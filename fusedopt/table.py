@@ -19,17 +19,17 @@ from . import holds
 from .check import (
     check_flags,
     check_gradient,
+    check_groups,
     check_hyperparameters,
-    check_memory,
     check_parameter,
     check_state,
     check_step,
-    is_wrapper,
     local,
     real_dtype,
 )
 from .core import Core, are_apart, make_core
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
+from .memory import is_wrapper
 from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
     DEFAULT_BLOCK,
@@ -82,6 +82,7 @@ class Row:
         copy_facts: where that lay and how, when the row was made; None: no row was made of it yet.
         is_dense: whether all slots are dense and in the same order.
         leaves: that its elements make; 0: it never had a gradient.
+        lies: where the parameter lay when it was last compared with the others; 0: it has no memory.
     """
 
     index: int
@@ -96,6 +97,7 @@ class Row:
     copy_facts: tuple[Any, ...] | None = None
     is_dense: bool = True
     leaves: int = 0
+    lies: int = 0
 
     @property
     def name(self) -> str:
@@ -111,7 +113,9 @@ class Row:
 def name_of(groups: Sequence[Group], group: int, place: int) -> str:
     """What error messages call the parameter at a place of a group."""
     names = groups[group].get("param_names")
-    return f"parameter '{names[place]}'" if names else f"parameter {place} of group {group}"
+    if isinstance(names, Sequence) and place < len(names):
+        return f"parameter '{names[place]}'"
+    return f"parameter {place} of group {group}"
 
 
 class Table:
@@ -193,6 +197,9 @@ class Table:
         rows = [row for row in self.rows if row.index in indices or row.group in groups]
         if any(local(row.param).device != self.device for row in rows):
             return False
+        moved = [row for row in rows if row.lies and local(row.param).data_ptr() != row.lies]
+        if moved and _sharers(self.rows):
+            return False  # it was moved onto another parameter
         self._remake(rows)
         return True
 
@@ -269,9 +276,10 @@ class Table:
     def _read_groups(self) -> Any:
         try:
             return self.core.read_groups(self.groups)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            check_hyperparameters(self.rule, self.groups)  # raises an error that names the one at fault
-            raise error
+        except Exception:
+            check_groups(self.groups)  # these raise an error that names the one at fault
+            check_hyperparameters(self.rule, self.groups)
+            raise
 
     def _holds(self, row: Row) -> bool:
         state = self._found(row)
@@ -294,7 +302,9 @@ class Table:
             if self._counts_in_state(row):
                 check_step(row.name, self._found(row), self.rule.states if self.rule.keeps_step else ())
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
-        _check_apart(rows, everything)
+        adopted = {row.index for row in rows}
+        others = [row for row in self.rows if row.index not in adopted] if rows else []
+        _check_apart([*rows, *others], [*everything, *(row.states for row in others)])
         for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
             self._code(row)
@@ -312,13 +322,12 @@ class Table:
         group, state = self.groups[row.group], self._found(row)
         if not state and not has_modes(group):
             return
-        for name, tensor in self._present(row).items():
-            check_state(row.name, row.param, name, tensor)
+        for name in (*self.rule.states, *self.phase.states):
+            if state.get(name) is not None:
+                check_state(row.name, row.param, name, state[name], codes=name in self.rule.states)
         check_master(row.name, row.param, group, state)
         check_codes(self.rule, row.name, row.param, group, state)
         check_rounding(row.name, row.param, group, state)
-        for name, tensor in self._kept(row).items():
-            check_memory(f"{name} of {row.name}", tensor)
 
     def _present(self, row: Row) -> dict[str, Tensor]:
         state = self._found(row)
@@ -400,7 +409,7 @@ class Table:
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.step = step
         if self._counts_in_state(row):
-            self._state[row.param]["step"] = step
+            self._state.setdefault(row.param, {})["step"] = step  # a dict that somebody put there makes no entries
         else:
             self._hidden_steps[row.param] = step
 
@@ -492,16 +501,16 @@ class Table:
                 if name not in row.states:
                     dtype = _state_dtype(self.rule, row, group, name)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
-                    row.states[name] = self._state[row.param][name] = tensor
+                    row.states[name] = self._state.setdefault(row.param, {})[name] = tensor
             if EMA in self.phase.states and EMA not in row.states:
                 average = row.param.detach().to(
                     average_dtype(row.param), copy=True, memory_format=torch.preserve_format
                 )
-                row.states[EMA] = self._state[row.param][EMA] = average
+                row.states[EMA] = self._state.setdefault(row.param, {})[EMA] = average
 
     def _create_kept(self, row: Row) -> None:
         """What the modes of a row's group keep: see ``precision``."""
-        group, state = self.groups[row.group], self._state[row.param]
+        group, state = self.groups[row.group], self._state.setdefault(row.param, {})
         key = master_key(row.param, group)
         if key is not None and key not in row.states:
             row.states[key] = state[key] = make_master(row.param, key)
@@ -606,11 +615,11 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     Raises:
         ValueError: two parameters share some elements without being the same.
     """
-    if len(rows) == 1 or are_apart([row.param for row in rows]):
+    earlier = _sharers(rows) if len(rows) > 1 else {}
+    if not earlier:
         for k, row in enumerate(rows):
             row.index = k
         return [list(rows)]
-    earlier = _sharers(rows)
     levels: dict[int, int] = {}
     for k in range(len(rows)):
         levels[k] = 1 + max((levels[other] for other in earlier.get(k, ())), default=-1)
@@ -624,18 +633,21 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _sharers(rows: Sequence[Row]) -> dict[int, list[int]]:
     """For each row, the earlier ones whose parameters may share memory with its own."""
-    by_storage: dict[int, list[int]] = {}
-    for k, row in enumerate(rows):
-        address = _storage_address(local(row.param))
-        if address:
-            by_storage.setdefault(address, []).append(k)
+    if are_apart([row.param for row in rows]):
+        for row in rows:
+            row.lies = row.param.data_ptr()
+        return {}
+    tensors = [local(row.param) for row in rows]
+    indices = [k for k, tensor in enumerate(tensors) if _storage_address(tensor)]
+    for k in indices:
+        rows[k].lies = tensors[k].data_ptr()
     sharers: dict[int, list[int]] = {}
-    for indices in by_storage.values():
-        tensors = [local(rows[k].param) for k in indices] if len(indices) > 1 else []
-        for first, second in neighbours(tensors):
-            if may_share_memory(tensors[first], tensors[second]):
-                _check_same(rows[indices[first]], rows[indices[second]])
-                sharers.setdefault(indices[second], []).append(indices[first])
+    # Whatever their storages: two of them may be of one memory, as those of two views of a NumPy array are.
+    for one, other in neighbours([tensors[k] for k in indices]):
+        first, second = indices[one], indices[other]
+        if may_share_memory(tensors[first], tensors[second]):
+            _check_same(rows[first], rows[second])
+            sharers.setdefault(second, []).append(first)
     return sharers
 
 
@@ -653,29 +665,25 @@ def _check_same(one: Row, other: Row) -> None:
 
 def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]]) -> None:
     """Refuses states that share memory with each other or with a parameter: one launch writes them all."""
-    slots: dict[int, list[tuple[str, Tensor]]] = {}
+    members: list[tuple[str, bool, Tensor]] = []  # name, whether it is a parameter, tensor
     for row, present in zip(rows, states, strict=True):
-        named = {row.name: row.param, **{f"{name} of {row.name}": tensor for name, tensor in present.items()}}
-        for name, tensor in named.items() if present else ():
-            slots.setdefault(_storage_address(local(tensor)), []).append((name, local(tensor)))
-    slots.pop(0, None)
-    params = {row.name for row in rows}
-    for members in slots.values():
-        tensors = [tensor for _, tensor in members]
-        for first, second in neighbours(tensors) if len(tensors) > 1 else ():
-            names = (members[first][0], members[second][0])
-            if not params.issuperset(names) and may_share_memory(tensors[first], tensors[second]):
-                raise ValueError(f"{names[0]} and {names[1]} share memory: an element would be written twice")
+        members.append((row.name, True, local(row.param)))
+        members += ((f"{name} of {row.name}", False, local(tensor)) for name, tensor in present.items())
+    members = [member for member in members if _storage_address(member[2])]
+    for first, second in neighbours([tensor for _, _, tensor in members]):
+        (name, is_param, tensor), (other, is_other_param, other_tensor) = members[first], members[second]
+        if not (is_param and is_other_param) and may_share_memory(tensor, other_tensor):
+            raise ValueError(f"{name} and {other} share memory: an element would be written twice")
 
 
 def _storage_address(tensor: Tensor) -> int:
     """Where a tensor's storage starts; 0: it has none."""
-    if tensor.layout != torch.strided or tensor.is_meta or is_wrapper(tensor):
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or is_wrapper(tensor):
         return 0
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a subclass without memory, refused once it has a gradient
-        return 0
+    except (NotImplementedError, RuntimeError, ValueError):
+        return 0  # a subclass without memory, or a parameter without a shape yet: refused once it has a gradient
 
 
 def make_steps(counts: Sequence[float], device: torch.device) -> Sequence[Tensor]:

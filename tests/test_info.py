@@ -140,7 +140,7 @@ def test_without_triton_it_says_how_to_install_it() -> None:
     [
         ("reference", "reference", "FUSEDOPT_BACKEND=reference"),
         ("cuda", None, "FUSEDOPT_BACKEND=cuda, but it serves CUDA devices"),
-        ("vulkan", None, "FUSEDOPT_BACKEND: backend 'vulkan' is unknown"),
+        ("vulkan", None, "backend 'vulkan' is unknown (named by FUSEDOPT_BACKEND)"),
     ],
 )
 def test_a_backend_named_by_the_environment_is_told_with_its_reason(
@@ -151,6 +151,33 @@ def test_a_backend_named_by_the_environment_is_told_with_its_reason(
     assert page["environment"]["FUSEDOPT_BACKEND"] == value
     assert page["devices"][0]["uses"] == uses
     assert page["devices"][0]["because"].startswith(because)
+    told = [line for line in page["advice"] if because in line]
+    assert len(told) == (uses is None)
+    assert all("to mend: unset the variable; FUSEDOPT_BACKEND may be " in line for line in told)
+
+
+@pytest.mark.skipif(backends.compiled is None, reason="no compiled extension")
+def test_an_instruction_set_that_is_not_here_is_told_by_the_page_and_refused_by_an_optimizer() -> None:
+    env = {**os.environ, "FUSEDOPT_CPU_ISA": "avx1024"}
+    step = (
+        "import torch, fusedopt; p = torch.nn.Parameter(torch.ones(2)); o = fusedopt.SGD([p]); p.grad = p * 1; o.step()"
+    )
+    page, refused = (
+        subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, cwd=ROOT, check=False)
+        for words in (["-m", "fusedopt"], ["-c", step])
+    )
+    assert page.returncode == 0, page.stderr
+    message = "FUSEDOPT_CPU_ISA is 'avx1024'; this build and processor have "
+    assert f"no backend: {message}" in page.stdout
+    assert refused.returncode == 1
+    assert f"ValueError: {message}" in refused.stderr
+
+
+def test_what_only_a_gpu_needs_is_told_so() -> None:
+    page = fusedopt.info(test=False)
+    if len(page["devices"]) > 1:
+        pytest.skip("there is a GPU")
+    assert next(line for line in page["advice"] if "torch" in line).startswith("only for a GPU: ")
 
 
 RECORDS = {

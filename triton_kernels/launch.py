@@ -133,7 +133,7 @@ def why_not(device: torch.device) -> str:
     if INTERPRETED:
         return ""
     if device.type == "cpu":
-        return "on the CPU they need Triton's interpreter: TRITON_INTERPRET=1, set before they are imported"
+        return "on the CPU its kernels need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"Triton {triton.__version__} flushes denormals to zero; {oldest} and later keep them"

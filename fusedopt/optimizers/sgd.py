@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..base import FusedOptimizer, ParamsT
-from ..check import check_at_least_0, check_flags, check_lr
+from ..check import check_at_least_0, check_flags, check_lr, check_number, check_truth
 from ..phase import Phase, PhaseOptions
 from ..precision import StateDtype, modes
 from ..rules import DIFFERENTIABLE, MAXIMIZE, Group, Rule
@@ -133,7 +133,9 @@ class SGD(FusedOptimizer):
         """See the class."""
         check_lr(lr, foreach=foreach, capturable=True)
         check_at_least_0("momentum", momentum)
+        check_number("dampening", dampening)
         check_at_least_0("weight_decay", weight_decay)
+        check_truth("nesterov", nesterov)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         check_flags(foreach=foreach, fused=fused, differentiable=differentiable)

@@ -59,9 +59,21 @@ class Case:
         self.param.data = torch.ones(shape)
         self.param.grad = torch.ones(shape)
 
+    def overlap(self) -> None:
+        """Moves it onto a part of the other parameter."""
+        memory = torch.ones(SHAPE[0] + 1, SHAPE[1])
+        self.params[0].data, self.param.data = memory[:-1], memory[1:]
+
     def look(self) -> None:
         """Lets the next step look at the addresses of states and copies, as every 64th does."""
         self.optimizer._steps_until_check = 1
+
+
+def _freed_rate(case: Case) -> None:
+    rate = torch.tensor(0.5)
+    case.optimizer.param_groups[0]["lr"] = rate
+    case.optimizer.step()
+    _resize(rate, 0)
 
 
 def _resize(tensor: Tensor, size: int) -> None:
@@ -132,6 +144,24 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Callable[[Case], Any], str]] = {
         {},
         lambda case: _resize(case.grad, 0),
         f"gradient of {NAME} .* needs a storage of 96 bytes, but its storage has 0",
+    ),
+    "freed learning rate": (
+        "SGD",
+        {},
+        lambda case: _freed_rate(case),
+        "'lr' of group 0 of shape .* needs a storage of 4 bytes, but its storage has 0",
+    ),
+    "freed decay of the average": (
+        "SGD",
+        {"ema_decay": torch.tensor(0.5)},
+        lambda case: _resize(case.optimizer._phase.ema_decay, 0),
+        "ema_decay of shape .* needs a storage of 4 bytes, but its storage has 0",
+    ),
+    "parameter moved onto another": (
+        "Adam",
+        {},
+        lambda case: case.overlap(),
+        "parameter 0 of group 0 .* and parameter 1 of group 0 .* share some of their elements",
     ),
     "freed state": (
         "Adam",

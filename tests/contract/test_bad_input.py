@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,6 +39,20 @@ def _with_grad_dtype(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _inference_param() -> Tensor:
     with torch.inference_mode():
         return torch.ones(3)
+
+
+def _nested() -> Tensor:
+    return torch.nested.nested_tensor([torch.ones(3)])
+
+
+def _sparse(value: float) -> Tensor:
+    return torch.tensor(value).to_sparse()
+
+
+def _freed(value: float) -> Tensor:
+    tensor = torch.tensor(value)
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 class Unchecked(nn.Parameter):
@@ -117,6 +131,21 @@ GRADIENTS: dict[str, tuple[Setup, type[Exception], str]] = {
         RuntimeError,
         "parameter 1 of group 0 is an inference tensor; clone it",
     ),
+    "list": (
+        lambda: (_unchecked(torch.ones(2)), cast(Tensor, [1.0, 1.0])),
+        TypeError,
+        r"gradient of parameter 1 of group 0 must be a tensor, but it is \[1.0, 1.0\]",
+    ),
+    "nested gradient": (
+        lambda: (_unchecked(torch.ones(1, 3)), _nested()),
+        RuntimeError,
+        "gradient of parameter 1 of group 0 is nested; it must be torch.strided",
+    ),
+    "nested parameter": (
+        lambda: (_unchecked(_nested()), _nested()),
+        TypeError,
+        "parameter 1 of group 0 is nested; its layout must be torch.strided",
+    ),
     "expanded parameter": (
         lambda: (nn.Parameter(torch.ones(1).expand(3)), torch.ones(3)),
         ValueError,
@@ -149,6 +178,22 @@ def test_tensors(cls: str, fault: str) -> None:
     bad.grad = None
     optimizer.step()  # and all is well without it
     assert not torch.equal(good.detach(), before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_step_in_inference_mode_leaves_states_that_can_be_stepped_outside(backend: str) -> None:
+    if backend not in fusedopt.available_backends("cpu"):
+        pytest.skip("no compiled extension")
+    param = _param(3)
+    optimizer = fusedopt.Adam([param], lr=0.5, backend=backend)
+    param.grad = torch.ones(3)
+    with torch.inference_mode():
+        optimizer.step()
+    assert not optimizer.state[param]["exp_avg"].is_inference()
+    optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    assert param[0].item() == pytest.approx(-0.5, abs=1e-5)
 
 
 def test_a_name_is_used_where_there_is_one() -> None:
@@ -190,6 +235,36 @@ STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] 
         lambda state: state.update(exp_avg=torch.zeros(1).expand(3)),
         ValueError,
         "exp_avg of parameter 0 of group 0 .* has elements that share memory",
+    ),
+    "list": (
+        lambda state: state.update(exp_avg=[0.0, 0.0, 0.0]),
+        TypeError,
+        r"exp_avg of parameter 0 of group 0 must be a tensor, but it is \[0.0, 0.0, 0.0\]",
+    ),
+    "nested": (
+        lambda state: state.update(exp_avg=_nested()),
+        ValueError,
+        r"exp_avg of parameter 0 of group 0 has shape nested, the parameter \(3,\)",
+    ),
+    "meta steps": (
+        lambda state: state.update(step=torch.ones((), device="meta")),
+        ValueError,
+        "step of parameter 0 of group 0 must be a count, but it is .*, which has no memory",
+    ),
+    "sparse steps": (
+        lambda state: state.update(step=_sparse(1.0)),
+        ValueError,
+        "step of parameter 0 of group 0 must be a count, but it is .*, which is torch.sparse_coo",
+    ),
+    "steps of text": (
+        lambda state: state.update(step="1"),
+        ValueError,
+        "step of parameter 0 of group 0 must be a count, but it is '1', which is text",
+    ),
+    "too many steps": (
+        lambda state: state.update(step=10**400),
+        ValueError,
+        "step of parameter 0 of group 0 must be a count, but it is 1000.*, which is too large",
     ),
     "steps of two": (
         lambda state: state.update(step=torch.ones(2)),
@@ -246,6 +321,105 @@ def test_a_state_that_does_not_fit_is_refused_by_load_and_by_step(fault: str) ->
     assert torch.equal(param.detach(), before)
 
 
+# A state beside the rule's: class and options, its name, what it is set to, the error, its message.
+MORE_STATES: dict[str, tuple[str, dict[str, Any], str, Any, type[Exception], str]] = {
+    "velocity": ("SGD", {"momentum": 0.5}, "momentum_buffer", [0.0], TypeError, "must be a tensor, but it is .0.0."),
+    "largest moment": ("Adam", {"amsgrad": True}, "max_exp_avg_sq", 1.0, TypeError, "must be a tensor, but it is 1.0"),
+    "average": ("SGD", {"ema_decay": 0.5}, "ema", "x", TypeError, "must be a tensor, but it is 'x'"),
+    "master": ("Adam", {"master": "fp32"}, "master", [0.0], TypeError, "must be a tensor, but it is .0.0."),
+    "expanded master": (
+        "Adam",
+        {"master": "fp32"},
+        "master",
+        torch.ones(1).expand(3),
+        ValueError,
+        r"of shape \(3,\) and strides \(0,\) has elements that share memory",
+    ),
+    "master on meta": (
+        "Adam",
+        {"master": "fp32"},
+        "master",
+        torch.ones(3, device="meta"),
+        TypeError,
+        "has no memory of its own: it is a Tensor on meta",
+    ),
+    "average in 8 bits": (
+        "SGD",
+        {"ema_decay": 0.5},
+        "ema",
+        torch.zeros(3, dtype=torch.int8),
+        TypeError,
+        "has dtype torch.int8, the parameter torch.bfloat16",
+    ),
+    "master of inference mode": (
+        "Adam",
+        {"master": "fp32"},
+        "master",
+        _inference_param(),
+        RuntimeError,
+        "is an inference tensor; clone it",
+    ),
+    "sparse scales": (
+        "Adam",
+        {"state_dtype": torch.int8},
+        "exp_avg_scale",
+        torch.ones(1).to_sparse(),
+        TypeError,
+        "is torch.sparse_coo; its layout must be torch.strided",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MORE_STATES)
+def test_what_is_kept_beside_and_does_not_fit_is_refused_by_load_and_by_step(fault: str) -> None:
+    cls, options, key, value, error, message = MORE_STATES[fault]
+    param = _param(3, dtype=torch.bfloat16)
+    optimizer = getattr(fusedopt, cls)([param], **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = param.detach().clone()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][key] = value
+    with pytest.raises(error, match=f"{key} of parameter 0 of group 0 {message}"):
+        optimizer.load_state_dict(saved)
+    optimizer.state[param][key] = value
+    with pytest.raises(error, match=f"{key} of parameter 0 of group 0 {message}"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+def test_a_state_that_is_another_parameter_is_refused() -> None:
+    params = [_param(3), _param(3)]
+    optimizer = fusedopt.Adam(params)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[params[0]]["exp_avg"] = params[1].data
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 of group 0 and parameter 1 of group 0 share memory"):
+        optimizer.step()
+
+
+def test_parameters_over_one_memory_of_numpy_are_refused() -> None:
+    import numpy
+
+    memory = numpy.ones(8, numpy.float32)
+    params = [nn.Parameter(torch.from_numpy(memory[at : at + 4])) for at in (0, 2)]
+    optimizer = fusedopt.SGD(params, lr=0.1)
+    for param in params:
+        param.grad = torch.ones(4)
+    with pytest.raises(ValueError, match=r"which starts 8 bytes after it, share some of their elements"):
+        optimizer.step()
+    assert (memory == 1.0).all()
+
+
+def test_a_parameter_that_has_no_shape_yet_is_passed_over() -> None:
+    param = _param(3)
+    optimizer = fusedopt.SGD([param, *nn.LazyLinear(2).parameters()], lr=0.5)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert param.tolist() == [0.5, 0.5, 0.5]
+
+
 def test_states_that_share_memory_are_refused() -> None:
     param = _param(3)
     optimizer = fusedopt.Adam([param])
@@ -280,6 +454,75 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "lr not a number": ("SGD", {"lr": float("nan")}, ValueError, "Invalid learning rate: nan"),
     "lr of text": ("Adam", {"lr": "x"}, TypeError, "learning rate must be a number .* but it is 'x'"),
     "lr none": ("SGD", {"lr": None}, TypeError, "learning rate must be a number .* but it is None"),
+    "lr too large": ("SGD", {"lr": 10**400}, TypeError, "learning rate must be a number .*, which is too large"),
+    "lr complex": ("SGD", {"lr": torch.tensor(1j)}, TypeError, "learning rate must be a number .* of torch.complex64"),
+    "lr sparse": ("SGD", {"lr": _sparse(0.1)}, TypeError, "learning rate must be a number .* is torch.sparse_coo"),
+    "lr nested": (
+        "SGD",
+        {"lr": torch.nested.nested_tensor([torch.ones(1)])},
+        TypeError,
+        "learning rate must be a number .* is nested",
+    ),
+    "lr freed": ("SGD", {"lr": _freed(0.1)}, ValueError, "learning rate .* needs a storage of 4 bytes, .* has 0"),
+    "lr negated": (
+        "SGD",
+        {"lr": torch.tensor(1 - 2j).conj().imag},
+        TypeError,
+        "learning rate must be a number .* which is a lazy view",
+    ),
+    "decay freed": ("Adam", {"weight_decay": _freed(0.1)}, ValueError, "weight_decay .* needs a storage of 4 bytes"),
+    "beta sparse": (
+        "Adam",
+        {"betas": (_sparse(0.5), torch.tensor(0.5))},
+        TypeError,
+        r"betas\[0\] must be a number .* is torch.sparse_coo",
+    ),
+    "betas of three": ("Adam", {"betas": (0.9, 0.9, 0.9)}, ValueError, "betas must be 2 decay rates, but there are 3"),
+    "dampening": ("SGD", {"dampening": None}, TypeError, "dampening must be a number .* but it is None"),
+    "dampening of two": ("SGD", {"dampening": torch.ones(2)}, ValueError, "Tensor dampening must be 1-element"),
+    "nesterov of two": ("SGD", {"nesterov": torch.ones(2)}, TypeError, "nesterov must be true or false, but it is"),
+    "norm of two": ("SGD", {"max_grad_norm": torch.ones(2)}, ValueError, "Tensor max_grad_norm must be 1-element"),
+    "norm type of two": (
+        "SGD",
+        {"max_grad_norm": 1.0, "norm_type": torch.ones(2)},
+        ValueError,
+        "Tensor norm_type must be 1-element",
+    ),
+    "ema sparse": ("SGD", {"ema_decay": _sparse(0.5)}, TypeError, "ema_decay must be a number .* is torch.sparse_coo"),
+    "zero_grads 2": ("SGD", {"zero_grads": 2}, TypeError, "zero_grads must be True or False, but it is 2"),
+    "skip 2": ("SGD", {"skip_nonfinite": 2}, TypeError, "skip_nonfinite must be True or False, but it is 2"),
+    "warmup of text": (
+        "SGD",
+        {"ema_decay": 0.5, "ema_warmup": "yes"},
+        TypeError,
+        "ema_warmup must be True or False, but it is 'yes'",
+    ),
+    "groups' norms of none": (
+        "SGD",
+        {"max_grad_norm": 1.0, "norm_by_group": None},
+        TypeError,
+        "norm_by_group must be True or False, but it is None",
+    ),
+    "block of tensor": (
+        "Adam",
+        {"state_dtype": torch.int8, "state_block": torch.tensor([64, 64])},
+        ValueError,
+        "state_block is tensor.* it must be 32, 64",
+    ),
+    "copy of a stranger": (
+        "SGD",
+        {"copy_to": {torch.ones(2): torch.ones(2)}},
+        ValueError,
+        r"copy_to has a copy for a tensor of shape \(2,\), which is no parameter of the optimizer",
+    ),
+    "copy by number": ("SGD", {"copy_to": {0: torch.ones(3)}}, ValueError, "copy_to has a copy for 0, which is no"),
+    "nested copy": ("SGD", {"copy_to": [_nested()]}, ValueError, "copy_to of parameter 0 of group 0 has shape nested"),
+    "sparse copy": (
+        "SGD",
+        {"copy_to": [torch.ones(3).to_sparse()]},
+        TypeError,
+        "copy_to of parameter 0 of group 0 is torch.sparse_coo; its layout must be torch.strided",
+    ),
     "lr on meta": ("SGD", {"lr": torch.ones((), device="meta")}, TypeError, "learning rate must be a number"),
     "eps of text": ("AdamW", {"eps": "1e-8"}, TypeError, "but it is '1e-8'"),
     "betas of number": ("Adam", {"betas": 0.9}, TypeError, "betas must be 2 decay rates, but they are 0.9"),
@@ -319,6 +562,9 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
     "differentiable": ("Adam", {"differentiable": True}, RuntimeError, "does not support `differentiable`"),
     "fused and foreach": ("SGD", {"fused": True, "foreach": True}, RuntimeError, "cannot be `True` together"),
     "backend": ("SGD", {"backend": "gpu"}, ValueError, "backend 'gpu' is unknown; there are cpu, "),
+    "backend of none": ("SGD", {"backend": ""}, ValueError, "backend '' is unknown; there are cpu, "),
+    "backend of list": ("SGD", {"backend": ["cpu"]}, ValueError, r"backend \['cpu'\] is unknown; there are cpu, "),
+    "backend of device": ("SGD", {"backend": torch.device("cpu")}, ValueError, "backend device.* is unknown"),
 }
 
 
@@ -336,6 +582,23 @@ GROUP_CHANGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "two": ({"lr": torch.ones(2)}, ValueError, "'lr' of group 1 must have 1 element, but it has 2"),
     "one beta": ({"betas": (0.9,)}, TypeError, r"'betas'\[1\] of group 1 must be a number .* but it is \(0.9,\)"),
     "complex": ({"eps": 1j}, TypeError, "'eps' of group 1 must be a number"),
+    "too large": ({"lr": 10**400}, TypeError, "'lr' of group 1 must be a number .* which is too large"),
+    "bytes": ({"lr": b"1"}, TypeError, "'lr' of group 1 must be a number .* but it is b'1', which is text"),
+    "sparse": ({"lr": _sparse(0.1)}, TypeError, "'lr' of group 1 must be a number .* which is torch.sparse_coo"),
+    "quantized": (
+        {"lr": torch.quantize_per_tensor(torch.tensor(0.5), 0.1, 0, torch.quint8)},
+        TypeError,
+        "'lr' of group 1 must be a number .* of torch.quint8",
+    ),
+    "freed": ({"lr": _freed(0.1)}, ValueError, "'lr' of group 1 .* needs a storage of 4 bytes, but its storage has 0"),
+    "flag of two": (
+        {"maximize": torch.ones(2)},
+        TypeError,
+        r"'maximize' of group 1 must be true or false, but it is tensor\(\[1., 1.\]\)",
+    ),
+    "flag on meta": ({"amsgrad": torch.ones((), device="meta")}, TypeError, "'amsgrad' of group 1 must be true or fal"),
+    "no parameters": ({"params": None}, TypeError, "'params' of group 1 must be a list, but it is None"),
+    "text among them": ({"params": ["x"]}, TypeError, "parameter 0 of group 1 must be a tensor, but it is 'x'"),
     "meta": ({"lr": torch.tensor(0.1, device="meta")}, TypeError, "'lr' of group 1 must be a number .*device='meta'"),
 }
 
@@ -358,6 +621,30 @@ def test_a_group_that_is_given_nonsense_is_named_and_nothing_is_stepped(fault: s
     optimizer.param_groups[1].update(sane)
     optimizer.step()
     assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True))
+
+
+# What an attribute of an optimizer is set to, the message.
+ATTRIBUTES: dict[str, tuple[str, Any, str]] = {
+    "groups of none": ("param_groups", None, "param_groups must be a list of dicts, but it is None"),
+    "groups in a tuple": ("param_groups", (), r"param_groups must be a list of dicts, but it is \(\)"),
+    "a group of none": ("param_groups", [None], "group 0 must be a dict, but it is None"),
+    "state of none": ("state", None, "the optimizer's state must be a dict, but it is None"),
+}
+
+
+@pytest.mark.parametrize("fault", ATTRIBUTES)
+def test_what_is_no_optimizer_anymore_is_told(fault: str) -> None:
+    name, value, message = ATTRIBUTES[fault]
+    param = _param(2)
+    optimizer = fusedopt.Adam([param], lr=0.5)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    before = param.detach().clone()
+    setattr(optimizer, name, value)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=message):
+            optimizer.step()
+    assert torch.equal(param, before)
 
 
 def test_a_group_that_lost_an_option_is_named() -> None:
@@ -389,6 +676,31 @@ LOADS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] =
         lambda saved: saved["param_groups"][0].update(differentiable=True),
         RuntimeError,
         "group 0 of the loaded state dict: `fused` does not support `differentiable`",
+    ),
+    "a third beta": (
+        lambda saved: saved["param_groups"][0].update(betas=(0.9, 0.9, 0.9)),
+        ValueError,
+        "'betas' of group 0 must be 2 numbers, but there are 3",
+    ),
+    "a flag of two": (
+        lambda saved: saved["param_groups"][0].update(maximize=torch.ones(2)),
+        TypeError,
+        "'maximize' of group 0 must be true or false",
+    ),
+    "JSON's keys": (
+        lambda saved: saved.update(state={str(key): value for key, value in saved["state"].items()}),
+        ValueError,
+        "loaded state dict has a state of a parameter '0', which is in none of its groups",
+    ),
+    "other parameters": (
+        lambda saved: saved["param_groups"][0].update(params=[7, 8]),
+        ValueError,
+        "loaded state dict has a state of a parameter 0, which is in none of its groups",
+    ),
+    "one parameter twice": (
+        lambda saved: saved["param_groups"][0].update(params=[0, 0]),
+        ValueError,
+        "loaded state dict has 0 for parameter 0 of group 0 and for parameter 1 of group 0, which are not the same",
     ),
     "lr is text": (
         lambda saved: saved["param_groups"][0].update(lr="0.1"),
@@ -446,18 +758,24 @@ def test_a_group_that_becomes_differentiable_is_refused(steps: int) -> None:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (torch.ones(2), ValueError, "grad_scale and found_inf must have 1 element, but one has 2"),
-        (3.0, TypeError, "grad_scale and found_inf must be tensors of 1 element, but one is 3.0"),
+        (torch.ones(2), ValueError, "Tensor {} must be 1-element, but it has 2"),
+        (3.0, TypeError, "{} must be a tensor of 1 element, but it is 3.0"),
+        (torch.ones((), device="meta"), TypeError, "{} must be a number .* which has no memory"),
+        (torch.tensor(1j), TypeError, "{} must be a number .* of torch.complex64"),
+        (_sparse(1.0), TypeError, "{} must be a number .* which is torch.sparse_coo"),
+        (_freed(1.0), ValueError, "{} of shape .* needs a storage of 4 bytes, but its storage has 0"),
     ],
+    ids=["two", "number", "meta", "complex", "sparse", "freed"],
 )
 def test_a_scale_that_is_no_scalar_is_refused(name: str, value: object, error: type[Exception], message: str) -> None:
     param = _param(2)
     optimizer = fusedopt.SGD([param], lr=0.1)
     param.grad = torch.ones(2)
     setattr(optimizer, name, value)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message.format(name)):
         optimizer.step()
     assert param.tolist() == [1.0, 1.0]
+    assert param._version == 0
 
 
 @pytest.mark.parametrize("given", [None, [], 3])
