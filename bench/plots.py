@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from bench import present, roofline
 from bench.case import Case
-from bench.peers import BASELINE, REFERENCE, is_ours
+from bench.peers import BASELINE, PEERS, REFERENCE, is_ours
 from bench.records import Record
 from bench.workloads import GRID_NAME
 
@@ -32,7 +32,13 @@ TORCH = {
     "torch-fused-graph": "#454b51",
     "torch-compiled": "#8d99a5",
 }
-OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#7a5195", "#6b8e23", "#8c6d31", "#b55d60", "#3b7a78")
+OTHERS = dict(
+    zip(
+        (name for name in PEERS if name not in {**OURS, **TORCH}),
+        ("#009e73", "#cc79a7", "#7a5195", "#3b7a78", "#6b8e23", "#8c6d31", "#56b4e9", "#b55d60"),
+        strict=True,
+    )
+)
 """Okabe and Ito's palette first, which colour-blind readers can tell apart; greys are torch's own."""
 
 
@@ -55,8 +61,7 @@ STYLE: Any = {
 
 def colour(peer: str) -> str:
     """A peer's colour, the same in every figure."""
-    known = {**OURS, **TORCH}
-    return known.get(peer) or OTHERS[sum(map(ord, peer)) % len(OTHERS)]
+    return {**OURS, **TORCH, **OTHERS}.get(peer, "#222222")
 
 
 def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -179,7 +184,7 @@ def _families(grouped: Grouped) -> dict[tuple[str, str, str], Grouped]:
     most = max((case.threads for case in grouped), default=0)
     families: dict[tuple[str, str, str], Grouped] = {}
     for case, records in grouped.items():
-        if case.threads == most and case.gradients == "kept":
+        if case.threads == most and case.gradients == "kept" and _timed(records):
             kind = "one tensor" if case.shapes.tensors == 1 else "lists of tensors"
             families.setdefault((case.optimizer, case.dtype, kind), {})[case] = records
     return {kind: family for kind, family in families.items() if len({c.shapes.elements for c in family}) > 1}

@@ -12,6 +12,7 @@
 #include "cuda/kernel.h"
 #include "cuda/launcher.h"
 #include "dict_watch.h"
+#include "gradient_reader.h"
 #include "host_table.h"
 #include "tensor_reader.h"
 
@@ -21,6 +22,7 @@ namespace fusedopt {
 namespace {
 
 TensorReader reader;
+GradientReader gradients;
 std::atomic<u64> launches{0};
 
 // Where a hyperparameter stands in a group: group[key], or group[key][item].
@@ -40,7 +42,10 @@ struct Watch {
   DictWatch state{};
   TensorFacts param_facts;
   TensorFacts grad_facts;
-  bool unwrap = false;     // DTensor: its _local_tensor is what the row holds
+  const void* impl = nullptr;         // torch's c10::TensorImpl, of which `gradients` may be asked; null: it may not
+  const TorchTensor* grad = nullptr;  // where `gradients` last found it, to prefetch and never to read
+  GradientReader::View grad_view;     // what it was
+  bool unwrap = false;                // DTensor: its _local_tensor is what the row holds
   bool stand_in = false;   // the row's gradient was made from the parameter's, and has to be made again each step
   py::object grad_spec{};  // of a DTensor's gradient: how it lies over the devices
   Hold hold;
@@ -73,6 +78,42 @@ py::object grad_of(PyObject* param) {
       known_getter ? known_getter->get(param, known_getter->closure) : PyObject_GetAttr(param, kName);
   if (grad == nullptr) fail();
   return py::reinterpret_steal<py::object>(grad);
+}
+
+// torch's c10::TensorImpl of a tensor.
+const void* impl_of(const py::object& tensor) {
+  static PyObject* const kName = PyUnicode_InternFromString("_cdata");
+  const auto number = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), kName));
+  const void* const impl = number ? PyLong_AsVoidPtr(number.ptr()) : nullptr;
+  if (impl == nullptr && PyErr_Occurred()) fail();
+  return impl;
+}
+
+// Whether tensors are known to share no memory: all are plain ones that can be read.
+bool are_apart(const std::vector<py::object>& tensors) {
+  std::vector<std::pair<u64, u64>> spans;
+  std::vector<int64_t> extents;
+  for (const py::object& tensor : tensors) {
+    TensorFacts facts;
+    extents.clear();
+    if (!reader.is_plain(tensor.ptr()) || !reader.read(tensor.ptr(), facts, extents)) {
+      PyErr_Clear();
+      return false;
+    }
+    i64 last = 0;
+    bool is_empty = false;
+    for (int32_t d = 0; d < facts.ndim; ++d) {
+      is_empty = is_empty || extents[size_t(d)] == 0;
+      last += (extents[size_t(d)] - 1) * extents[size_t(facts.ndim + d)];
+    }
+    if (is_empty) continue;
+    if (facts.address == 0) return false;
+    spans.emplace_back(facts.address, facts.address + u64(last + 1) * ((facts.dtype.bits + 7) / 8));
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].first < spans[k - 1].second) return false;
+  return true;
 }
 
 py::object local_tensor(const py::object& tensor, bool unwrap) {
@@ -135,9 +176,7 @@ class Table {
     for (const auto& [key, value] : entries)
       all.emplace_back(py::reinterpret_borrow<py::str>(key),
                        value.is_none() ? py::object() : py::reinterpret_borrow<py::object>(value));
-    Watch& watch = watches_.at(row);
-    watch.state.watch(state, std::move(all));
-    watch.state_addresses = addresses_of(watch);
+    start_watch(row, state, std::move(all));
   }
 
   // Whether refresh() lets torch's C++ side count a reference to every parameter.
@@ -151,10 +190,11 @@ class Table {
 
   // Whether the watched state tensors are where they were: `tensor.data = ...` leaves no other trace.
   bool states_in_place() const {
-    for (const Watch& watch : watches_)
-      if (watch.state_addresses != addresses_of(watch)) return false;
+    for (u64 row = 0; row < watches_.size(); ++row)
+      if (!state_in_place(row)) return false;
     return true;
   }
+  bool state_in_place(u64 row) const { return watches_.at(row).state_addresses == addresses_of(watches_.at(row)); }
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
                u32 mode, i64 numel, u32 group, std::vector<i64> layout, py::object param, const py::object& grad,
@@ -170,47 +210,41 @@ class Table {
     watch_tensors(row, std::move(param), grad, unwrap, std::move(keep));
   }
 
-  // How many elements a parameter has whose row can be described without a closer look: it and its gradient are on this
-  // device, of one shape, in row-major order, of kernels' dtypes and apart. 0: look closer.
-  i64 plain_elements(const py::object& param, const py::object& grad) {
+  // Whether a parameter's row can be described without a closer look: it and its gradient are on this device, of one
+  // shape and dtype, in row-major order, whole and apart.
+  bool is_plain(const py::object& param, const py::object& grad) {
+    if (!gradients.is_connected() || !reader.is_plain(param.ptr())) return false;
     TensorFacts p, g;
     seen_.clear();
     if (!reader.read(param.ptr(), p, seen_) || !reader.read(grad.ptr(), g, seen_)) {
       PyErr_Clear();
-      return 0;
+      return false;
     }
-    const i64 elements = row_major_elements(p);
-    const bool alike = p.ndim == g.ndim && std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents);
-    if (!alike || elements != row_major_elements(g) || !(p.device == device_) || !(g.device == device_)) return 0;
-    const int storages[] = {storage_of(p.dtype), storage_of(g.dtype)};
-    if (storages[0] < 0 || storages[1] < 0 || p.address == 0 || g.address == 0) return 0;
-    const u64 p_end = p.address + u64(elements * storage_bytes(storages[0]));
-    const u64 g_end = g.address + u64(elements * storage_bytes(storages[1]));
-    return p_end <= g.address || g_end <= p.address ? elements : 0;
+    if (!(p.dtype == g.dtype)) return false;
+    if (p.ndim != g.ndim || !std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents)) return false;
+    const u64 p_bytes = whole_bytes(param, p), g_bytes = whole_bytes(grad, g);
+    return p_bytes != 0 && g_bytes != 0 && (p.address + p_bytes <= g.address || g.address + g_bytes <= p.address);
   }
 
-  // Describes a row that plain_elements() has passed, whose states are new. None: it has no such state, no step.
-  void set_plain_row(u64 row, const py::object& grad, const std::vector<py::object>& states, const py::object& step,
-                     u32 mode, py::list keep) {
-    RowSpec spec;
-    const py::object param = watches_.at(row).param;
-    TensorFacts facts;
-    seen_.clear();
-    const auto set_slot = [&](int slot, const py::object& tensor) {
-      if (tensor.is_none()) return;
-      if (!reader.read(tensor.ptr(), facts, seen_)) fail();
-      spec.address[slot] = facts.address;
-      spec.storage[slot] = u8(storage_of(facts.dtype));
-    };
-    set_slot(kParam, param);
-    spec.numel = row_major_elements(facts);
-    set_slot(kGrad, grad);
-    for (size_t s = 0; s < states.size(); ++s) set_slot(kState0 + int(s), states[s]);
-    if (!step.is_none() && !reader.read_address(step.ptr(), spec.address[kStep])) fail();
-    spec.mode = mode;
-    spec.group = places_[row].group;
-    host_.set_row(row, spec);
-    watch_tensors(row, param, grad, false, std::move(keep));
+  // Makes the states of rows that is_plain() has passed and that have none, and describes the rows. `names`: of the
+  // rule's states, by slot; `needed`: which of them each group needs. `steps`: each row's count, or None.
+  // Returns each row's states by name.
+  py::list begin_rows(const std::vector<u64>& rows, const std::vector<py::str>& names,
+                      const std::vector<std::vector<bool>>& needed, const std::vector<py::object>& steps,
+                      bool keeps_step, u32 mode, const py::object& zeros_like) {
+    py::list made;
+    for (size_t k = 0; k < rows.size(); ++k) {
+      const u64 row = rows[k];
+      const std::vector<bool>& has = needed.at(places_.at(row).group);
+      py::dict states;
+      for (size_t s = 0; s < names.size(); ++s)
+        if (has[s]) states[names[s]] = zeros_like(watches_[row].param);
+      describe_plain_row(row, names, states, steps.at(k), mode);
+      const bool counts = keeps_step && !steps[k].is_none();
+      if (counts || !states.empty()) begin_state(row, names, states, counts ? steps[k] : py::object());
+      made.append(std::move(states));
+    }
+    return made;
   }
 
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
@@ -218,10 +252,21 @@ class Table {
     py::list changed;
     if (wants_holds_ && !holding_) hold_live_params();
     const bool states_changed = !states_watch_.is_unchanged();
-    for (u64 row = 0; row < watches_.size(); ++row) {
-      prefetch(row + kPrefetchRows);
-      if (!row_is_current(row, watches_[row]) || (states_changed && !state_is_current(watches_[row])))
-        changed.append(row);
+    // Block by block, so that what the next look needs is on its way from memory for all of them at once.
+    for (u64 first = 0; first < watches_.size(); first += kBlockRows) {
+      const u64 count = std::min(kBlockRows, watches_.size() - first);
+      const TorchTensor* grads[kBlockRows];
+      bool is_seen[kBlockRows];
+      for (u64 k = 0; k < count; ++k) {
+        prefetch(first + kBlockRows + k);
+        grads[k] = grad_without_python(watches_[first + k]);
+      }
+      for (u64 k = 0; k < count; ++k) is_seen[k] = is_current_without_python(first + k, watches_[first + k], grads[k]);
+      for (u64 k = 0; k < count; ++k) {
+        Watch& watch = watches_[first + k];
+        if ((!is_seen[k] && !row_is_current(first + k, watch)) || (states_changed && !state_is_current(watch)))
+          changed.append(first + k);
+      }
     }
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
@@ -352,6 +397,66 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
+  void describe_plain_row(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step,
+                          u32 mode) {
+    const py::object param = watches_[row].param, grad = grad_of(param.ptr());
+    RowSpec spec;
+    TensorFacts facts;
+    py::list keep;  // aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory
+    const auto set_slot = [&](int slot, const py::object& tensor) {
+      seen_.clear();
+      if (!reader.read(tensor.ptr(), facts, seen_)) fail();
+      spec.address[slot] = facts.address;
+      if (slot < kElementSlots) spec.storage[slot] = u8(storage_of(facts.dtype));
+    };
+    set_slot(kParam, param);
+    spec.numel = row_major_elements(facts);
+    set_slot(kGrad, grad);
+    const auto set_kept = [&](int slot, const py::object& tensor) {
+      set_slot(slot, tensor);
+      keep.append(tensor.attr("detach")());
+    };
+    for (size_t s = 0; s < names.size(); ++s)
+      if (states.contains(names[s])) set_kept(kState0 + int(s), states[names[s]]);
+    if (!step.is_none()) set_kept(kStep, step);
+    spec.mode = mode;
+    spec.group = places_[row].group;
+    host_.set_row(row, spec);
+    watch_tensors(row, param, grad, false, std::move(keep));
+  }
+
+  void start_watch(u64 row, const py::dict& state, std::vector<DictWatch::Entry> entries) {
+    Watch& watch = watches_.at(row);
+    watch.state.watch(state, std::move(entries));
+    watch.state_addresses = addresses_of(watch);
+  }
+
+  // Puts a row's states into the optimizer's, in torch's order, and watches them.
+  void begin_state(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step) {
+    static const py::str kStepKey("step");
+    PyObject* const found = PyDict_SetDefault(states_.ptr(), watches_[row].param.ptr(), py::dict().ptr());  // borrowed
+    if (found == nullptr) fail();
+    const auto state = py::reinterpret_borrow<py::dict>(found);
+    std::vector<DictWatch::Entry> entries;
+    const auto put = [&](const py::str& key, const py::object& tensor) {
+      if (tensor) state[key] = tensor;
+      entries.emplace_back(key, tensor);
+    };
+    if (step) put(kStepKey, step);
+    for (const py::str& name : names) put(name, states.contains(name) ? py::object(states[name]) : py::object());
+    start_watch(row, state, std::move(entries));
+  }
+
+  // The bytes of a tensor of `seen_` that is what is_plain() wants one to be; else 0.
+  u64 whole_bytes(const py::object& tensor, const TensorFacts& facts) const {
+    const int storage = storage_of(facts.dtype);
+    const i64 elements = row_major_elements(facts);
+    if (storage < 0 || facts.address == 0 || !(facts.device == device_)) return 0;
+    return gradients.is_whole(impl_of(tensor), elements, storage_bytes(storage))
+               ? u64(elements * storage_bytes(storage))
+               : 0;
+  }
+
   // The elements of a tensor of `seen_` that is in row-major order; else 0.
   i64 row_major_elements(const TensorFacts& facts) const {
     const int64_t* const shape = seen_.data() + facts.extents;
@@ -374,18 +479,20 @@ class Table {
     watch.unwrap = unwrap;
     watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
     watch.stand_in = false;
+    watch.impl = nullptr;
     watch.grad_spec = unwrap && !grad.is_none() ? py::object(grad.attr("_spec")) : py::object();
     if (!grad.is_none()) {
       if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
       if (!reader.read(local_tensor(grad, unwrap).ptr(), watch.grad_facts, extents_)) fail();
       watch.stand_in = !grad_of(watch.param.ptr()).is(grad);
+      find_impl(watch);
     }
     if (extents_.size() > kMostExtents) forget_facts();
     set_live(row, !grad.is_none());
   }
 
   static constexpr i64 kCpuChunk = 32768;
-  static constexpr u64 kPrefetchRows = 6;
+  static constexpr u64 kBlockRows = 8;
   static constexpr size_t kMostExtents = size_t(1) << 24;
 
   // Tensors lie scattered over the heap: the next ones are asked for while this one is looked at.
@@ -395,7 +502,7 @@ class Table {
     __builtin_prefetch(watch.param.ptr());
     __builtin_prefetch(watch.state.hint());
     __builtin_prefetch(watch.param_facts.hint);
-    __builtin_prefetch(watch.grad_facts.hint);
+    __builtin_prefetch(watch.impl != nullptr ? watch.grad : watch.grad_facts.hint);
   }
 
   void hold_live_params() {
@@ -416,26 +523,77 @@ class Table {
     return addresses;
   }
 
+  // From now on this parameter's gradient is read without Python, if what is read so is what Python reads.
+  void find_impl(Watch& watch) {
+    if (!gradients.is_connected() || watch.unwrap || watch.stand_in || !reader.is_plain(watch.param.ptr())) return;
+    const void* const impl = impl_of(watch.param);
+    if (!owns(impl, watch.param_facts)) return;
+    if (gradients.read(gradients.find(impl), watch.grad_view) != GradientReader::kStrided) return;
+    const bool is_alike = is_as_known(watch.grad_view, watch) && watch.grad_view.address() == watch.grad_facts.address;
+    watch.impl = is_alike ? impl : nullptr;
+  }
+
+  // Whether a tensor's shape is kept within its c10::TensorImpl, as that of up to five dimensions is: where a
+  // parameter's is, is then which c10::TensorImpl it has.
+  static bool owns(const void* impl, const TensorFacts& facts) {
+    constexpr std::uintptr_t kMostBytes = 512;
+    return reinterpret_cast<std::uintptr_t>(facts.hint) - reinterpret_cast<std::uintptr_t>(impl) < kMostBytes;
+  }
+
+  bool is_as_known(const GradientReader::View& view, const Watch& watch) const {
+    const TensorFacts& known = watch.grad_facts;
+    return view.is_like(watch.grad_view) && view.has_extents(known.ndim, extents_.data() + known.extents);
+  }
+
+  // Where torch has the gradient of a parameter that is what it was; null where only Python may be asked for it.
+  const TorchTensor* grad_without_python(Watch& watch) {
+    if (watch.impl == nullptr || !param_is_current(watch)) return nullptr;
+    return watch.grad = gradients.find(watch.impl);
+  }
+
+  // As row_is_current(), but false also says that Python has to be asked.
+  bool is_current_without_python(u64 row, Watch& watch, const TorchTensor* grad) {
+    if (grad == nullptr) return false;
+    GradientReader::View view;
+    const GradientReader::Found found = gradients.read(grad, view);
+    if (found == GradientReader::kNone) return pass_over(row);
+    const bool is_same = found == GradientReader::kStrided && is_as_known(view, watch) && watch.state.is_current();
+    return is_same && take_gradient(row, view.address());
+  }
+
   // A row without gradient is passed over by the launch: what else it says is looked at when a gradient comes.
   bool row_is_current(u64 row, Watch& watch) {
     const py::object grad = grad_of(watch.param.ptr());
-    if (grad.is_none()) {
-      host_.set_grad(row, 0);
-      set_live(row, false);
-      return true;
-    }
-    u64 address = 0;
-    if (watch.stand_in || !watch.state.is_current()) return false;
-    if (!matches(watch.param.ptr(), watch, watch.param_facts, address) || address != watch.param_facts.address)
-      return false;
-    if (!matches(grad.ptr(), watch, watch.grad_facts, address) || is_lazy(grad, watch.grad_facts)) return false;
+    if (grad.is_none()) return pass_over(row);
+    if (watch.stand_in || !watch.state.is_current() || !param_is_current(watch)) return false;
+    TensorFacts now;
+    if (!matches(grad.ptr(), watch, watch.grad_facts, now) || is_lazy(grad, watch.grad_facts)) return false;
     if (watch.unwrap && !lies_as_before(grad, watch.grad_spec)) return false;
+    return take_gradient(row, now.address);
+  }
+
+  bool pass_over(u64 row) {
+    host_.set_grad(row, 0);
+    set_live(row, false);
+    return true;
+  }
+
+  // False where the gradient keeps its values elsewhere, as a collective's pending result does.
+  bool take_gradient(u64 row, u64 address) {
     const bool is_empty = host_.numel(row) == 0;
-    if (address == 0 && !is_empty)
-      return false;  // it keeps its values elsewhere, as a collective's pending result does
+    if (address == 0 && !is_empty) return false;
     host_.set_grad(row, is_empty ? kEmptyGradient : address);
     set_live(row, true);
     return true;
+  }
+
+  // Whether a parameter is what and where it was, and the very tensor of torch's C++ side.
+  bool param_is_current(const Watch& watch) {
+    TensorFacts now;
+    if (!matches(watch.param.ptr(), watch, watch.param_facts, now) || now.address != watch.param_facts.address)
+      return false;
+    if (watch.impl == nullptr) return !is_lazy(watch.param, watch.param_facts);
+    return now.hint == watch.param_facts.hint && !gradients.is_lazy(watch.impl);
   }
 
   // After a change of the optimizer's state: does it still give every parameter the dict that its row watches?
@@ -445,12 +603,12 @@ class Table {
     return watch.state.watches(found);
   }
 
-  bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, u64& address) {
+  bool matches(PyObject* tensor, const Watch& watch, const TensorFacts& facts, TensorFacts& now) {
     if (facts.ndim == TensorFacts::kUnknown) return false;
     static PyObject* const kLocalTensor = PyUnicode_InternFromString("_local_tensor");
     const reading::Owned shard(watch.unwrap ? PyObject_GetAttr(tensor, kLocalTensor) : nullptr);
     const bool is_readable = shard || !watch.unwrap;
-    const int same = is_readable ? reader.matches(shard ? shard.get() : tensor, facts, extents_, address) : -1;
+    const int same = is_readable ? reader.matches(shard ? shard.get() : tensor, facts, extents_, now) : -1;
     if (same < 0) PyErr_Clear();  // it can not be read, such as a sparse one: Python will say what is wrong
     return same == 1;
   }
@@ -467,10 +625,16 @@ class Table {
     return true;
   }
 
-  // Whether a complex tensor's memory holds the conjugate or the negative of its values.
+  // Whether a tensor's memory holds the conjugate or the negative of its values, as that of z.conj().imag does.
   static bool is_lazy(const py::object& tensor, const TensorFacts& facts) {
-    if (facts.dtype.code != dlpack::kComplex) return false;
-    return py::cast<bool>(tensor.attr("is_conj")()) || py::cast<bool>(tensor.attr("is_neg")());
+    static PyObject* const kIsNeg = PyUnicode_InternFromString("is_neg");
+    static PyObject* const kIsConj = PyUnicode_InternFromString("is_conj");
+    const auto says = [&](PyObject* question) {
+      const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), question));
+      if (!answer) fail();
+      return answer.ptr() == Py_True;
+    };
+    return says(kIsNeg) || (facts.dtype.code == dlpack::kComplex && says(kIsConj));
   }
 
   // Rows that changed often have left their old extents behind: every row describes itself anew.
@@ -627,10 +791,14 @@ void let_table_be_collected(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of fusedopt: tables, the CPU engine, the CUDA launcher and its host emulation.";
-  m.def("connect", [](const py::object& tensor_type, const py::object& capsule, const py::dict& dtypes) {
-    reader.connect(tensor_type.ptr(), capsule.ptr(), dtypes.ptr());
+  m.def("connect", [](const py::object& tensor_type, const py::object& param_type, const py::object& capsule,
+                      const py::dict& dtypes) {
+    reader.connect(tensor_type.ptr(), param_type.ptr(), capsule.ptr(), dtypes.ptr());
+    gradients.connect();
   });
   m.def("uses_exchange", [] { return reader.uses_exchange(); });
+  m.def("reads_gradients_directly", [] { return gradients.is_connected(); });
+  m.def("are_apart", &are_apart, py::arg("tensors"));
   m.def("rules", &rule_names);
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);
@@ -661,9 +829,9 @@ PYBIND11_MODULE(_C, m) {
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("keep"))
-      .def("plain_elements", &Table::plain_elements, py::arg("param"), py::arg("grad"))
-      .def("set_plain_row", &Table::set_plain_row, py::arg("row"), py::arg("grad"), py::arg("states"), py::arg("step"),
-           py::arg("mode"), py::arg("keep"))
+      .def("is_plain", &Table::is_plain, py::arg("param"), py::arg("grad"))
+      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("names"), py::arg("needed"), py::arg("steps"),
+           py::arg("keeps_step"), py::arg("mode"), py::arg("zeros_like"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))
@@ -675,6 +843,7 @@ PYBIND11_MODULE(_C, m) {
       .def("hold_params", &Table::hold_params, py::arg("wanted"))
       .def("release_params", &Table::release_params)
       .def("states_in_place", &Table::states_in_place)
+      .def("state_in_place", &Table::state_in_place, py::arg("row"))
       .def("refresh", &Table::refresh)
       .def("read_groups", &Table::read_groups, py::arg("groups"))
       .def("live_params", &Table::live_params)

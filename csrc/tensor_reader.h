@@ -48,10 +48,15 @@ class Hold {
 
 class TensorReader {
  public:
-  // `tensor_type` is torch.Tensor, `capsule` its exchange table or None, `dtypes` maps torch dtypes to (code, bits).
-  void connect(PyObject* tensor_type, PyObject* capsule, PyObject* dtypes);
+  // `tensor_type` is torch.Tensor, `param_type` torch.nn.Parameter, `capsule` torch's exchange table or None, `dtypes`
+  // maps torch dtypes to (code, bits).
+  void connect(PyObject* tensor_type, PyObject* param_type, PyObject* capsule, PyObject* dtypes);
 
   bool is_tensor(PyObject* object) const;
+  bool is_plain(PyObject* object) const {  // of no subclass, which might have a getter of its own
+    auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return type == tensor_type_ || type == param_type_;
+  }
   bool uses_exchange() const { return exchange_ != nullptr; }
 
   // Nothing is held where torch has no exchange table, or where it will not give this tensor out.
@@ -72,11 +77,12 @@ class TensorReader {
   // The facts of `tensor`, stored in `facts` and at the end of `extents`.
   bool read(PyObject* tensor, TensorFacts& facts, std::vector<int64_t>& extents);
 
-  // Sets `address` and returns 1 where all facts but the address are as known, 0 where not, −1 with an exception.
-  int matches(PyObject* tensor, const TensorFacts& known, const std::vector<int64_t>& extents, u64& address) {
+  // Sets address and hint of `now` and returns 1 where all other facts are as known, 0 where not, −1 with an exception.
+  int matches(PyObject* tensor, const TensorFacts& known, const std::vector<int64_t>& extents, TensorFacts& now) {
     dlpack::Tensor view;
     if (!describe(tensor, view)) return -1;
-    address = address_of(view);
+    now.address = address_of(view);
+    now.hint = view.shape;
     if (!(view.dtype == known.dtype) || view.ndim != known.ndim || !(view.device == known.device)) return 0;
     const int64_t* const shape = extents.data() + known.extents;
     const int64_t* const strides = shape + view.ndim;
@@ -95,6 +101,7 @@ class TensorReader {
   bool describe_by_attributes(PyObject* tensor, dlpack::Tensor& out);
 
   PyObject* tensor_type_ = nullptr;
+  PyObject* param_type_ = nullptr;
   PyObject* dtypes_ = nullptr;
   int (*exchange_)(void*, dlpack::Tensor*) = nullptr;
   int (*hold_)(void*, dlpack::ManagedTensor**) = nullptr;
@@ -130,10 +137,12 @@ inline bool append_integers(PyObject* sequence, std::vector<int64_t>& to) {
 
 }  // namespace reading
 
-inline void TensorReader::connect(PyObject* tensor_type, PyObject* capsule, PyObject* dtypes) {
+inline void TensorReader::connect(PyObject* tensor_type, PyObject* param_type, PyObject* capsule, PyObject* dtypes) {
   Py_XINCREF(tensor_type);
+  Py_XINCREF(param_type);
   Py_XINCREF(dtypes);
   tensor_type_ = tensor_type;
+  param_type_ = param_type;
   dtypes_ = dtypes;
   exchange_ = nullptr;
   hold_ = nullptr;

@@ -36,8 +36,25 @@ class Backend(Protocol):
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One step of every tensor of a table that has a gradient."""
 
+    def moved_since_captures(self, table: Table) -> list[int]:
+        """Rows whose tensors lie where no step that a CUDA graph captured reads or writes them; none was: no rows."""
 
-class Cpu:
+    def update_captures(self, table: Table) -> None:
+        """Gives the table's hyperparameters to the captured steps, on the current stream."""
+
+
+class _NeverCaptured:
+    """What backends have in common whose steps no graph can capture."""
+
+    def moved_since_captures(self, table: Table) -> list[int]:
+        """See Backend."""
+        return []
+
+    def update_captures(self, table: Table) -> None:
+        """See Backend."""
+
+
+class Cpu(_NeverCaptured):
     """The C++ engine: one team of threads over all tensors."""
 
     name = "cpu"
@@ -87,6 +104,20 @@ class Cuda:
         stream = torch.cuda.current_stream(table.device).cuda_stream
         core.launch_cuda(table.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
 
+    def moved_since_captures(self, table: Table) -> list[int]:
+        """See Backend."""
+        core: Any = table.core
+        if table.launcher is None or not table.launcher.captures:
+            return []
+        moved: list[int] = core.moved_since_captures(table.launcher)
+        return moved
+
+    def update_captures(self, table: Table) -> None:
+        """See Backend."""
+        core: Any = table.core
+        if table.launcher is not None and table.launcher.captures:
+            core.update_captures(table.launcher, torch.cuda.current_stream(table.device).cuda_stream)
+
 
 class Triton:
     """The Triton kernels: NVIDIA and AMD GPUs, and any device under Triton's interpreter."""
@@ -110,8 +141,17 @@ class Triton:
             _count_launch()  # no barrier of all programs: the norm has a launch of its own
         launch(table, grad_scale, found_inf)
 
+    def moved_since_captures(self, table: Table) -> list[int]:
+        """See Backend."""
+        return [] if table.launcher is None else table.launcher.moved_since_captures(table.core)
 
-class Reference:
+    def update_captures(self, table: Table) -> None:
+        """See Backend."""
+        if table.launcher is not None:
+            table.launcher.update_captures(table.core)
+
+
+class Reference(_NeverCaptured):
     """Plain torch, tensor by tensor: fusedopt.reference."""
 
     name = "reference"
@@ -266,7 +306,7 @@ def _write_sides(table: Table, row: Row, step: int, dtype: torch.dtype) -> None:
         local(row.gradient).zero_()
 
 
-class Emulated:
+class Emulated(_NeverCaptured):
     """The CUDA kernels compiled for the host, on CPU tensors: for tests, never chosen by itself."""
 
     name = "emulated"

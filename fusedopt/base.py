@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, TypeAlias
@@ -20,7 +20,7 @@ from .precision import CODES, check_modes, scale_key, state_dtype_of
 from .report import Report, read_report
 from .rules import Rule
 from .sharded import Spread, is_sharded, spread_of
-from .table import Row, Table, part_of, separate
+from .table import Row, Table, name_of, part_of, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -234,21 +234,17 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: a parameter, gradient or state is no longer where the capture found it: capture again.
         """
-        for table, _ in self._current_tables():
-            launcher = table.launcher
+        for table, backend in self._current_tables():
             if table.phase.flags:
                 table.announce()
-            if launcher is None or not getattr(launcher, "captures", 0):
-                continue
-            core: Any = table.core
-            moved = core.moved_since_captures(launcher)
+            moved = backend.moved_since_captures(table)
             if moved:
                 names = ", ".join(table.rows[row].name for row in moved[:3])
                 raise RuntimeError(
                     f"{names}: {len(moved)} of {len(table.rows)} parameters, with their gradients and states, are no "
                     "longer where the captured graph reads and writes them; capture again"
                 )
-            core.update_captures(launcher, torch.cuda.current_stream(table.device).cuda_stream)
+            backend.update_captures(table)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``."""
@@ -260,7 +256,7 @@ class FusedOptimizer(Optimizer):
             if self._phase.report:
                 self._check_reportable(group)
         super().add_param_group(param_group)
-        self._see_params()
+        self._see_params(self.param_groups[-1]["params"])
         self._forget_tables()
 
     def _check_reportable(self, group: dict[str, Any]) -> None:
@@ -332,20 +328,22 @@ class FusedOptimizer(Optimizer):
         if not hasattr(self, "_results"):
             self._results = {}
         super().__setstate__(state)
-        self._see_params()
+        self._traced_params, self._is_sharded = [], False
+        self._see_params(traced.params_of(self))
         self._forget_tables()
         self._fill_groups(self.param_groups)
         for param, values in self.state.items() if self._rule.keeps_step else ():
             if isinstance(param, Tensor) and not isinstance(values.get("step", param), Tensor):
                 values["step"] = checkpoint.as_step(values["step"], local(param).device)
 
-    def _see_params(self) -> None:
+    def _see_params(self, params: list[Tensor]) -> None:
+        """Takes note of parameters that have come."""
         if self.defaults.get("fused") is False:
             # Some trainers clip scaled gradients only where the scaler has unscaled them before the step.
             self._step_supports_amp_scaling = False
-        self._traced_params = traced.params_of(self)
+        self._traced_params = [*self._traced_params, *params]
         # DTensor's dispatch does not know the operator of a traced step: such a step breaks the graph.
-        self._is_sharded = any(is_sharded(param) for param in self._traced_params)
+        self._is_sharded = self._is_sharded or any(map(is_sharded, params))
 
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -360,10 +358,7 @@ class FusedOptimizer(Optimizer):
         return [param for param, step in counts.items() if float(step) == 0.0]
 
     def _name_of(self, group: int, place: int) -> str:
-        names = self.param_groups[group].get("param_names")
-        if isinstance(names, Sequence) and place < len(names):
-            return f"parameter '{names[place]}'"
-        return f"parameter {place} of group {group}"
+        return name_of(self.param_groups, group, place)
 
     def _forget_tables(self) -> None:
         if not hasattr(self, "_launchers"):
@@ -525,10 +520,10 @@ class FusedOptimizer(Optimizer):
         for g, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):
                 on_device = rows.setdefault(local(param).device, [])
-                on_device.append(Row(len(on_device), g, k, self._name_of(g, k), param, copy=copies.get(param)))
+                on_device.append(Row(len(on_device), g, k, param, self.param_groups, copy=copies.get(param)))
         tables: list[tuple[Table, Backend]] = []
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._spreads = tuple(dict.fromkeys(map(spread_of, params))) or (None,)
+        params = traced.params_of(self)
+        self._spreads = tuple(dict.fromkeys(map(spread_of, params))) if any(map(is_sharded, params)) else (None,)
         for device, device_rows in rows.items():
             if len(self._spreads) > 1 or self._phase.norm_by_group:
                 device_rows.sort(key=lambda row: part_of(row, self._phase, self._spreads))
@@ -565,9 +560,19 @@ class _Waiting:
         return ""
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._choose().launch(table, grad_scale, found_inf)
+
+    def moved_since_captures(self, table: Table) -> list[int]:
+        return self._choose().moved_since_captures(table) if table.launcher is not None else []
+
+    def update_captures(self, table: Table) -> None:
+        if table.launcher is not None:
+            self._choose().update_captures(table)
+
+    def _choose(self) -> Backend:
         if self._chosen is None:
             self._chosen = choose_backend(self._requested, self._device)
-        self._chosen.launch(table, grad_scale, found_inf)
+        return self._chosen
 
 
 def _backend_for(table: Table, requested: str | None) -> Backend:

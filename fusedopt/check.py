@@ -31,6 +31,8 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> N
 
 def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Refuses a value below 0, and NaN. A tensor on a GPU is not looked at: that would wait for the GPU."""
+    if type(value) is float and value >= 0.0:  # almost always
+        return
     check_number(name, value)
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
@@ -147,6 +149,12 @@ def check_parameter(name: str, param: Tensor) -> None:
     if real_dtype(tensor) not in STORAGES:
         known = ", ".join(str(dtype) for dtype in STORAGES)
         raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {known} or complex numbers of these")
+    if tensor.is_conj() or tensor.is_neg():
+        kind = "conjugate" if tensor.is_conj() else "negative"
+        raise ValueError(
+            f"{name} is a lazy view, whose memory holds the {kind} of its values; make it of tensor.resolve_conj()"
+            ".resolve_neg()"
+        )
     if overlaps_itself(tensor):
         raise ValueError(
             f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} has elements that share "
@@ -250,6 +258,8 @@ def _why_no_number(value: object) -> str | None:
 
     What lies on a GPU is not looked at: that would wait for the GPU.
     """
+    if type(value) is float:  # almost always
+        return None
     if isinstance(value, Tensor):
         return _why_no_scalar(value)
     if isinstance(value, (str, bytes, bytearray)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -87,6 +88,9 @@ class Core(Protocol):
     def states_in_place(self) -> bool:
         """Whether the watched state tensors lie where they lay when their watch began."""
 
+    def state_in_place(self, row: int) -> bool:
+        """The same of one row."""
+
     def set_row(
         self,
         row: int,
@@ -103,19 +107,20 @@ class Core(Protocol):
     ) -> None:
         """Describes one tensor and starts watching its parameter and gradient."""
 
-    def plain_elements(self, param: Tensor, grad: Tensor) -> int:
-        """How many elements a parameter has whose row ``set_plain_row`` can describe; 0: it can not."""
+    def is_plain(self, param: Tensor, grad: Tensor) -> bool:
+        """Whether ``begin_rows`` can describe the row of a parameter that has no state; False: look closer."""
 
-    def set_plain_row(
+    def begin_rows(
         self,
-        row: int,
-        grad: Tensor,
-        states: list[Tensor | None],
-        step: Tensor | None,
+        rows: list[int],
+        names: tuple[str, ...],
+        needed: list[list[bool]],
+        steps: list[Tensor | None],
+        keeps_step: bool,
         mode: int,
-        keep: list[Tensor],
-    ) -> None:
-        """Describes a row of plain tensors, as ``set_row``."""
+        zeros_like: Callable[[Tensor], Tensor],
+    ) -> list[dict[str, Tensor]]:
+        """Makes the states of rows of plain tensors, and describes the rows; returns each one's states by name."""
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
         """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters came or went."""
@@ -143,5 +148,11 @@ def make_core(rule: Rule, device: torch.device) -> Core:
     return table
 
 
+def are_apart(tensors: list[Tensor]) -> bool:
+    """Whether tensors are known to share no memory; False: look closer."""
+    return compiled is not None and compiled.are_apart(tensors)
+
+
 if compiled is not None:
-    compiled.connect(torch.Tensor, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), _DLPACK)
+    exchange_table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    compiled.connect(torch.Tensor, torch.nn.Parameter, exchange_table, _DLPACK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
@@ -116,7 +117,7 @@ class Phase:
                 )
         return Phase(**options)
 
-    @property
+    @cached_property
     def flags(self) -> int:
         """Bits of ``enum PhaseFlag``."""
         averages = AVERAGES * (self.ema_decay is not None) + WARMS_UP * self.ema_warmup

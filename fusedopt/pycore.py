@@ -313,10 +313,16 @@ class PyTable:
 
     def states_in_place(self) -> bool:
         """Whether the watched state tensors lie where they lay when their watch began."""
-        return all(
-            watched is None or _addresses(watched[1]) == addresses
-            for watched, addresses in zip(self._state, self._state_addresses, strict=True)
-        )
+        return all(map(self.state_in_place, range(len(self._state))))
+
+    def state_in_place(self, row: int) -> bool:
+        """The same of one row.
+
+        Args:
+            row: its index.
+        """
+        watched = self._state[row]
+        return watched is None or _addresses(watched[1]) == self._state_addresses[row]
 
     def set_row(
         self,
@@ -373,51 +379,22 @@ class PyTable:
         self._live_params = None
         self._revision = next(_REVISIONS)
 
-    def plain_elements(self, param: Tensor, grad: Tensor) -> int:
-        """How many elements a parameter has whose row ``set_plain_row`` can describe; 0: it can not.
+    def is_plain(self, param: Tensor, grad: Tensor) -> bool:
+        """False: every row is looked at closely; only the compiled table has a shorter way.
 
         Args:
             param: a parameter.
             grad: its gradient.
         """
-        if not (param.dtype in STORAGES and grad.dtype in STORAGES and param.shape == grad.shape):
-            return 0
-        if not (param.layout == grad.layout == torch.strided and param.device == grad.device == self._device):
-            return 0
-        if not (param.is_contiguous() and grad.is_contiguous()):
-            return 0
-        starts = param.data_ptr(), grad.data_ptr()
-        is_apart = starts[0] + param.nbytes <= starts[1] or starts[1] + grad.nbytes <= starts[0]
-        return param.numel() if is_apart and 0 not in starts else 0
+        return False
 
-    def set_plain_row(
-        self,
-        row: int,
-        grad: Tensor,
-        states: list[Tensor | None],
-        step: Tensor | None,
-        mode: int,
-        keep: list[Tensor],
-    ) -> None:
-        """Describes a row of plain tensors, as ``set_row``.
+    def begin_rows(self, *arguments: Any) -> list[dict[str, Tensor]]:
+        """Never called, as no row is plain.
 
         Args:
-            row: its index.
-            grad: its gradient.
-            states: by slot; None: absent.
-            step: its count, or None.
-            mode: of blocks and rounding: csrc/table.h.
-            keep: what else the row points into and must therefore outlive it.
+            arguments: those of the compiled table.
         """
-        watch = self._watches[row]
-        assert watch is not None  # set_places has given it its parameter
-        addresses, storages = [0] * SLOTS, [0] * ELEMENT_SLOTS
-        for slot, tensor in enumerate((watch.param, grad, *states)):
-            if tensor is not None:
-                addresses[slot], storages[slot] = tensor.data_ptr(), STORAGES[tensor.dtype]
-        addresses[ELEMENT_SLOTS] = 0 if step is None else step.data_ptr()
-        numel, group = watch.param.numel(), self._places[row][0]
-        self.set_row(row, addresses, storages, mode, numel, group, [], watch.param, grad, False, keep)
+        raise NotImplementedError
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""

@@ -27,9 +27,9 @@ from .check import (
     local,
     real_dtype,
 )
-from .core import Core, make_core
+from .core import Core, are_apart, make_core
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
-from .memory import check_memory, is_wrapper
+from .memory import is_wrapper
 from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
     DEFAULT_BLOCK,
@@ -55,7 +55,7 @@ from .precision import (
 )
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
-from .sharded import Spread, first_place, is_plain, is_sharded, like_local, settled, settled_by_rank, spread_of
+from .sharded import Spread, first_place, is_sharded, like_local, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
@@ -73,12 +73,11 @@ class Row:
         index: of the row.
         group: index of its group.
         place: its position among the group's parameters.
-        name: what error messages call it.
         param: the parameter.
+        groups: the optimizer's ``param_groups``.
         states: its state tensors by name; empty until the first gradient.
         step: float32 count of its steps; None for a rule that needs no count here.
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
-        addresses: of the state tensors, when the row was made.
         copy: what the parameter is written to as it is updated; None: nothing.
         copy_facts: where that lay and how, when the row was made; None: no row was made of it yet.
         is_dense: whether all slots are dense and in the same order.
@@ -89,12 +88,11 @@ class Row:
     index: int
     group: int
     place: int
-    name: str
     param: Tensor
+    groups: Sequence[Group]
     states: dict[str, Tensor] = field(default_factory=dict)
     step: Tensor | None = None
     stand_in: Tensor | None = None
-    addresses: list[int] = field(default_factory=list)
     copy: Tensor | None = None
     copy_facts: tuple[Any, ...] | None = None
     is_dense: bool = True
@@ -102,9 +100,22 @@ class Row:
     lies: int = 0
 
     @property
+    def name(self) -> str:
+        """What error messages call it."""
+        return name_of(self.groups, self.group, self.place)
+
+    @property
     def gradient(self) -> Tensor | None:
         """The gradient as the kernels read it."""
         return self.param.grad if self.stand_in is None else self.stand_in
+
+
+def name_of(groups: Sequence[Group], group: int, place: int) -> str:
+    """What error messages call the parameter at a place of a group."""
+    names = groups[group].get("param_names")
+    if isinstance(names, Sequence) and place < len(names):
+        return f"parameter '{names[place]}'"
+    return f"parameter {place} of group {group}"
 
 
 class Table:
@@ -278,10 +289,12 @@ class Table:
             return False
         if any(state.get(name) is not row.states.get(name) for name in self._names(row)):
             return False
-        return row.addresses == _state_addresses(row)
+        return row.leaves > 0 and self.core.state_in_place(row.index)  # else it was never described
 
     def _adopt(self, rows: list[Row]) -> None:
         """Takes over what the optimizer's state already has: after a load, a move, or an outside change."""
+        if not rows:
+            return
         found = [self._present(row) for row in rows]
         kept = [self._kept(row) for row in rows]
         for row in rows:
@@ -295,7 +308,6 @@ class Table:
         for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
             self._code(row)
-            row.addresses = _state_addresses(row)
         self._adopt_steps(rows)
 
     def _found(self, row: Row) -> dict[str, Any]:
@@ -403,63 +415,68 @@ class Table:
 
     def _remake(self, rows: list[Row]) -> None:
         """Describes rows anew. Nothing is changed where any of them is at fault."""
-        plain = {row.index for row in rows if self._is_plain(row)}
-        for row in rows:
-            if row.param.grad is not None and row.index not in plain:
-                check_parameter(row.name, row.param)
-                check_gradient(row.name, row.param, row.param.grad, takes_sparse=self.rule.takes_sparse)
-                self._check_found(row)
-                if row.copy is not None:
-                    check_copy(row.name, row.param, row.copy)
-                group, state = self.groups[row.group], self._found(row)
-                if has_modes(group):
-                    wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
-                    check_no_double(self.rule, row.name, row.param, group, [row.param.grad, row.copy, *wanted])
+        plain = self._plain_rows(rows)
+        begun = set(plain)
+        others = [row for row in rows if row not in begun]
+        for row in others:
+            if row.param.grad is not None:
+                self._check_row(row, row.param.grad)
         if self.phase.zero_grads:
             self._check_cleared(rows)
-        self._adopt([row for row in rows if row.index not in plain and not self._holds(row)])
-        self._create_states([row for row in rows if row.param.grad is not None])
+        self._adopt([row for row in others if not self._holds(row)])
+        self._create_states([row for row in others if row.param.grad is not None])
         leaves = [row.leaves for row in rows]
-        for row in rows:
-            if row.index in plain:
-                self._set_plain_row(row)
-            else:
-                row.stand_in = _stand_in(row.param)
-                self._set_row(row)
+        self._begin(plain)
+        for row in others:
+            row.stand_in = _stand_in(row.param)
+            self._set_row(row)
         if leaves != [row.leaves for row in rows]:
             self.reported = []  # what was kept is by leaves that no longer are these
 
+    def _check_row(self, row: Row, grad: Tensor) -> None:
+        """Refuses what does not fit together, by name."""
+        check_parameter(row.name, row.param)
+        check_gradient(row.name, row.param, grad, takes_sparse=self.rule.takes_sparse)
+        self._check_found(row)
+        if row.copy is not None:
+            check_copy(row.name, row.param, row.copy)
+        group, state = self.groups[row.group], self._found(row)
+        if has_modes(group):
+            wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
+            check_no_double(self.rule, row.name, row.param, group, [grad, row.copy, *wanted])
+
+    def _plain_rows(self, rows: list[Row]) -> list[Row]:
+        """Rows that are new and of tensors that need no closer look: almost all of a first step."""
+        if self.phase.states or self.phase.zero_grads:
+            return []
+        without_modes = {g for g in {row.group for row in rows} if not has_modes(self.groups[g])}
+        return [row for row in rows if row.group in without_modes and self._is_plain(row)]
+
     def _is_plain(self, row: Row) -> bool:
-        """Whether a row is new, as at a first step, and of tensors that need no closer look, as almost all."""
         param, grad = row.param, row.param.grad
-        if type(grad) is not Tensor or not is_plain(param):
+        if type(grad) is not Tensor or row.copy is not None or row.step is not None or row.states:
             return False
-        if param.is_inference() or param.is_neg() or grad.is_neg():
-            return False
-        if row.step is not None or row.states or param in self._state or self._asks_for_more(row):
-            return False
-        if not self.core.plain_elements(param, grad):
-            return False
-        check_memory(row.name, param)
-        check_memory(f"gradient of {row.name}", grad)
-        return True
+        return not param.is_inference() and param not in self._state and self.core.is_plain(param, grad)
 
-    def _asks_for_more(self, row: Row) -> bool:
-        """Whether a row has more slots than those of its rule."""
-        return bool(self.phase.states or self.phase.zero_grads or row.copy is not None) or has_modes(
-            self.groups[row.group]
+    def _begin(self, rows: list[Row]) -> None:
+        """States of zeros for plain rows, and their description, in one call."""
+        if not rows:
+            return
+        needed = [[self.rule.needs(name, group) for name in self.rule.states] for group in self.groups]
+        counted = [any(needed[row.group]) or self.rule.keeps_step for row in rows]
+        counts = iter(make_steps([0.0] * sum(counted), self.device))
+        steps = [next(counts) if is_counted else None for is_counted in counted]
+        indices = [row.index for row in rows]
+        made = self.core.begin_rows(
+            indices, self.rule.states, needed, steps, self.rule.keeps_step, PLAIN_MODE, torch.zeros_like
         )
-
-    def _set_plain_row(self, row: Row) -> None:
-        grad = row.param.grad
-        assert grad is not None  # it would not be plain
-        row.stand_in = row.copy_facts = None
-        row.is_dense = True
-        row.leaves = -(-row.param.numel() // LEAF)
-        states = [row.states.get(name) for name in self.rule.states]
-        keep = [tensor.detach() for tensor in (*states, row.step) if tensor is not None]
-        self.core.set_plain_row(row.index, grad, states, row.step, PLAIN_MODE, keep)
-        self._watch(row)
+        for row, states, step in zip(rows, made, steps, strict=True):
+            row.states, row.step = states, step
+            row.stand_in = row.copy_facts = None
+            row.is_dense = True
+            row.leaves = -(-row.param.numel() // LEAF)
+        if not self.rule.keeps_step:
+            self._hidden_steps.update((row.param, row.step) for row in rows if row.step is not None)
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()
@@ -470,18 +487,21 @@ class Table:
 
     def _create_states(self, rows: list[Row]) -> None:
         """Zeros for what is missing. The steps of all of these rows are views of one buffer."""
-        with_step = [row for row in rows if row.step is None and self._wants_step(row)]
+        if not rows:
+            return
+        names = {g: self.rule.states_of(self.groups[g]) for g in {row.group for row in rows}}
+        with_step = [row for row in rows if row.step is None and (names[row.group] or self._wants_step(row))]
         for row, step in zip(with_step, make_steps([0.0] * len(with_step), self.device), strict=True):
             self._keep_step(row, step)
         for row in rows:
             group = self.groups[row.group]
             if has_modes(group):
                 self._create_kept(row)
-            for name in self.rule.states_of(group):
+            for name in names[row.group]:
                 if name not in row.states:
                     dtype = _state_dtype(self.rule, row, group, name)
                     tensor = torch.zeros_like(row.param, dtype=dtype, memory_format=torch.preserve_format)
-                    row.states[name] = self._state.setdefault(row.param, {})[name] = tensor.detach()
+                    row.states[name] = self._state.setdefault(row.param, {})[name] = tensor
             if EMA in self.phase.states and EMA not in row.states:
                 average = row.param.detach().to(
                     average_dtype(row.param), copy=True, memory_format=torch.preserve_format
@@ -504,7 +524,8 @@ class Table:
                 state |= made
 
     def _wants_step(self, row: Row) -> bool:
-        return self._counts_in_state(row) or bool(self.rule.states_of(self.groups[row.group]) or self.phase.states)
+        """Whether a row without states counts its steps all the same."""
+        return self._counts_in_state(row) or bool(self.phase.states)
 
     def _set_row(self, row: Row) -> None:
         grad = row.gradient
@@ -517,7 +538,6 @@ class Table:
 
     def _watch(self, row: Row) -> None:
         """From now on a refresh sees where the optimizer's state is no longer that of the row."""
-        row.addresses = _state_addresses(row)
         state = self._state.get(row.param)
         if state is not None:
             entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
@@ -595,10 +615,11 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     Raises:
         ValueError: two parameters share some elements without being the same.
     """
-    if len(rows) == 1:
-        rows[0].index = 0
+    earlier = _sharers(rows) if len(rows) > 1 else {}
+    if not earlier:
+        for k, row in enumerate(rows):
+            row.index = k
         return [list(rows)]
-    earlier = _sharers(rows)
     levels: dict[int, int] = {}
     for k in range(len(rows)):
         levels[k] = 1 + max((levels[other] for other in earlier.get(k, ())), default=-1)
@@ -612,6 +633,10 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _sharers(rows: Sequence[Row]) -> dict[int, list[int]]:
     """For each row, the earlier ones whose parameters may share memory with its own."""
+    if are_apart([row.param for row in rows]):
+        for row in rows:
+            row.lies = row.param.data_ptr()
+        return {}
     tensors = [local(row.param) for row in rows]
     indices = [k for k, tensor in enumerate(tensors) if _storage_address(tensor)]
     for k in indices:
@@ -663,6 +688,8 @@ def _storage_address(tensor: Tensor) -> int:
 
 def make_steps(counts: Sequence[float], device: torch.device) -> Sequence[Tensor]:
     """Step counts as float32 on a device: 0-dim views of one buffer."""
+    if not counts:
+        return ()
     made = torch.tensor(counts, dtype=torch.float32, device=device) if any(counts) else None
     return (torch.zeros(len(counts), device=device, dtype=torch.float32) if made is None else made).unbind()
 
@@ -690,10 +717,6 @@ def _stand_in(param: Tensor) -> Tensor | None:
     if not same and _storage_address(here) == _storage_address(there) and may_share_memory(here, there):
         return values.clone()
     return None if values is grad else values
-
-
-def _state_addresses(row: Row) -> list[int]:
-    return [local(tensor).data_ptr() for tensor in row.states.values()]
 
 
 def _facts(tensor: Tensor) -> tuple[Any, ...]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .core import Core
 from .phase import LEAF, MEASURES, UPDATES
+from .pycore import GRAD
 from .reference import REPORT_COLUMNS
 from .table import Table
 
@@ -37,6 +40,19 @@ _SHAPES = {
 }
 
 
+GROUP_COLUMNS = tuple(name for name in _DTYPES if name.startswith("group_"))
+ROW_COLUMNS = ("address", "grads")
+
+
+class Capture:
+    """A step that a CUDA graph captured: the columns that its replays read, and where they say that tensors are."""
+
+    def __init__(self, columns: Any, sent: dict[str, bytes]) -> None:
+        """Keeps the columns alive for as long as the launcher lives."""
+        self.columns = columns
+        self.places = _places(sent)
+
+
 class Launcher:
     """The columns of one table on its device; what changed is sent again, the rest stays."""
 
@@ -49,14 +65,18 @@ class Launcher:
         self._sent_decay: tuple[float, Tensor] | None = None
         self._tensors: dict[str, Tensor] = {}
         self._terms: Tensor | None = None
+        self._captures: list[Capture] = []
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Sends what changed and launches."""
-        from .triton_kernels.launch import Columns, launch, resident_programs
+        from .triton_kernels.launch import Columns, launch
 
         core = table.core
-        all_columns = core.columns(resident_programs(core.variant, self.device), self.revision == core.revision)
+        all_columns = self._all_columns(core, only_step=self.revision == core.revision)
         changed = [name for name, data in all_columns.items() if name in _DTYPES and self._sent.get(name) != data]
+        is_captured = _is_capturing(self.device)
+        if is_captured:
+            self._check_capturable(changed)
         for name in changed:
             self._tensors[name] = self._send(name, all_columns[name])
             self._sent[name] = all_columns[name]
@@ -68,6 +88,8 @@ class Launcher:
             self.columns = Columns(
                 device=self.device, rows=len(table.rows), chunk_elements=self._chunk_elements, **self._tensors
             )
+        if is_captured and all(capture.columns is not self.columns for capture in self._captures):
+            self._captures.append(Capture(self.columns, self._sent))
         launch(
             table.rule.stem,
             core.variant,
@@ -79,6 +101,42 @@ class Launcher:
             sweeps=table.stage != MEASURES,
             **self._measured(table),
         )
+
+    def moved_since_captures(self, core: Core) -> list[int]:
+        """Rows whose tensors lie where no captured step finds them."""
+        if not self._captures:
+            return []
+        now = _places(self._all_columns(core, only_step=False))
+        known = [capture.places == now for capture in self._captures if capture.places.shape == now.shape]
+        if not known:
+            return list(range(now.shape[1]))
+        return [row for row in range(now.shape[1]) if not any(bool(same[:, row].all()) for same in known)]
+
+    def update_captures(self, core: Core) -> None:
+        """Writes the groups' hyperparameters of now where captured steps read them."""
+        columns = self._all_columns(core, only_step=True)
+        for name in GROUP_COLUMNS if self._captures else ():
+            values = self._send(name, columns[name])
+            for capture in self._captures:
+                getattr(capture.columns, name).copy_(values, non_blocking=True)
+            # Other launches read a tensor of their own: what captures read is no longer what was sent to them.
+            self._tensors[name], self._sent[name] = values, columns[name]
+            self.columns = replace(self.columns, **{name: values})
+
+    def _all_columns(self, core: Core, *, only_step: bool) -> dict[str, Any]:
+        from .triton_kernels.launch import resident_programs
+
+        return core.columns(resident_programs(core.variant, self.device), only_step)
+
+    @staticmethod
+    def _check_capturable(changed: list[str]) -> None:
+        """Refuses to capture a copy from memory of the host, which would be read again at every replay."""
+        if changed:
+            raise RuntimeError(
+                f"backend 'triton' can capture only a step whose tables are on the device, and {', '.join(changed)} "
+                "would have to be sent: before the capture take a step with the same gradients, in the same memory "
+                "(zero_grad(set_to_none=False)), states and hyperparameters; or use backend='cuda', which needs none"
+            )
 
     def _measured(self, table: Table) -> dict[str, Any]:
         """What the norm and the report need; nothing where there is neither."""
@@ -118,6 +176,16 @@ class Launcher:
         if self.device.type == "cpu":
             return column
         return column.pin_memory().to(self.device, non_blocking=True)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _places(columns: dict[str, bytes]) -> Tensor:
+    """Where every row's tensors are: a column of addresses for each row."""
+    address, grads = (torch.frombuffer(bytearray(columns[name]), dtype=torch.int64) for name in ROW_COLUMNS)
+    return torch.cat((address.view(13, -1)[[slot for slot in range(13) if slot != GRAD]], grads.view(1, -1)))
 
 
 def launch(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

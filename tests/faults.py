@@ -41,6 +41,8 @@ STEP = Suite("step", ("tests/test_step.py", "-k", "cpu or emulated or threads or
 OVERRUNS = Suite("overruns", ("tests/test_sanitizers.py", "-k", "random_tables_plans"))
 COLLECTED = Suite("collected", ("tests/contract/test_behaviours.py", "-k", "garbage"))
 MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
+READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
+FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
 BLOCKS = Suite("blocks", ("tests/test_blocks.py", "-k", "cpu or emulated"))
 RANDOM = Suite("random words", ("tests/test_random.py",))
@@ -101,6 +103,7 @@ ENGINE = "csrc/cpu/engine.cpp"
 HOST_ACCESS = "csrc/cpu/access.h"
 VECTOR = "csrc/cpu/vector.h"
 BINDINGS = "csrc/bindings.cpp"
+GRADIENTS = "csrc/gradient_reader.h"
 TRITON_RULES = "triton_kernels/rules.py"
 TRITON_STORAGE = "triton_kernels/storage.py"
 TRITON_SWEEP = "triton_kernels/sweep.py"
@@ -438,9 +441,32 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "cpu: states given other memory not seen",
         BINDINGS,
-        "if (watch.state_addresses != addresses_of(watch)) return false;",
-        "(void)watch;",
+        "return watches_.at(row).state_addresses == addresses_of(watches_.at(row));",
+        "return row < watches_.size();",
         (MOVED,),
+    ),
+    Fault("read directly: lazy gradients not seen", GRADIENTS, " || is_lazy(grad)", "", (READ,)),
+    Fault(
+        "read directly: strides not looked at",
+        GRADIENTS,
+        "&&\n             std::equal(strides, strides + count, extents + count);",
+        ";",
+        (READ,),
+    ),
+    Fault("read directly: dtypes not looked at", GRADIENTS, "dtype == other.dtype && device", "device", (READ,)),
+    Fault(
+        "read directly: a parameter that changed places not seen",
+        BINDINGS,
+        "now.hint == watch.param_facts.hint && ",
+        "",
+        (READ,),
+    ),
+    Fault(
+        "read directly: storages that were freed not seen",
+        GRADIENTS,
+        "(offset + elements) * bytes_each <= bytes && ",
+        "offset + elements + bytes_each + bytes > 0 && ",
+        (FREED,),
     ),
     Fault(
         "cpu: first chunk left out",

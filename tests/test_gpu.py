@@ -29,7 +29,6 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent
 
 each_run = pytest.mark.parametrize("run", as_params([Run("cuda", "cuda"), Run("triton", "cuda")]))
-cuda_run = pytest.mark.parametrize("run", as_params([Run("cuda", "cuda")]))  # the backend that knows its captures
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
@@ -175,7 +174,7 @@ def test_a_graph_replayed_under_a_schedule_is_the_eager_run_bit_for_bit(
         assert {state["step"].item() for state in optimizers[1].state.values()} == {101.0}
 
 
-@cuda_run
+@each_run
 @each_class
 def test_python_numbers_keep_the_value_of_the_capture_until_they_are_synced(cls: str, run: Run, settings: Run) -> None:
     """Eager steps with the values that a replay must use, beside the replays."""
@@ -202,7 +201,7 @@ def test_python_numbers_keep_the_value_of_the_capture_until_they_are_synced(cls:
             assert_same(graphed, eager)
 
 
-@cuda_run
+@each_run
 def test_syncing_after_a_gradient_moved_is_refused_by_name_and_fine_once_it_is_back(run: Run, settings: Run) -> None:
     params = make_params(device=run.device)
     optimizer = fusedopt.AdamW(params, lr=0.5, backend=run.backend)

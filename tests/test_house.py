@@ -114,7 +114,8 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "cuda": ("sweep.h", "norm.h", "types.h", "rules", "host_table"),
     "tensor_reader.h": ("dlpack.h", "table.h"),
     "dict_watch.h": ("types.h",),
-    "bindings.cpp": ("host_table", "cpu", "cuda", "tensor_reader.h", "dict_watch.h"),
+    "gradient_reader.h": ("types.h",),
+    "bindings.cpp": ("host_table", "cpu", "cuda", "tensor_reader.h", "gradient_reader.h", "dict_watch.h"),
 }
 KNOW_PYTHON = ("bindings.cpp", "tensor_reader.h", "dict_watch.h")
 SOURCES = sorted(path.relative_to(CSRC) for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cpp", ".cu"))

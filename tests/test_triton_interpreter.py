@@ -24,6 +24,7 @@ MODULES = [
     pytest.param("test_codecs.py", "", id="test_codecs"),
     pytest.param("test_layouts.py", "", id="test_layouts"),
     pytest.param("test_step.py", "", id="test_step"),
+    pytest.param("test_triton_capture.py", "", id="test_triton_capture"),
     pytest.param("test_phase.py", "", id="test_phase", marks=pytest.mark.slow),
     pytest.param("test_phase.py", "not all_side_outputs or AdamW-bf16 or SGD-f64", id="test_phase, a part"),
     pytest.param("test_norm.py", "", id="test_norm", marks=pytest.mark.slow),

@@ -170,6 +170,17 @@ def _(kit: Kit) -> None:
         agree(results[0], results[1], f"the parameter of {cls}", 4)
 
 
+@behaviour(AREA, "real gradients that are lazy negatives, as z.conj().imag is, from one step to the next")
+def _(kit: Kit) -> None:
+    for cls in CLASSES:
+
+        def gradients(step: int, index: int) -> Tensor:
+            z = kit.random(4, seed=step, dtype=torch.complex64)
+            return z.conj().imag if step % 2 else z.imag
+
+        agree_with_truth(kit, cls, [kit.random(4)], STEPS, gradients, **FULL_OPTIONS[cls])
+
+
 @behaviour(AREA, "NaN and Inf in a gradient reach parameter and state as in the for-loop, elsewhere nothing")
 def _(kit: Kit) -> None:
     for cls in CLASSES:

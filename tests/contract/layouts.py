@@ -229,6 +229,25 @@ def _(kit: Kit) -> None:
     demand(False, "an element was updated four times, or once, or its neighbours were")
 
 
+@behaviour(
+    AREA,
+    "a parameter that is a lazy view, from the first step or from a later one on",
+    refused="parameter 0 of group 0 is a lazy view, whose memory holds the negative of its values",
+)
+def _(kit: Kit) -> None:
+    for late in (False, True):
+        z = kit.random(4, dtype=torch.complex64)
+        negative = z.conj().imag
+        param = nn.Parameter(z.imag if late else negative)
+        optimizer = kit.make("SGD", [param], lr=0.5)
+        if late:
+            train(optimizer, [param], 2, lambda s, i: torch.zeros(4))
+            param.data = negative
+        expected = param.detach().clone() - 0.5
+        train(optimizer, [param], 1, lambda s, i: torch.ones(4))
+        identical(param, expected, "the parameter")
+
+
 @behaviour(AREA, "a gradient that is the parameter itself")
 def _(kit: Kit) -> None:
     for cls in CLASSES:
