@@ -126,11 +126,13 @@ double* double_pointer(u64 address) { return reinterpret_cast<double*>(address);
 class Table {
  public:
   Table(const std::string& rule, const std::vector<std::pair<std::string, int>>& hypers,
-        const std::vector<std::pair<std::string, u32>>& flags, std::pair<int, int> device)
+        const std::vector<std::pair<std::string, u32>>& flags, const std::vector<std::string>& modes,
+        std::pair<int, int> device)
       : host_(rule_index(rule)), device_{device.first, device.second} {
     if (hypers.size() > size_t(kHypers)) throw std::invalid_argument("a rule names at most 8 hyperparameters");
     for (const auto& [key, item] : hypers) hypers_.push_back({py::str(key), item});
     for (const auto& [key, bit] : flags) flags_.push_back({py::str(key), bit});
+    for (const std::string& key : modes) modes_.push_back(py::str(key));
   }
 
   // `sizes`: how many parameters each group has, over all devices.
@@ -147,6 +149,8 @@ class Table {
     values_.assign(groups * (hypers_.size() + flags_.size()), py::object());
     shapes_.assign(groups, ~u64(0));
     params_.assign(groups, nullptr);
+    mode_watches_.clear();
+    mode_watches_.resize(groups);
     live_params_ = py::none();
   }
 
@@ -273,7 +277,7 @@ class Table {
 
   // Reads every group's hyperparameters. Returns the groups of which a flag, or whether a value is 0, has changed since
   // the last call: what a tensor needs for its step may have changed with it. −1 where parameters came, went or were
-  // replaced by others.
+  // replaced by others, or where a mode changed.
   py::object read_groups(const py::list& groups) {
     py::list changed;
     static const py::str kParams("params");
@@ -282,6 +286,7 @@ class Table {
       const py::handle group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(g));
       params_[g] = lookup(group, kParams).ptr();
       if (!PyList_Check(params_[g]) || PyList_GET_SIZE(params_[g]) != sizes_[g]) return py::int_(-1);
+      if (!modes_are_current(mode_watches_[g], py::reinterpret_borrow<py::dict>(group))) return py::int_(-1);
       read_values(g, group);
       read_flags(g, group);
       const u64 shape = shape_of(host_.group(g).hypers);
@@ -371,6 +376,8 @@ class Table {
     Py_VISIT(states_.ptr());
     Py_VISIT(live_params_.ptr());
     for (const py::object& value : values_) Py_VISIT(value.ptr());
+    for (const DictWatch& watch : mode_watches_)
+      if (const int stop = watch.traverse(visit, arg)) return stop;
     for (const Watch& watch : watches_) {
       Py_VISIT(watch.param.ptr());
       Py_VISIT(watch.keep.ptr());
@@ -385,6 +392,7 @@ class Table {
     watches_.clear();
     places_.clear();
     values_.clear();
+    mode_watches_.clear();
     states_watch_ = {};
     states_ = py::object();
     live_params_ = py::none();
@@ -660,6 +668,20 @@ class Table {
     return found;
   }
 
+  bool modes_are_current(DictWatch& watch, const py::dict& group) const {
+    if (watch.watches(group.ptr())) return watch.is_current();
+    if (!watch.watches(nullptr)) return false;  // another dict than before
+    std::vector<DictWatch::Entry> entries;
+    for (const py::str& key : modes_) {
+      PyObject* const value = PyDict_GetItemWithError(group.ptr(), key.ptr());  // borrowed
+      if (value == nullptr && PyErr_Occurred()) fail();
+      const bool is_asked = value != nullptr && value != Py_None;
+      entries.emplace_back(key, is_asked ? py::reinterpret_borrow<py::object>(value) : py::object());
+    }
+    watch.watch(group, std::move(entries));
+    return true;
+  }
+
   void read_values(u64 g, py::handle group) {
     for (size_t h = 0; h < hypers_.size(); ++h) {
       py::object now = py::reinterpret_borrow<py::object>(lookup(group, hypers_[h].key));
@@ -750,6 +772,8 @@ class Table {
   dlpack::Device device_;
   std::vector<HyperKey> hypers_;
   std::vector<FlagKey> flags_;
+  std::vector<py::str> modes_;           // keys of precision modes
+  std::vector<DictWatch> mode_watches_;  // of each group
   std::vector<Watch> watches_;
   std::vector<Place> places_;
   std::vector<int64_t> extents_;  // shapes and strides that the facts point into
@@ -823,8 +847,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Table>(m, "Table", py::custom_type_setup(let_table_be_collected))
       .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&,
-                    const std::vector<std::pair<std::string, u32>>&, std::pair<int, int>>(),
-           py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("device"))
+                    const std::vector<std::pair<std::string, u32>>&, const std::vector<std::string>&,
+                    std::pair<int, int>>(),
+           py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("modes"), py::arg("device"))
       .def("resize", &Table::resize, py::arg("rows"), py::arg("group_sizes"))
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),

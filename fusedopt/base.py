@@ -516,6 +516,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"the optimizer's state must be a dict, but it is {self.state!r}")
         for group in self.param_groups:
             self._phase.check_group(group)
+            check_modes(self._rule, group)
         copies = self._copies()
         for g, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):

@@ -17,7 +17,6 @@ from torch import Tensor
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
 from .precision import (
     MASTER_KEYS,
-    MODE_KEYS,
     ROUNDING_KEY,
     STATE_DTYPES,
     check_codes,
@@ -27,7 +26,7 @@ from .precision import (
     scale_key,
     widened,
 )
-from .rules import Rule
+from .rules import MODE_KEYS, Rule
 from .storages import CODE_STORAGES
 
 StateDict = dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .build_record import why_no_extension
-from .rules import Rule
+from .rules import MODE_KEYS, Rule
 from .storages import STORAGES as STORAGES
 
 compiled: ModuleType | None = None
@@ -123,7 +123,7 @@ class Core(Protocol):
         """Makes the states of rows of plain tensors, and describes the rows; returns each one's states by name."""
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
-        """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters came or went."""
+        """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters or modes are others."""
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""
@@ -143,7 +143,7 @@ def make_core(rule: Rule, device: torch.device) -> Core:
         return PyTable(rule, device)
     index = device.index or 0
     table: Core = compiled.Table(
-        rule.stem, list(rule.hypers), list(rule.flags), (_DEVICE_TYPES.get(device.type, 0), index)
+        rule.stem, list(rule.hypers), list(rule.flags), list(MODE_KEYS), (_DEVICE_TYPES.get(device.type, 0), index)
     )
     return table
 

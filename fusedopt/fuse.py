@@ -17,7 +17,7 @@ from .check import check_flags
 from .checkpoint import widened_state
 from .optimizers.adam import Adam, AdamW
 from .optimizers.sgd import SGD
-from .precision import MODE_KEYS
+from .rules import MODE_KEYS
 from .table import local
 
 TWINS: dict[type[Optimizer], type[FusedOptimizer]] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .blocks import FLOAT8, block_count, coded, decoded, random_bits
 from .memory import check_own_memory
-from .rules import Group, Rule
+from .rules import MODE_KEYS, Group, Rule
 from .sharded import (
     by_rank,
     by_rank_shape,
@@ -32,7 +32,6 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.int8, FLOAT8)  # as a state_dtype: 8 bits an element and a scale for each block
 BLOCKS = (32, 64, 128, 256)
 DEFAULT_BLOCK = 128
-MODE_KEYS = ("state_dtype", "state_block", "master", "rounding")
 ROUNDING_KEY = "rounding_key"  # in a parameter's state: which random bits are its own
 ROUNDING_KEYS = 1 << 24  # of a group; they stay what they are where a checkpoint is loaded
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rules import Rule
+from .rules import MODE_KEYS, Rule
 from .storages import CODE_STORAGES, FLOAT8_SQUARE, STORAGES
 
 # csrc/types.h as typecodes of array: unsigned and signed integers of 32 and 64 bits.
@@ -130,6 +130,7 @@ class GroupRow:
         storages: of those tensors.
         flags: one bit each.
         max_norm: what its gradients are clipped to; below 0: they are not.
+        modes: of precision, as last read; None: never.
         shape: flags and which values are 0, when last read; None: never.
     """
 
@@ -139,6 +140,7 @@ class GroupRow:
     flags: int = 0
     shape: tuple[int, tuple[bool, ...]] | None = None
     max_norm: float = -1.0
+    modes: list[Any] | None = None
 
 
 class PyTable:
@@ -407,7 +409,7 @@ class PyTable:
         Returns:
             The groups of which a flag, or whether a value is 0, has changed since the last call: what a
             tensor needs for its step may have changed with it. None where there is none; -1 where parameters
-            came, went or were replaced by others.
+            came, went or were replaced by others, or where a mode changed.
         """
         if len(groups) != len(self._groups):
             return -1
@@ -416,6 +418,10 @@ class PyTable:
             if len(group["params"]) != self._sizes[index]:
                 return -1
             row = self._groups[index]
+            modes = [group.get(key) for key in MODE_KEYS]
+            if row.modes is not None and any(one is not other for one, other in zip(row.modes, modes, strict=True)):
+                return -1
+            row.modes = modes
             self._read_group(row, group)
             shape = (row.flags, tuple(value != 0.0 for value in row.values))
             if shape != row.shape:

@@ -13,6 +13,8 @@ Group = Mapping[str, Any]
 MAXIMIZE = 1  # flag bit 0 of every rule: csrc/rules/rule.h
 DIFFERENTIABLE = 1 << 31  # and bit 31, that no kernel ever sees: a table refuses such a group
 
+MODE_KEYS = ("state_dtype", "state_block", "master", "rounding")  # what a group may ask for: precision.py
+
 
 @dataclass(frozen=True)
 class Rule:

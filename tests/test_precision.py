@@ -37,7 +37,7 @@ def bits_of(optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, torch
     """Copies of all parameters and states, on the CPU."""
     found = {f"param {k}": param.detach().cpu().clone() for k, param in enumerate(params)}
     for k, param in enumerate(params):
-        found |= {f"{name} {k}": tensor.cpu().clone() for name, tensor in optimizer.state[param].items()}
+        found |= {f"{name} {k}": torch.as_tensor(kept).cpu().clone() for name, kept in optimizer.state[param].items()}
     return found
 
 
@@ -85,6 +85,34 @@ def test_groups_of_different_modes_are_one_launch() -> None:
     take_steps(optimizer, params, 1)
     assert fusedopt.launch_count() == before + 1
     assert [optimizer.state[param]["exp_avg"].dtype for param in params] == [F32, F32, F16, F16, BF16]
+
+
+CHANGES = [
+    {"state_dtype": F32},
+    {"state_dtype": torch.int8, "state_block": 64},
+    {"master": "split"},
+    {"rounding": "stochastic"},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+def test_a_mode_that_is_written_into_a_group_between_steps_holds_from_the_next_on(
+    change: dict[str, Any], run: Run, settings: Run
+) -> None:
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        params = make_params(BF16, device=device)
+        optimizer = fusedopt.AdamW([{"params": params[:2]}, {"params": params[2:]}], backend=backend)
+        take_steps(optimizer, params, 2)
+        optimizer.param_groups[1] |= change
+        take_steps(optimizer, params, 2, seed=2)
+        found.append(bits_of(optimizer, params))
+        with pytest.raises(ValueError, match="master is 'fp16'"):
+            optimizer.param_groups[1]["master"] = "fp16"
+            optimizer.step()
+        assert_same(found[-1], bits_of(optimizer, params))
+    assert_same(*found)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
