@@ -179,32 +179,17 @@ void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
     sweep_mixed<Rule, V>(launch, first, last);
 }
 
-// The terms of a leaf's gradient, joined. A leaf is gathered in the compute type first: then every loop is a vector
-// loop.
+// The terms of a leaf's gradient, joined.
 template <class V, class C, bool kLargest>
 double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient) {
-  C gathered[kJoined];
-  const auto fetch = [&](auto width, i64 at, i32 to, int count) {
+  return Access::join_leaf<V, C, kLargest>(leaf, [&](auto width, i32 i, auto& g, int count) FUSEDOPT_INLINE {
     using W = decltype(width);
-    using X = typename Access::template Lanes<C, W::value>;
-    constexpr int M = W::value * int(sizeof(C)) / int(sizeof(X));
-    X x[M];
+    const int storage = V::storage(kGrad, leaf.storage);
     typename Access::template Packet<C, W::value> packet = {};
-    Access::template fetch<W>(packet, V::storage(kGrad, leaf.storage), leaf.address[kGrad], at, false);
-    Access::template decode<W>(packet, V::storage(kGrad, leaf.storage), x, count);
-    __builtin_memcpy(gathered + to, x, u64(count) * sizeof(C));
-  };
-  if (V::kStrided && leaf.layout)
-    for (i32 i = 0; i < leaf.size; ++i) fetch(Width<1>{}, StridedIndex(leaf, i)(kGrad), i, 1);
-  else
-    Access::template walk<V, C>(leaf, 0, 1, [&](auto width, i32 i, int count) { fetch(width, i, i, count); });
-  if (gradient.unscale)
-    for (i32 i = 0; i < leaf.size; ++i) gathered[i] = gathered[i] / gradient.scale;
-  double terms[kJoined];
-  for (i32 i = 0; i < leaf.size; ++i) terms[i] = term<kLargest>(double(gathered[i]));
-  for (i32 i = leaf.size; i < kJoined; ++i) terms[i] = 0.0;
-  join_halves<kLargest>(terms, kJoined, 0, 1, [] {});
-  return terms[0];
+    Access::template fetch<W>(packet, storage, leaf.address[kGrad], IndexOf<V, W>(leaf, i)(kGrad), false);
+    Access::template decode<W>(packet, storage, g, count);
+    gradient.divide(g);
+  });
 }
 
 template <bool kLargest>
