@@ -16,8 +16,8 @@ enum ReportColumn : int {
 };
 constexpr int kReportSquares = kNonfinite;  // columns that are sums of squares
 
-// The terms of a leaf are joined by the tree of reduce.h. An event is a count of non-finite gradients and kLostEvent
-// times a count of lost updates: exact in float for a leaf.
+// The squares of a leaf are summed in the order of reduce.h. An event is a count of non-finite gradients and kLostEvent
+// times a count of lost updates: exact in float for a leaf, in any order.
 constexpr float kLostEvent = 4096.0f;
 
 // Where the leaves of one tensor are reported, and what an Access gathers the terms of a leaf in.
@@ -25,7 +25,7 @@ struct LeafReport {
   void* tally = nullptr;      // null: nothing is reported
   double* columns = nullptr;  // at the tensor's first leaf
   u64 leaves = 0;             // of the table: from column to column
-  int half = 0;               // of the leaf, where an Access takes one after the other
+  u32* events = nullptr;      // of one thread in this leaf, where an Access counts them so
 
   FUSEDOPT_FN bool is_wanted() const { return tally != nullptr; }
 };

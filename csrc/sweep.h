@@ -202,9 +202,12 @@ FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const 
     for (int k = 0; k < M; ++k) ema[k] = side.average(ema[k], p[k]);
     Access::template store<W>(ema_storage, chunk.address[kEma], at(kEma), chunk.is_aligned(kEma), ema, count);
   }
-  if (side.copies && chunk.has(kCopy))
+  if (side.copies && chunk.has(kCopy)) {
+    X copied[M];  // so that no other step keeps the parameter in memory for a call
+    copy(copied, p);
     Access::template store<W>(V::storage(kCopy, chunk.storage), chunk.address[kCopy], at(kCopy),
-                              chunk.is_aligned(kCopy), p, count);
+                              chunk.is_aligned(kCopy), copied, count);
+  }
   if (side.clears) {
     const X zero[M] = {};
     Access::template store<W>(V::storage(kGrad, chunk.storage), chunk.address[kGrad], at(kGrad),
@@ -338,7 +341,7 @@ using IndexOf = Either<V::kStrided && W::value == 1, StridedIndex, DenseIndex>;
 template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
                             int lane, int lanes) {
-  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) {
+  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
     using W = decltype(width);
     sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
   });
@@ -349,7 +352,7 @@ template <class Access, class V, class C, class Rule, class S>
 FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
                               int lanes) {
   Access::template report_chunk<V, C>(
-      chunk, side.report, lane, lanes, [&](const ChunkView& view, auto width, i32 i, int count) {
+      chunk, side.report, lane, lanes, [&](const ChunkView& view, auto width, i32 i, int count) FUSEDOPT_INLINE {
         using W = decltype(width);
         sweep_vector<Access, V, C, W>(view, rule, gradient, side, IndexOf<V, W>(view, i), i, count, NoBlock{});
       });

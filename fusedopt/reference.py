@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 LEAF = 2048  # elements; csrc/table.h
+ROW, CHAIN = 16, 32  # csrc/rules/reduce.h
 REPORT_COLUMNS = 5  # csrc/report.h
 
 
@@ -201,10 +202,14 @@ def clipped(grad: Tensor, coefficient: float | None, grad_scale: float | None) -
 
 
 def leaf_sums(flat: Tensor, *, largest: bool) -> Tensor:
-    """The squares of every 2,048 elements summed in a tree of halves, in float64; or the largest magnitude."""
+    """The squares of every 2,048 elements summed in the order of csrc/rules/reduce.h, in float64; or the largest."""
     values = torch.zeros(-(-flat.numel() // LEAF) * LEAF, dtype=torch.float64, device=flat.device)
     values[: flat.numel()] = flat.double().abs() if largest else flat.double() * flat.double()
-    return _join_halves(values.reshape(-1, LEAF), largest)
+    rows = values.reshape(-1, LEAF // (ROW * CHAIN), CHAIN, ROW)
+    chains = torch.zeros_like(rows[:, :, 0])
+    for k in range(CHAIN):
+        chains = _join(chains, rows[:, :, k], largest)
+    return _join_halves(chains.flatten(1), largest)
 
 
 def leaf_report(grad: Tensor, param: Tensor, update: Tensor, *, lost: Tensor) -> Tensor:
@@ -236,10 +241,14 @@ def norm_of(joined: float, *, largest: bool) -> float:
     return joined if largest or joined != joined else math.sqrt(joined)
 
 
+def _join(one: Tensor, other: Tensor, largest: bool) -> Tensor:
+    return torch.maximum(one, other) if largest else one + other
+
+
 def _join_halves(values: Tensor, largest: bool) -> Tensor:
     while values.shape[-1] > 1:
         low, high = values.chunk(2, dim=-1)
-        values = torch.maximum(low, high) if largest else low + high
+        values = _join(low, high, largest)
     return values[..., 0]
 
 

@@ -102,6 +102,29 @@ def test_norms_are_those_of_torch(run: Run, settings: Run) -> None:
     assert report.whole["update_norm"] == pytest.approx(math.hypot(*norms))
 
 
+# A chain of 32 terms, the first of which is added to 0, rounds 31 times, the tree of 64 chains 6 times, that of the
+# leaves at most 22 times; the squares of float32 are exact, and all terms have the same sign. The root halves the
+# relative error and rounds once.
+ROUNDINGS = (31 + 6 + 22) / 2 + 1
+
+
+@each_run
+@pytest.mark.parametrize("scale", [1e-44, 1e-39, 1e-30, 1.0, 1e18, 1e30, 1e38])
+def test_norms_are_as_accurate_as_their_bound_wherever_float32_goes(scale: float, run: Run, settings: Run) -> None:
+    generator = torch.Generator().manual_seed(5)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(run.device)) for n in (5000, 77)]
+    optimizer = fusedopt.SGD(params, lr=0.5, report=True, backend=run.backend)
+    for param in params:
+        numbers = torch.rand(param.shape, generator=generator, dtype=torch.float64) * 3 * scale
+        param.grad = numbers.to(torch.float32).to(run.device)
+    optimizer.step()
+    for row, param in zip(optimizer.report().rows, params, strict=True):
+        for key, values in (("grad_norm", param.grad), ("param_norm", param), ("update_norm", param.grad * 0.5)):
+            exact = math.sqrt(math.fsum(x * x for x in values.detach().double().tolist()))
+            assert abs(row[key] - exact) <= ROUNDINGS * 2.0**-53 * exact, key
+            assert 0 < row[key] < math.inf
+
+
 @each_run
 def test_infinite_and_nan_gradients_are_counted(run: Run, settings: Run) -> None:
     optimizer, params = make("AdamW", run, torch.float32, report=True)

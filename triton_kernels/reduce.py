@@ -15,7 +15,11 @@ from .rules import divide, maximum, square_root
 from .storage import ANY_STORAGE, decode, fetch, pointer
 from .table import DENSE_LAYOUT, computes_in_double, slot_addresses, slot_storages, strided_offsets
 
-JOINED = tl.constexpr(2048)  # csrc/rules/reduce.h: kJoined
+# csrc/rules/reduce.h
+JOINED = tl.constexpr(2048)
+ROW = tl.constexpr(16)
+CHAIN = tl.constexpr(32)
+CHAINS = tl.constexpr(64)
 
 # csrc/phase.h: PhaseFlag
 CLIPS = tl.constexpr(16)
@@ -25,12 +29,37 @@ NORMS_BY_GROUP = tl.constexpr(256)
 
 
 @triton.jit
-def join_halves(x, largest):
-    """Joins 2,048 values: value k with value k + half, for every k below half, until one is left."""
-    for level in tl.static_range(11):
-        low, high = tl.split(tl.trans(tl.reshape(x, [2, 1024 >> level])))
-        x = tl.where(largest, maximum(low, high), low + high)
+def join(one, other, largest):
+    """The sum, or the larger of two: NaN if either is NaN."""
+    return tl.where(largest, maximum(one, other), one + other)
+
+
+@triton.jit
+def join_halves(x, largest, COUNT: tl.constexpr, LEVELS: tl.constexpr):
+    """Joins COUNT = 2^LEVELS values: value k with value k + half, for every k below half, until one is left."""
+    for level in tl.static_range(LEVELS):
+        low, high = tl.split(tl.trans(tl.reshape(x, [2, COUNT // 2 >> level])))
+        x = join(low, high, largest)
     return tl.sum(x)
+
+
+@triton.jit
+def join_rows(joined, rows, largest, COUNT: tl.constexpr):
+    """Joins COUNT rows of chains, the last dimension, one after the other to what the chains came to before."""
+    if COUNT == 1:
+        return join(joined, tl.reshape(rows, [CHAINS]), largest)
+    else:  # noqa: RET505 - the compiler looks at one branch only, where the other is an else
+        low, high = tl.split(tl.trans(tl.reshape(rows, [CHAINS, 2, COUNT // 2]), (0, 2, 1)))
+        joined = join_rows(joined, low, largest, COUNT // 2)
+        return join_rows(joined, high, largest, COUNT // 2)
+
+
+@triton.jit
+def join_leaf(terms, largest):
+    """What the 2,048 terms of a leaf join to."""
+    rows = tl.trans(tl.reshape(terms, [JOINED // (ROW * CHAIN), CHAIN, ROW]), (0, 2, 1))
+    chains = join_rows(tl.zeros([CHAINS], tl.float64), tl.reshape(rows, [CHAINS, CHAIN]), largest, CHAIN)
+    return join_halves(chains, largest, CHAINS, 6)
 
 
 @triton.jit
@@ -42,8 +71,8 @@ def join_leaves(leaf_sums, begin, end, largest):
     for first in range(0, leaves, JOINED):
         # Past the first cache, which other multiprocessors do not write.
         sums = tl.load(leaf_sums + begin + first + k, mask=first + k < leaves, other=0.0, cache_modifier=".cg")
-        groups = tl.where(k == first // JOINED, join_halves(sums, largest), groups)
-    return join_halves(groups, largest)
+        groups = tl.where(k == first // JOINED, join_halves(sums, largest, JOINED, 11), groups)
+    return join_halves(groups, largest, JOINED, 11)
 
 
 @triton.jit
@@ -107,7 +136,7 @@ def measure(
                     terms = leaf_terms(a.grad, at, i < end, s.grad, scale, unscale, largest, tl.float64)
                 else:
                     terms = leaf_terms(a.grad, at, i < end, s.grad, scale, unscale, largest, tl.float32)
-                found = join_halves(terms, largest)
+                found = join_leaf(terms, largest)
             tl.store(leaf_sums + tl.load(first_leaf + row) + (begin + start) // JOINED, found)
     tl.debug_barrier()
     if tl.atomic_add(arrivals, 1) == tl.num_programs(0) - 1:

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .reduce import JOINED, join_halves
+from .reduce import JOINED, join_leaf
 from .storage import pointer
 
 REPORTS = tl.constexpr(128)  # csrc/phase.h: PhaseFlag
@@ -47,6 +47,6 @@ def write_leaf(terms, size, columns, leaves, index):
     tl.debug_barrier()
     k = tl.arange(0, JOINED)
     for column in range(0, COLUMNS):
-        joined = join_halves(tl.load(terms + column * JOINED + k, mask=k < size, other=0.0), False)
+        joined = join_leaf(tl.load(terms + column * JOINED + k, mask=k < size, other=0.0), False)
         tl.store(columns + column * leaves + index, joined)
     tl.debug_barrier()

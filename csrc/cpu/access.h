@@ -90,16 +90,17 @@ struct HostAccess {
   FUSEDOPT_FN static U larger(U one, U other) {
     return one > other ? one : other;
   }
-  // By halves: one after the other would keep the block waiting.
-  template <class U>
-  FUSEDOPT_FN static u32 largest_lane(const U& lanes) {
-    constexpr int L = int(sizeof(U) / sizeof(u32));
+  // What all lanes of a vector join to. By halves, as reduce.h has it; one after the other would wait for each other.
+  template <class X, class Join>
+  FUSEDOPT_FN static auto join_lanes(const X& lanes, const Join& join) {
+    using T = std::remove_cv_t<std::remove_reference_t<decltype(lanes[0])>>;
+    constexpr int L = int(sizeof(X) / sizeof(T));
     if constexpr (L == 1) {
-      return lanes[0];
+      return T(lanes[0]);
     } else {
-      Vector<u32, L / 2> halves[2];
+      Vector<T, L / 2> halves[2];
       __builtin_memcpy(halves, &lanes, sizeof(lanes));
-      return largest_lane(larger(halves[0], halves[1]));
+      return join_lanes(join(halves[0], halves[1]), join);
     }
   }
 
@@ -176,7 +177,7 @@ struct HostAccess {
     Words most = part.most[state];
     for (int k = part.folded; k < count; k += L)
       most = larger(most, magnitude_bits<Words>(*reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k)));
-    return largest_lane(most);
+    return join_lanes(most, [](auto one, auto other) FUSEDOPT_INLINE { return larger(one, other); });
   }
 
   template <class V>
@@ -191,57 +192,82 @@ struct HostAccess {
       encode<false>(x, address, storage, inverse, random, place, count);
   }
 
-  // The terms of N elements.
-  template <int N>
-  struct Terms {
-    static constexpr int kLanesOf = N < kLanes<double> ? N : kLanes<double>;
-    static constexpr int kPieces = N / kLanesOf;
-    static constexpr int kEventLanes = N < kLanes<float> ? N : kLanes<float>;
-    static constexpr int kEvents = N / kEventLanes;
-    Vector<double, kLanesOf> squares[kReportSquares][kPieces];
-    Vector<float, kEventLanes> events[kEvents];
+  // A number for each chain of a row of a leaf (reduce.h).
+  template <class T>
+  struct Row {
+    static constexpr int kWide = kLanes<T> < kRow ? kLanes<T> : kRow;
+    Vector<T, kWide> lanes[kRow / kWide];
 
-    FUSEDOPT_FN void add(const Terms& other) {
-      FUSEDOPT_UNROLL
-      for (int s = 0; s < kReportSquares; ++s) {
+    // The terms of a vector of elements, each to its chain; those it lacks count as 0.
+    template <bool kLargest, class W, class X, int M, class Term>
+    FUSEDOPT_FN void take(i32 place, const X (&x)[M], int count, const Term& term) {
+      if constexpr (W::value == 1) {
+        auto& lane = lanes[place % kRow / kWide];
+        lane[place % kWide] = join<kLargest>(T(lane[place % kWide]), term(T(x[0][0])));
+      } else {
         FUSEDOPT_UNROLL
-        for (int k = 0; k < kPieces; ++k) squares[s][k] = squares[s][k] + other.squares[s][k];
+        for (int e = 0; e < W::value; e += kWide) {
+          auto values = of_type<T, kWide>(x, e);
+          if (W::kPartial) values = first_few(values, count - e);
+          lanes[e % kRow / kWide] = join<kLargest>(lanes[e % kRow / kWide], term(values));
+        }
       }
+    }
+    template <bool kLargest>
+    FUSEDOPT_FN void take(const Row& other) {
       FUSEDOPT_UNROLL
-      for (int k = 0; k < kEvents; ++k) events[k] = events[k] + other.events[k];
+      for (int k = 0; k < kRow / kWide; ++k) lanes[k] = join<kLargest>(lanes[k], other.lanes[k]);
+    }
+    template <bool kLargest>
+    FUSEDOPT_FN T joined() const {
+      Vector<T, kRow> whole;
+      __builtin_memcpy(&whole, lanes, sizeof(whole));
+      return join_lanes(whole, [](auto one, auto other) FUSEDOPT_INLINE { return join<kLargest>(one, other); });
     }
   };
 
-  // The terms of a leaf. Its vectors come in the order in which the tree of reduce.h joins them, so that at most one
-  // result of each level waits for its like, as the bits of a counter: at level k that of 2^k vectors, where bit k of
-  // `count` is set. All of it stays in the first cache; the terms of a whole leaf would not.
+  // The chains of a leaf, one row of them a quarter, joined in a tree of halves: the first is left.
+  template <class Rows, class Join>
+  FUSEDOPT_FN static void join_quarters(Rows (&quarters)[kQuarters], const Join& join) {
+    FUSEDOPT_UNROLL
+    for (int half = kQuarters / 2; half > 0; half /= 2) {
+      FUSEDOPT_UNROLL
+      for (int q = 0; q < half; ++q) join(quarters[q], quarters[q + half]);
+    }
+  }
+
+  // Calls visit for all elements of quarter q of the leaf that begins at element `first` of a chunk.
+  template <class V, class Visit>
+  FUSEDOPT_FN static void walk_quarter(const ChunkView& chunk, i32 first, int q, const Visit& visit) {
+    const i32 begin = first + q * kQuarter;
+    const i32 end = begin + kQuarter < chunk.size ? begin + kQuarter : chunk.size;
+    if (V::kStrided && chunk.layout)
+      walk_part<1>(begin, end, visit);
+    else
+      walk_part<kBlock<V>>(begin, end, visit);
+  }
+
+  // What the chains of a quarter of a leaf have come to: in registers, where the storages are known.
   struct Tally {
-    static constexpr int kLevels = 6;  // as many as there are with vectors of 64; more, and smaller, with others
-    alignas(64) unsigned char bytes[kLevels * sizeof(Terms<64>)];
-    u32 count;
+    Row<double> squares[kReportSquares];
+    Row<float> events;
+
+    FUSEDOPT_FN void take(const Tally& other) {
+      FUSEDOPT_UNROLL
+      for (int s = 0; s < kReportSquares; ++s) squares[s].template take<false>(other.squares[s]);
+      events.template take<false>(other.events);
+    }
   };
-  static_assert(12 * sizeof(Terms<1>) <= sizeof(Tally::bytes) && 8 * sizeof(Terms<16>) <= sizeof(Tally::bytes),
-                "room for every level");
 
   template <class W, class X, int M>
-  FUSEDOPT_FN static void tally(const LeafReport& report, i32, const X (&grad)[M], const X (&param)[M],
+  FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const X (&grad)[M], const X (&param)[M],
                                 const X (&update)[M], const X (&events)[M], int count) {
     Tally& tally = *static_cast<Tally*>(report.tally);
-    Terms<W::value> terms;
-    square<W>(terms.squares[kGradSquares], grad, count);
-    square<W>(terms.squares[kParamSquares], param, count);
-    square<W>(terms.squares[kUpdateSquares], update, count);
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < Terms<W::value>::kEvents; ++k) {
-      constexpr int L = Terms<W::value>::kEventLanes;
-      terms.events[k] = piece<float, L>(events, k * L);
-      if (W::kPartial) terms.events[k] = first_few(terms.events[k], count - k * L);
-    }
-    auto* const at = reinterpret_cast<Terms<W::value>*>(tally.bytes);
-    u32 level = 0;
-    for (; (tally.count >> level & 1u) != 0; ++level) terms.add(at[level]);
-    at[level] = terms;
-    ++tally.count;
+    const auto square = [](auto x) FUSEDOPT_INLINE { return term<false>(x); };
+    tally.squares[kGradSquares].template take<false, W>(place, grad, count, square);
+    tally.squares[kParamSquares].template take<false, W>(place, param, count, square);
+    tally.squares[kUpdateSquares].template take<false, W>(place, update, count, square);
+    tally.events.template take<false, W>(place, events, count, [](auto x) FUSEDOPT_INLINE { return x; });
   }
 
   // A chunk of which leaves may be reported.
@@ -249,79 +275,69 @@ struct HostAccess {
   FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
                                        const Visit& visit) {
     if (!report.is_wanted())
-      return walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) { visit(chunk, width, i, count); });
-    for (i32 at = 0; at < chunk.size; at += i32(kLeaf)) {
-      const ChunkView leaf = chunk.part(at, i32(kLeaf));
-      if (V::kStrided && leaf.layout)
-        report_vectors<1>(leaf, report, visit);
-      else if (leaf.size == kLeaf)
-        report_vectors<kBlock<V>>(leaf, report, visit);
-      else
-        report_vectors<kNarrow>(leaf, report, visit);
+      return walk<V, C>(chunk, lane, lanes,
+                        [&](auto width, i32 i, int count) FUSEDOPT_INLINE { visit(chunk, width, i, count); });
+    for (i32 first = 0; first < chunk.size; first += i32(kLeaf)) {
+      Tally quarters[kQuarters];
+      for (int q = 0; q < kQuarters; ++q) {
+        Tally tally = {};
+        report.tally = &tally;
+        walk_quarter<V>(chunk, first, q, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+          if (V::kFixed) prefetch<V>(chunk, i + kAhead);
+          visit(chunk, width, i, count);
+        });
+        quarters[q] = tally;
+      }
+      join_quarters(quarters, [](Tally& one, const Tally& other) FUSEDOPT_INLINE { one.take(other); });
+      write_joined(quarters[0], report, u64((chunk.begin + first) / kLeaf));
     }
+  }
+
+  // What the terms of a leaf join to, in C; fetch(width, i, x, count) gets elements from i on.
+  template <class V, class C, bool kLargest, class Fetch>
+  FUSEDOPT_FN static double join_leaf(const ChunkView& leaf, const Fetch& fetch) {
+    Row<double> quarters[kQuarters];
+    for (int q = 0; q < kQuarters; ++q) {
+      Row<double> row = {};
+      walk_quarter<V>(leaf, 0, q, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+        using W = decltype(width);
+        using X = Lanes<C, W::value>;
+        X x[W::value * int(sizeof(C)) / int(sizeof(X))];
+        fetch(width, i, x, count);
+        row.template take<kLargest, W>(i, x, count, [](auto x) FUSEDOPT_INLINE { return term<kLargest>(x); });
+      });
+      quarters[q] = row;
+    }
+    join_quarters(quarters, [](Row<double>& one, const Row<double>& other)
+                                FUSEDOPT_INLINE { one.template take<kLargest>(other); });
+    return quarters[0].template joined<kLargest>();
   }
 
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
-    i32 i = 0;
-    if (V::kStrided && chunk.layout) {
-      for (; i < chunk.size; ++i) visit(Width<1>{}, i, 1);
-      return;
-    }
-    constexpr int N = kBlock<V>;
-    for (; i + N <= chunk.size; i += N) visit(Width<N>{}, i, N);
-    for (; i + kNarrow <= chunk.size; i += kNarrow) visit(Width<kNarrow>{}, i, kNarrow);
-    if (i < chunk.size) visit(Width<kNarrow, true, true>{}, i, chunk.size - i);
+    if (V::kStrided && chunk.layout)
+      walk_part<1>(0, chunk.size, visit);
+    else
+      walk_part<kBlock<V>>(0, chunk.size, visit);
   }
 
  private:
-  // A leaf in vectors of N elements; those it lacks count as 0.
+  // Elements i to end − 1 in vectors of N.
   template <int N, class Visit>
-  FUSEDOPT_FN static void report_vectors(const ChunkView& leaf, LeafReport& report, const Visit& visit) {
-    constexpr int kVectors = int(kLeaf) / N;
-    Tally& tally = *static_cast<Tally*>(report.tally);
-    tally.count = 0;
-    for (u32 c = 0, i = 0; c < u32(kVectors); ++c, i = next_reversed(i, kVectors)) {
-      const i32 first = i32(i) * N;
-      if (N > 1) prefetch_next(leaf, i64(c) * N);
-      if (first + N <= leaf.size)
-        visit(leaf, Width<N>{}, first, N);
-      else if (first < leaf.size)
-        visit(leaf, Width<N, true, true>{}, first, leaf.size - first);
-      else
-        tally_nothing<N>(tally);
-    }
-    write_joined<N>(leaf, report, tally);
-  }
-
-  // The next of `count` numbers, a power of two, whose reversed bits count up.
-  FUSEDOPT_FN static u32 next_reversed(u32 i, u32 count) {
-    u32 bit = count >> 1;
-    for (; (i & bit) != 0; bit >>= 1) i ^= bit;
-    return i | bit;
-  }
-
-  // Vectors of a leaf come in no order that the hardware would foresee: the next leaf is asked for line by line.
-  FUSEDOPT_FN static void prefetch_next(const ChunkView& leaf, i64 i) {
-    FUSEDOPT_UNROLL_SLOTS
-    for (int s = 0; s < kState0 + 2; ++s) {
-      const void* const ahead = reinterpret_cast<const void*>(leaf.address[s] + u64(kLeaf + i) * 4);
-      if (!leaf.has(s)) continue;
-      if (s == kGrad)
-        __builtin_prefetch(ahead);
-      else
-        __builtin_prefetch(ahead, 1);
+  FUSEDOPT_FN static void walk_part(i32 i, i32 end, const Visit& visit) {
+    for (; i + N <= end; i += N) visit(Width<N>{}, i, N);
+    if constexpr (N > 1) {
+      for (; i + kNarrow <= end; i += kNarrow) visit(Width<kNarrow>{}, i, kNarrow);
+      if (i < end) visit(Width<kNarrow, true, true>{}, i, end - i);
     }
   }
 
-  template <class W, class T, class X, int M, int kPieces>
-  FUSEDOPT_FN static void square(T (&to)[kPieces], const X (&x)[M], int count) {
-    constexpr int L = W::value / kPieces;
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < kPieces; ++k) {
-      const T values = doubles<L>(x, k * L);
-      to[k] = W::kPartial ? first_few<T>(values * values, count - k * L) : values * values;
-    }
+  template <class T, int L, class X, int M>
+  FUSEDOPT_FN static Vector<T, L> of_type(const X (&x)[M], int e) {
+    if constexpr (sizeof(T) == sizeof(double))
+      return doubles<L>(x, e);
+    else
+      return piece<T, L>(x, e);
   }
 
   template <class T>
@@ -331,32 +347,24 @@ struct HostAccess {
     return found;
   }
 
-  template <int N>
-  FUSEDOPT_FN static void tally_nothing(Tally& tally) {
-    using X = Lanes<float, N>;
-    const X zero[N * int(sizeof(float)) / int(sizeof(X))] = {};
-    LeafReport report;
-    report.tally = &tally;
-    HostAccess::template tally<Width<N>>(report, 0, zero, zero, zero, zero, N);
+  // Writes down the leaf whose chains have come to this.
+  FUSEDOPT_FN static void write_joined(const Tally& tally, const LeafReport& report, u64 index) {
+    const double squares[kReportSquares] = {tally.squares[kGradSquares].template joined<false>(),
+                                            tally.squares[kParamSquares].template joined<false>(),
+                                            tally.squares[kUpdateSquares].template joined<false>()};
+    write_leaf(report, index, squares, tally.events.template joined<false>());
   }
 
-  // Joins the elements of the one vector that is left, and writes down the leaf.
-  template <int N>
-  FUSEDOPT_FN static void write_joined(const ChunkView& leaf, const LeafReport& report, Tally& tally) {
-    u32 level = 0;
-    while ((tally.count >> level & 1u) == 0) ++level;
-    auto& last = reinterpret_cast<Terms<N>*>(tally.bytes)[level];
-    double squares[kReportSquares];
-    for (int s = 0; s < kReportSquares; ++s) {
-      double values[N];
-      __builtin_memcpy(values, last.squares[s], sizeof(values));
-      join_halves<false>(values, N, 0, 1, [] {});
-      squares[s] = values[0];
+  // Reported elements take so many instructions that the processor sees too few loads ahead by itself.
+  static constexpr i32 kAhead = 768;  // elements
+  static constexpr u64 kLine = 64;    // bytes of a line of the cache
+  template <class V>
+  FUSEDOPT_FN static void prefetch(const ChunkView& chunk, i32 i) {
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < kState0 + 2; ++s) {
+      const u64 at = u64(i) * u64(storage_bytes(V::storage(s, 0)));
+      if (at % kLine == 0 && chunk.has(s)) __builtin_prefetch(reinterpret_cast<const void*>(chunk.address[s] + at));
     }
-    float events[N];
-    __builtin_memcpy(events, last.events, sizeof(events));
-    join_halves<false>(events, N, 0, 1, [] {});
-    write_leaf(report, u64(leaf.begin / kLeaf), squares, events[0]);
   }
 
   // Codes of the elements of a block; kWhole: none is missing of those that share words.

@@ -127,13 +127,9 @@ void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
   }
 }
 
-// Variants that fix what the storages are, for chunks of launches whose own decides that at run time; float16 here
-// only, where it costs no GPU image.
-using Half = Variant<kFloat16, kFloat16, 0>;
-using HalfBesideFloat = Variant<kFloat16, kFloat32, 0>;
-
-// The loop for a chunk whose storages have a variant of their own; null: it has none, or is too short to gain by it.
-template <template <class> class Rule>
+// The loop for a chunk whose storages have a variant of their own, which fixes them at compile time; null: it has none,
+// or is too short to gain by it. Some of these variants are here only, where they cost no GPU image.
+template <template <class> class Rule, u32 kFeatures>
 SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
   const u32 t = chunk.tensor;
   if (table.numel[t] < kLeaf || table.layout[t] != kDenseLayout || table.slot(kMaster, t) != 0) return nullptr;
@@ -146,24 +142,27 @@ SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
     states = of(s);
   }
   if (of(kGrad) != of(kParam)) return nullptr;
+  if (table.slot(kEma, t) != 0 && of(kEma) != states) return nullptr;  // see Variant::storage
   SweepChunks found = nullptr;
   const auto look = [&](auto variant) {
     using V = decltype(variant);
-    if (!found && V::kFixed && V::kFeatures == 0 && V::covers(of(kParam), states, 0)) found = sweep_run<Rule, V>;
+    if (!found && V::kFixed && V::covers(of(kParam), states, kFeatures)) found = sweep_run<Rule, V>;
   };
-#define FUSEDOPT_LOOK(name, param, state, features) \
-  if constexpr (param != kAnyStorage && (features) == 0) look(Compiled<Variant<param, state, features>>{});
-  FUSEDOPT_VARIANTS(FUSEDOPT_LOOK)
-#undef FUSEDOPT_LOOK
-  look(Compiled<Half>{});
-  look(Compiled<HalfBesideFloat>{});
+  look(Compiled<Variant<kFloat32, kFloat32, kFeatures>>{});
+  look(Compiled<Variant<kBFloat16, kBFloat16, kFeatures>>{});
+  look(Compiled<Variant<kBFloat16, kFloat32, kFeatures>>{});
+  if constexpr (kFeatures == 0) {
+    look(Compiled<Variant<kFloat16, kFloat16, 0>>{});
+    look(Compiled<Variant<kFloat16, kFloat32, 0>>{});
+  }
   return found;
 }
 
 // Chunks of one kind after the other, each by the loop for its kind.
 template <template <class> class Rule, class V>
 void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
-  const auto kind = [&](u32 c) { return usual_sweep<Rule>(launch.table, launch.chunks[c]); };
+  constexpr u32 kBeside = V::kFeatures & (kSideFeature | kReportFeature);
+  const auto kind = [&](u32 c) { return usual_sweep<Rule, kBeside>(launch.table, chunk_at<V>(launch, c)); };
   for (u32 begin = first, end = first; begin < last; begin = end) {
     const SweepChunks sweep = kind(begin);
     for (end = begin + 1; end < last && kind(end) == sweep;) ++end;
@@ -173,38 +172,23 @@ void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
 
 template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
-  if constexpr (V::kFixed || (V::kFeatures & ~(kStridedFeature | kDoubleFeature)) != 0)
+  if constexpr (V::kFixed || V::kBlocks || (V::kMastered && !V::kSide))
     sweep_run<Rule, V>(launch, first, last);
   else
     sweep_mixed<Rule, V>(launch, first, last);
 }
 
-// The terms of a leaf's gradient, joined. A leaf is gathered in the compute type first: then every loop is a vector
-// loop.
+// The terms of a leaf's gradient, joined.
 template <class V, class C, bool kLargest>
 double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient) {
-  C gathered[kJoined];
-  const auto fetch = [&](auto width, i64 at, i32 to, int count) {
+  return Access::join_leaf<V, C, kLargest>(leaf, [&](auto width, i32 i, auto& g, int count) FUSEDOPT_INLINE {
     using W = decltype(width);
-    using X = typename Access::template Lanes<C, W::value>;
-    constexpr int M = W::value * int(sizeof(C)) / int(sizeof(X));
-    X x[M];
+    const int storage = V::storage(kGrad, leaf.storage);
     typename Access::template Packet<C, W::value> packet = {};
-    Access::template fetch<W>(packet, V::storage(kGrad, leaf.storage), leaf.address[kGrad], at, false);
-    Access::template decode<W>(packet, V::storage(kGrad, leaf.storage), x, count);
-    __builtin_memcpy(gathered + to, x, u64(count) * sizeof(C));
-  };
-  if (V::kStrided && leaf.layout)
-    for (i32 i = 0; i < leaf.size; ++i) fetch(Width<1>{}, StridedIndex(leaf, i)(kGrad), i, 1);
-  else
-    Access::template walk<V, C>(leaf, 0, 1, [&](auto width, i32 i, int count) { fetch(width, i, i, count); });
-  if (gradient.unscale)
-    for (i32 i = 0; i < leaf.size; ++i) gathered[i] = gathered[i] / gradient.scale;
-  double terms[kJoined];
-  for (i32 i = 0; i < leaf.size; ++i) terms[i] = term<kLargest>(double(gathered[i]));
-  for (i32 i = leaf.size; i < kJoined; ++i) terms[i] = 0.0;
-  join_halves<kLargest>(terms, kJoined, 0, 1, [] {});
-  return terms[0];
+    Access::template fetch<W>(packet, storage, leaf.address[kGrad], IndexOf<V, W>(leaf, i)(kGrad), false);
+    Access::template decode<W>(packet, storage, g, count);
+    gradient.divide(g);
+  });
 }
 
 template <bool kLargest>

@@ -152,8 +152,9 @@ template <int L, int M>
 FUSEDOPT_FN Vector<double, 8> doubles(const Vector<float, 16> (&x)[M], int e) {
   static_assert(L == 8, "half a vector of float");
   const __m512 whole = (__m512)x[e / 16];
-  const __m256 half = e % 16 == 0 ? _mm512_maskz_extractf32x8_ps(__mmask8(0xFF), whole, 0)
-                                  : _mm512_maskz_extractf32x8_ps(__mmask8(0xFF), whole, 1);
+  __m256 half;
+  __builtin_memcpy(&half, &whole, sizeof(half));  // no instruction; that of the other half would be one here too
+  if (e % 16 != 0) half = _mm512_maskz_extractf32x8_ps(__mmask8(0xFF), whole, 1);
   return (Vector<double, 8>)_mm512_maskz_cvtps_pd(__mmask8(0xFF), half);
 }
 #elif defined(__AVX2__)

@@ -190,48 +190,56 @@ struct DeviceAccess {
 
   FUSEDOPT_FN static void barrier() { device::barrier(); }
 
-  // The terms of half a leaf, in shared memory; those of the other half are added, as the tree of reduce.h begins.
-  static constexpr int kHalfLeaf = kJoined / 2;
+  // What is reported of a leaf, in shared memory: its elements as they are computed in, and what their chains join to
+  // (reduce.h), the columns of a chain next to each other. In double there is room for half of it at a time.
+  static constexpr int kTallied = kReportSquares + 1;  // columns: the squares, and the events
+  static constexpr int kMostThreads = 256;
   struct Tally {
-    double squares[kReportSquares][kHalfLeaf];
-    float events[kHalfLeaf];
+    double joined[kChains][kTallied];
+    double elements[kReportSquares * kJoined / 2];
+    u32 events[kMostThreads];  // of each thread
   };
+  template <class C>
+  static constexpr int kPiece = kJoined / 2 * int(sizeof(double) / sizeof(C));
+  template <class C>
+  FUSEDOPT_FN static C* column_of(const LeafReport& report, int column) {
+    return reinterpret_cast<C*>(static_cast<Tally*>(report.tally)->elements) + column * kPiece<C>;
+  }
 
   template <class W, class C>
   FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const C (&grad)[W::value],
                                 const C (&param)[W::value], const C (&update)[W::value], const C (&events)[W::value],
                                 int) {
-    Tally& to = *static_cast<Tally*>(report.tally);
-    const bool first = report.half == 0;
-    add_terms(to.squares[kGradSquares] + place, first, grad, [](double x) { return x * x; });
-    add_terms(to.squares[kParamSquares] + place, first, param, [](double x) { return x * x; });
-    add_terms(to.squares[kUpdateSquares] + place, first, update, [](double x) { return x * x; });
-    add_terms(to.events + place, first, events, [](float x) { return x; });
+    keep_elements(column_of<C>(report, kGradSquares) + place, grad);
+    keep_elements(column_of<C>(report, kParamSquares) + place, param);
+    keep_elements(column_of<C>(report, kUpdateSquares) + place, update);
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k) *report.events += u32(events[k]);
   }
 
-  // A chunk of which leaves may be reported: half a leaf, its other half, what both joined to; else all of it at once.
+  // A chunk of which leaves may be reported: piece by piece, each with what its chains join to; else all of it at once.
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
                                        const Visit& visit) {
     const bool wanted = report.is_wanted();
-    const i32 piece = wanted ? i32(kHalfLeaf) : chunk.size;
-    const i32 pieces = wanted ? 2 : 1;
+    const i32 piece = wanted ? i32(kPiece<C>) : chunk.size;
+    u32 events = 0;
+    report.events = &events;
     FUSEDOPT_LOOP
-    for (i32 at = 0; at < chunk.size; at += piece * pieces) {
-      const ChunkView leaf = chunk.part(at, piece * pieces);
-      if (wanted) {
-        barrier();  // the last leaf is written
-        if (leaf.size < kLeaf) clear(*static_cast<Tally*>(report.tally), lane, lanes);
-        barrier();
-      }
-      FUSEDOPT_LOOP
-      for (report.half = 0; report.half < pieces; ++report.half) {
-        const ChunkView part = leaf.part(report.half * piece, piece);
-        walk<V, C>(part, lane, lanes, [&](auto width, i32 i, int count) { visit(part, width, i, count); });
-        if (wanted) barrier();
-      }
-      if (wanted) write_joined(leaf, report, lane, lanes);
+    for (i32 at = 0; at < chunk.size; at += piece) {
+      const ChunkView part = chunk.part(at, piece);
+      if (wanted) barrier();  // the last piece is joined
+      walk<V, C>(part, lane, lanes, [&](auto width, i32 i, int count) { visit(part, width, i, count); });
+      if (!wanted) continue;
+      const int quarter = int(at % i32(kLeaf)) / kQuarter;
+      static_cast<Tally*>(report.tally)->events[lane] = events;
+      barrier();
+      join_chains<C>(report, quarter * kRow, part.size, lane, lanes);
+      if (quarter + kPiece<C> / kQuarter < kQuarters && at + piece < chunk.size) continue;
+      write_joined(report, u64((chunk.begin + at) / kLeaf), quarter * kRow + kPiece<C> / kChain, lane, lanes);
+      events = 0;
     }
+    report.events = nullptr;
   }
 
   // What the walk needs to know of a chunk's alignment: one thread finds it out for its block.
@@ -273,35 +281,42 @@ struct DeviceAccess {
   }
   static constexpr u32 kAllSlots = (1u << kElementSlots) - 1;
 
-  template <class T, class C, int N, class Term>
-  FUSEDOPT_FN static void add_terms(T* to, bool first, const C (&x)[N], const Term& term) {
+  template <class C, int N>
+  FUSEDOPT_FN static void keep_elements(C* to, const C (&x)[N]) {
     FUSEDOPT_UNROLL
-    for (int k = 0; k < N; ++k) {
-      const T value = term(T(x[k]));
-      to[k] = first ? value : to[k] + value;
-    }
+    for (int k = 0; k < N; ++k) to[k] = x[k];
   }
 
-  // Joins the terms of a leaf, by all lanes, and writes it down.
-  FUSEDOPT_FN static void write_joined(const ChunkView& leaf, const LeafReport& report, int lane, int lanes) {
+  // What the chains of a piece of some size join to, from chain `first` of its leaf on.
+  template <class C>
+  FUSEDOPT_FN static void join_chains(const LeafReport& report, int first, int size, int lane, int lanes) {
+    constexpr int kPieceChains = kPiece<C> / kChain;
     Tally& tally = *static_cast<Tally*>(report.tally);
     FUSEDOPT_LOOP
-    for (int s = 0; s < kReportSquares; ++s)
-      join_halves<false>(tally.squares[s], kHalfLeaf, lane, lanes, [] { barrier(); });
-    join_halves<false>(tally.events, kHalfLeaf, lane, lanes, [] { barrier(); });
-    if (lane != 0) return;
-    const double squares[kReportSquares] = {tally.squares[kGradSquares][0], tally.squares[kParamSquares][0],
-                                            tally.squares[kUpdateSquares][0]};
-    write_leaf(report, u64(leaf.begin / kLeaf), squares, tally.events[0]);
+    for (int k = lane; k < kPieceChains * kReportSquares; k += lanes) {
+      const int chain = k % kPieceChains, column = k / kPieceChains;
+      const C* const x = column_of<C>(report, column);
+      tally.joined[first + chain][column] =
+          join_chain<false>(chain, size, [&](int e) { return term<false>(double(x[e])); });
+    }
   }
 
-  // For a leaf that does not fill the tally: absent elements are 0.
-  FUSEDOPT_FN static void clear(Tally& tally, int lane, int lanes) {
+  // Joins the chains of a leaf, of which there are `chains`, by all lanes, and writes it down.
+  FUSEDOPT_FN static void write_joined(const LeafReport& report, u64 index, int chains, int lane, int lanes) {
+    Tally& tally = *static_cast<Tally*>(report.tally);
     FUSEDOPT_LOOP
-    for (int k = lane; k < kHalfLeaf; k += lanes) {
-      for (int s = 0; s < kReportSquares; ++s) tally.squares[s][k] = 0.0;
-      tally.events[k] = 0.0f;
+    for (int c = lane; c < kChains; c += lanes) {
+      u32 events = 0;
+      for (int k = c; k < lanes; k += kChains) events += tally.events[k];
+      tally.joined[c][kReportSquares] = double(events);
+      for (int s = 0; s < kReportSquares && c >= chains; ++s) tally.joined[c][s] = 0.0;
     }
+    barrier();
+    double* const joined = tally.joined[0];
+    join_halves<false>(joined, kChains * kTallied, lane, lanes, [] { barrier(); }, kTallied);
+    if (lane != 0) return;
+    const double squares[kReportSquares] = {joined[kGradSquares], joined[kParamSquares], joined[kUpdateSquares]};
+    write_leaf(report, index, squares, float(joined[kReportSquares]));
   }
 
   // The slots of which N elements, counted from element `boundary`, start on a boundary of their own size (at most

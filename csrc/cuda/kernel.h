@@ -68,6 +68,7 @@ union BlockJoins {
   struct {
     double values[kJoined];
     double groups[kJoined];
+    double chains[kChains];
   } tree;
   DeviceAccess::Tally tally;
 };
@@ -118,26 +119,33 @@ FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
     join_halves<false>(values, count, lane, lanes, barrier);
 }
 
+// What the terms of a leaf of some size join to: chains[0].
+template <bool kLargest>
+FUSEDOPT_FN void join_chains(const double* terms, int size, double* chains) {
+  device::barrier();
+  for (int c = device::thread_index(); c < kChains; c += device::block_threads())
+    chains[c] = join_chain<kLargest>(c, size, [&](int k) { return terms[k]; });
+  join_block(chains, kChains, kLargest);
+}
+
 template <class V, class C>
 FUSEDOPT_FN void fill_leaf(const ChunkView& leaf, const Gradient<C>& gradient, double* values, bool largest) {
   FUSEDOPT_LOOP
-  for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
+  for (int k = device::thread_index(); k < leaf.size; k += device::block_threads()) {
     C g[1] = {};
-    if (k < leaf.size) {
-      const i64 at = StridedIndex(leaf, k)(kGrad);
-      const int storage = V::storage(kGrad, leaf.storage);
-      DeviceAccess::Packet<C, 1> packet = {};
-      DeviceAccess::fetch<Width<1>>(packet, storage, leaf.address[kGrad], at, false);
-      DeviceAccess::decode<Width<1>>(packet, storage, g, 1);
-      gradient.divide(g);
-    }
+    const i64 at = StridedIndex(leaf, k)(kGrad);
+    const int storage = V::storage(kGrad, leaf.storage);
+    DeviceAccess::Packet<C, 1> packet = {};
+    DeviceAccess::fetch<Width<1>>(packet, storage, leaf.address[kGrad], at, false);
+    DeviceAccess::decode<Width<1>>(packet, storage, g, 1);
+    gradient.divide(g);
     values[k] = largest ? term<true>(double(g[0])) : term<false>(double(g[0]));
   }
 }
 
 // The first pass: every block joins the leaves of its chunks.
 template <class V>
-FUSEDOPT_FN void measure_block(const LaunchParams& launch, double* values) {
+FUSEDOPT_FN void measure_block(const LaunchParams& launch, double* values, double* chains) {
   const bool largest = launch.phase.has(kLargestNorm);
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
@@ -149,9 +157,12 @@ FUSEDOPT_FN void measure_block(const LaunchParams& launch, double* values) {
           fill_leaf<V>(leaf, Gradient<double>(launch, 0), values, largest);
         else
           fill_leaf<V>(leaf, Gradient<float>(launch, 0), values, largest);
-        join_block(values, kJoined, largest);
+        if (largest)
+          join_chains<true>(values, leaf.size, chains);
+        else
+          join_chains<false>(values, leaf.size, chains);
       }
-      if (device::thread_index() == 0) launch.phase.leaf_sums[index] = live ? values[0] : 0.0;
+      if (device::thread_index() == 0) launch.phase.leaf_sums[index] = live ? chains[0] : 0.0;
       device::barrier();
     });
   }
@@ -208,7 +219,7 @@ FUSEDOPT_FN bool admit_gradients(const LaunchParams& launch, double* refused) {
 template <class V>
 FUSEDOPT_FN void measure_all(const LaunchParams& launch) {
   auto& tree = device::shared<BlockJoins>().tree;
-  measure_block<V>(launch, tree.values);
+  measure_block<V>(launch, tree.values, tree.chains);
   device::grid_barrier(launch.arrivals + 1);
   join_parts(launch, tree.values, tree.groups);
   if (launch.phase.stage != kMeasures) device::grid_barrier(launch.arrivals + 1);

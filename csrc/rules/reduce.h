@@ -1,5 +1,9 @@
-// How many values become one, in an order that is the same everywhere: a tree of halves over 2,048 values, absent ones
-// being 0. Twin of triton_kernels/reduce.py and of fusedopt.reference.join.
+// How many values become one, in an order that is the same everywhere. The 2,048 terms of a leaf make 64 chains; the
+// chains, and groups of 2,048 leaves, are joined in a tree of halves; what is absent counts as 0. Twin of
+// triton_kernels/reduce.py and of fusedopt/reference.py.
+//
+// A leaf is rows of 16 elements, its quarter is 32 rows. A chain adds what one column of a quarter has, in the order of
+// the memory: a CPU keeps the chains of a quarter in registers, and the threads of a GPU block have one each.
 #pragma once
 
 #include "rules/rule.h"
@@ -7,24 +11,46 @@
 namespace fusedopt {
 
 constexpr int kJoined = 2048;
+constexpr int kRow = 16;                 // elements next to each other, each of another chain
+constexpr int kChain = 32;               // elements of a chain, a row apart
+constexpr int kQuarter = kRow * kChain;  // of a leaf: the elements of as many chains as a row has
+constexpr int kQuarters = kJoined / kQuarter;
+constexpr int kChains = kJoined / kChain;  // of a leaf: those of its first quarter come first
 
-// What an element contributes: its square, or its magnitude. The square of a float32 is exact in double.
-template <bool kLargest>
-FUSEDOPT_FN double term(double x) {
-  return kLargest ? (x < 0.0 ? -x : x) : x * x;
+// What an element, or each of a vector, contributes: its square, or its magnitude. The square of a float32 is exact in
+// double, denormals and the largest included.
+template <bool kLargest, class X>
+FUSEDOPT_FN X term(X x) {
+  if constexpr (kLargest)
+    return x <= X{} ? X{} - x : x;
+  else
+    return x * x;
 }
 
 // The sum, or the larger of two: NaN if either is NaN.
 template <bool kLargest, class T>
 FUSEDOPT_FN T join(T a, T b) {
-  return kLargest ? maximum(a, b) : a + b;
+  if constexpr (kLargest)
+    return maximum(a, b);
+  else
+    return a + b;
 }
 
-// Joins value k with value k + half, for every k below half, until one is left: values[0]. `lane` of `lanes` threads
-// does its share; `barrier` lets all of them come to the end of a level.
+// What chain c joins to, of a leaf that has `size` elements; term(k) is that of element k.
+template <bool kLargest, class Term>
+FUSEDOPT_FN double join_chain(int c, int size, const Term& term) {
+  const int first = c / kRow * kQuarter + c % kRow;
+  const int last = first + kQuarter < size ? first + kQuarter : size;
+  double joined = 0.0;
+  for (int k = first; k < last; k += kRow) joined = join<kLargest>(joined, term(k));
+  return joined;
+}
+
+// Joins value k with value k + half, for every k below half, until few are left, at the start. `lane` of `lanes`
+// threads does its share; `barrier` lets all of them come to the end of a level.
 template <bool kLargest, class T, class Barrier>
-FUSEDOPT_FN void join_halves(T* values, int count, int lane, int lanes, const Barrier& barrier) {
-  for (int half = count / 2; half > 0; half /= 2) {
+FUSEDOPT_FN void join_halves(T* values, int count, int lane, int lanes, const Barrier& barrier, int left = 1) {
+  for (int half = count / 2; half >= left; half /= 2) {
     for (int k = lane; k < half; k += lanes) values[k] = join<kLargest>(values[k], values[k + half]);
     barrier();
   }
