@@ -9,6 +9,7 @@ from statistics import mean
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from bench import plots
 
@@ -30,6 +31,9 @@ BASE = "float32"
 # Okabe and Ito's palette: a colour for what is kept of the parameter, a line style for the states.
 COLOURS = {"float32": "#333333", "bfloat16": "#d55e00", "split": "#0072b2", "kahan": "#cc79a7", "stochastic": "#009e73"}
 STYLES = {"": "-", "float32 states": "-", "int8 states": "--", "float8 states": ":"}
+WIDE = 5.0
+"""Largest loss to smallest, beyond which the axis is logarithmic."""
+
 TITLES = {"charlm": "Character model", "digits": "Residual network on digits"}
 
 
@@ -41,9 +45,9 @@ def draw(curves: Mapping[str, Runs]) -> Figure:
         for (left, right), (model, runs) in zip(rows, curves.items(), strict=True):
             title = TITLES.get(model, model)
             _draw_losses(left, runs)
-            left.set(title=f"{title}: validation loss", ylabel="mean of the seeds", yscale="log")
+            left.set(title=f"{title}: validation loss", ylabel="nats, mean of the seeds")
             _draw_distances(right, runs)
-            right.set(title="The same, minus that of float32 from the same seed", ylabel="mean and range of the seeds")
+            right.set(title="Minus float32's from the same seed", ylabel="nats, mean and range of the seeds")
         handles, labels = rows[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
@@ -56,10 +60,15 @@ def _look(mode: str) -> dict[str, str]:
 
 
 def _draw_losses(axis: Axes, runs: Runs) -> None:
+    widest = 1.0
     for mode, seeds in runs.items():
         losses = [mean(values) for values in zip(*(seed.losses for seed in seeds), strict=True)]
         axis.plot(seeds[0].steps, losses, label=mode, **_look(mode))
+        widest = max(widest, max(losses) / min(losses))
     axis.set_xlabel("step")
+    if widest > WIDE:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
 
 
 def _draw_distances(axis: Axes, runs: Runs) -> None:

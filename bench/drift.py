@@ -1,7 +1,7 @@
 """How far each precision mode lies from float64 after 1, 100 and 10,000 steps of AdamW, and what rounding lost.
 
     python -m bench.drift
-    python -m bench.drift --spread 3      # gradients of one tensor over three decades: hard on block scales
+    python -m bench.drift --spread 3 --only int8    # sizes of gradients over three decades within each block
 
 Every mode takes the same steps from the same weights, with gradients that bfloat16 holds exactly: noise of a size of
 its own for each element, and a mean of a tenth of it. The error is that of what a mode keeps, low bits and copies
@@ -22,11 +22,21 @@ from torch import Tensor
 
 import fusedopt
 from bench import script
-from bench.quality import BF16, F32, MODES, Mode
+from bench.quality import BF16, F32, I8, MODES, Mode
 from fusedopt import exact
+from fusedopt.blocks import FLOAT8
 from fusedopt.precision import MASTER_KEYS
 
-ALL_MODES = {**MODES, "fp32, float32 states": Mode(BF16, {"master": "fp32", "state_dtype": F32})}
+ALL_MODES = {
+    **MODES,
+    "fp32, float32 states": Mode(BF16, {"master": "fp32", "state_dtype": F32}),
+    "float32, exp_avg in int8": Mode(F32, {"state_dtype": {"exp_avg": I8}}),
+    "float32, exp_avg in float8": Mode(F32, {"state_dtype": {"exp_avg": FLOAT8}}),
+    "float32, exp_avg_sq in int8": Mode(F32, {"state_dtype": {"exp_avg_sq": I8}}),
+    "float32, exp_avg_sq in float8": Mode(F32, {"state_dtype": {"exp_avg_sq": FLOAT8}}),
+    "float32, exp_avg in float8, exp_avg_sq in int8": Mode(F32, {"state_dtype": {"exp_avg": FLOAT8, "exp_avg_sq": I8}}),
+    "float32, exp_avg in int8, exp_avg_sq in float8": Mode(F32, {"state_dtype": {"exp_avg": I8, "exp_avg_sq": FLOAT8}}),
+}
 MARKS = (1, 100, 10_000)
 ELEMENTS = 4096
 LR = 1e-4
@@ -113,9 +123,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--spread", type=float, default=1.0, help="decades between the sizes of gradients")
     parser.add_argument("--marks", type=script.count, nargs="+", default=MARKS, help="steps to look after")
     parser.add_argument("--seed", type=int, default=0, help="of weights and gradients")
+    parser.add_argument("--only", metavar="WORD", default="", help="modes with this word in their name")
     options = script.parsed(parser, words)
+    chosen = {name: mode for name, mode in ALL_MODES.items() if options.only in name}
+    if not chosen:
+        parser.error(f"no mode has {options.only} in its name")
     marks = sorted(options.marks)
-    found = measure(ALL_MODES, marks, spread=options.spread, seed=options.seed)
+    found = measure(chosen, marks, spread=options.spread, seed=options.seed)
     Console(width=120).print(table(found, marks))
 
 
