@@ -190,8 +190,8 @@ def compare(steps: int, seeds: int, pairs: Sequence[tuple[str, str, int]] = PAIR
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = script.parser(__doc__, "bench.codes")
-    parser.add_argument("--steps", type=script.count, default=250, help="training steps of each run")
-    parser.add_argument("--seeds", type=script.count, default=2, help="runs of each pair, from seeds 0, 1, ...")
+    parser.add_argument("--steps", type=script.count, default=250, metavar="N", help="training steps of each run")
+    parser.add_argument("--seeds", type=script.count, default=2, metavar="N", help="runs of each pair: seeds 0, 1, ...")
     options = script.parsed(parser, words)
     Console(width=120).print(compare(options.steps, options.seeds))
 

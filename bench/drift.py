@@ -120,10 +120,17 @@ def table(found: Mapping[str, Mapping[str, Any]], marks: Sequence[int]) -> Table
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = script.parser(__doc__, "bench.drift")
-    parser.add_argument("--spread", type=float, default=1.0, help="decades between the sizes of gradients")
-    parser.add_argument("--marks", type=script.count, nargs="+", default=MARKS, help="steps to look after")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and gradients")
-    parser.add_argument("--only", metavar="WORD", default="", help="modes with this word in their name")
+    parser.add_argument("--spread", type=float, default=1.0, metavar="X", help="decades between the sizes of gradients")
+    parser.add_argument(
+        "--marks",
+        type=script.count,
+        nargs="+",
+        default=MARKS,
+        metavar="N",
+        help="steps to look after (default: 1 100 10000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and gradients")
+    parser.add_argument("--only", metavar="WORD", default="", help="modes with this word in their name; left out: all")
     options = script.parsed(parser, words)
     chosen = {name: mode for name, mode in ALL_MODES.items() if options.only in name}
     if not chosen:

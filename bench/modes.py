@@ -143,10 +143,10 @@ def measure(modes: Sequence[Mode], workload: Workload, rounds: int) -> Iterator[
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = script.parser(__doc__, "bench.modes")
-    parser.add_argument("--workload", default="16x1048576", help="COUNTxNUMEL or a name")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows with one of these words; all where left out")
+    parser.add_argument("--workload", default="16x1048576", help="COUNTxNUMEL or a name (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows with one of these words; left out: all")
     parser.add_argument("--time", action="store_true", help="time steps as well")
-    parser.add_argument("--rounds", type=script.count, default=15, help="turns that are timed")
+    parser.add_argument("--rounds", type=script.count, default=15, metavar="N", help="turns that are timed")
     options = script.parsed(parser, words)
     chosen = [mode for mode in MODES if not options.only or any(word in mode.name for word in options.only)]
     if not chosen:

@@ -98,10 +98,10 @@ def table(model: str, curves: dict[str, list[Curve]]) -> Table:
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = script.parser(__doc__, "bench.quality")
-    parser.add_argument("--model", nargs="+", choices=[*TASKS], default=[*TASKS], help="which to train")
-    parser.add_argument("--steps", type=script.count, default=200, help="training steps of each run")
-    parser.add_argument("--seeds", type=script.count, default=3, help="runs of each mode, from seeds 0, 1, ...")
-    parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder for the curves and the picture")
+    parser.add_argument("--model", nargs="+", choices=[*TASKS], default=[*TASKS], help="which to train; left out: all")
+    parser.add_argument("--steps", type=script.count, default=200, metavar="N", help="training steps of each run")
+    parser.add_argument("--seeds", type=script.count, default=3, metavar="N", help="runs of each mode: seeds 0, 1, ...")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("out/quality"), help="of curves and picture")
     options = script.parsed(parser, words)
     curves: dict[str, dict[str, list[Curve]]] = {}
     for model in options.model:
