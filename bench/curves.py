@@ -1,4 +1,4 @@
-"""What a run of `bench.quality` gave, and the picture of many: loss by step, and how far it lies from float32's."""
+"""What a run of `bench.quality` gave, and the picture of many: loss by step, and how far from float32 it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import mean
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from bench import plots
 
@@ -38,16 +38,16 @@ TITLES = {"charlm": "Character model", "digits": "Residual network on digits"}
 
 
 def draw(curves: Mapping[str, Runs]) -> Figure:
-    """A row for each model: losses of all modes, and beside them the distance to float32's of the same seed."""
+    """A row for each model: losses by step, and how far the last ones lie from float32's of the same seed."""
     with mpl.rc_context(plots.STYLE):
-        figure = Figure(figsize=(10.0, 3.4 * len(curves) + 0.9), layout="constrained")
+        figure = Figure(figsize=(10.5, 3.4 * len(curves) + 0.9), layout="constrained")
         rows = figure.subplots(len(curves), 2, squeeze=False)
         for (left, right), (model, runs) in zip(rows, curves.items(), strict=True):
-            title = TITLES.get(model, model)
             _draw_losses(left, runs)
-            left.set(title=f"{title}: validation loss", ylabel="nats, mean of the seeds")
-            _draw_distances(right, runs)
-            right.set(title="Minus float32's from the same seed", ylabel="nats, mean and range of the seeds")
+            left.set(title=f"{TITLES.get(model, model)}: validation loss", xlabel="step")
+            left.set_ylabel("nats, mean and range of the seeds")
+            _draw_ends(right, runs)
+            right.set(title="At the end, minus float32's of the same seed")
         handles, labels = rows[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
@@ -62,22 +62,28 @@ def _look(mode: str) -> dict[str, str]:
 def _draw_losses(axis: Axes, runs: Runs) -> None:
     widest = 1.0
     for mode, seeds in runs.items():
-        losses = [mean(values) for values in zip(*(seed.losses for seed in seeds), strict=True)]
-        axis.plot(seeds[0].steps, losses, label=mode, **_look(mode))
-        widest = max(widest, max(losses) / min(losses))
-    axis.set_xlabel("step")
+        by_step = list(zip(*(seed.losses for seed in seeds), strict=True))
+        means = [mean(losses) for losses in by_step]
+        axis.plot(seeds[0].steps, means, label=mode, linewidth=1.2, **_look(mode))
+        low, high = ([pick(losses) for losses in by_step] for pick in (min, max))
+        axis.fill_between(seeds[0].steps, low, high, color=_look(mode)["color"], alpha=0.06, linewidth=0)
+        widest = max(widest, max(means) / min(means))
     if widest > WIDE:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(ScalarFormatter())
 
 
-def _draw_distances(axis: Axes, runs: Runs) -> None:
-    for mode, seeds in runs.items():
-        pairs = zip(seeds, runs[BASE], strict=True)
-        apart = [[a - b for a, b in zip(seed.losses, base.losses, strict=True)] for seed, base in pairs]
-        by_step = list(zip(*apart, strict=True))
-        steps = seeds[0].steps
-        axis.plot(steps, [mean(values) for values in by_step], **_look(mode))
-        low, high = ([pick(values) for values in by_step] for pick in (min, max))
-        axis.fill_between(steps, low, high, color=_look(mode)["color"], alpha=0.08, linewidth=0)
-    axis.set_xlabel("step")
+def _draw_ends(axis: Axes, runs: Runs) -> None:
+    """A line of dots for each mode; behind them the range of float32's own seeds."""
+    ends = [base.losses[-1] for base in runs[BASE]]
+    axis.axvspan(min(ends) - mean(ends), max(ends) - mean(ends), color="#000000", alpha=0.06, linewidth=0)
+    axis.axvline(0, color=COLOURS[BASE], linewidth=0.8)
+    names = [mode for mode in runs if mode != BASE][::-1]
+    for height, mode in enumerate(names):
+        apart = [run.losses[-1] - end for run, end in zip(runs[mode], ends, strict=True)]
+        colour = _look(mode)["color"]
+        axis.scatter(apart, [height] * len(apart), color=colour, s=14, alpha=0.5, linewidths=0)
+        axis.scatter([mean(apart)], [height], color=colour, s=120, marker="|", linewidths=2)
+    axis.set_yticks(range(len(names)), names)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.set_xlabel("nats: seeds and their mean; grey: float32's own seeds")

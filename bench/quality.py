@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fusedopt
-from bench import records, report, script
+from bench import records, script
 from bench.curves import Curve, draw
 from bench.tasks import TASKS
+from bench.train import example_package
 from fusedopt.blocks import FLOAT8
 
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
@@ -117,8 +118,11 @@ def main(words: list[str] | None = None) -> None:
         for mode, runs in of.items()
         for seed, run in enumerate(runs)
     ]
-    written = records.write(lines, stem.with_suffix(".jsonl")), report.save_png(draw(curves), stem.with_suffix(".png"))
-    for path in written:
+    example_package()
+    import figures  # of examples/, on the path by now
+
+    picture = figures.save(draw(curves), stem.with_suffix(".png"))
+    for path in (records.write(lines, stem.with_suffix(".jsonl")), picture):
         print(f"wrote {path}")
 
 
