@@ -86,4 +86,4 @@ def _draw_ends(axis: Axes, runs: Runs) -> None:
         axis.scatter([mean(apart)], [height], color=colour, s=120, marker="|", linewidths=2)
     axis.set_yticks(range(len(names)), names)
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.set_xlabel("nats: seeds and their mean; grey: float32's own seeds")
+    axis.set_xlabel("nats: seeds and their mean; shaded: float32's own seeds")
