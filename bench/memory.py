@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,23 @@ def residency(case: Case, contenders: int, roof_bytes: int, available: int) -> b
 
 
 def state_bytes(optimizer: Any) -> int | None:
-    """Bytes of all state tensors, or None where the optimizer keeps no `state` mapping."""
+    """Bytes of all state tensors, each once, or None where the optimizer keeps no `state` mapping."""
     state = getattr(optimizer, "state", None)
     if state is None or not hasattr(state, "values"):
         return None
     tensors = [
         t for entry in state.values() if isinstance(entry, dict) for t in entry.values() if isinstance(t, Tensor)
     ]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    parts = {part for tensor in tensors for part in _parts(tensor)}
+    return sum(nbytes for _, nbytes in parts)
+
+
+def _parts(tensor: Tensor) -> list[tuple[int, int]]:
+    """Address and bytes of what a tensor consists of: a subclass may keep other dtypes than the one it shows."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _parts(getattr(tensor, name))]
+    return [(tensor.data_ptr(), tensor.nbytes)]
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int | None:
@@ -78,12 +88,20 @@ def _cuda_peak(step: Callable[[], None]) -> int:
 def _cpu_peak(step: Callable[[], None]) -> int | None:
     """By the kernel's high-water mark of resident memory, reset first; see proc(5), `clear_refs`."""
     try:
+        _give_back_freed()
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
     before = _status_bytes("VmRSS")
     step()
     return max(0, _status_bytes("VmHWM") - before)
+
+
+def _give_back_freed() -> None:
+    """Freed memory that malloc still holds would hide what a step takes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

@@ -1,20 +1,24 @@
-"""Bytes of every precision mode, measured: parameter and state per parameter, and what a step takes beside them.
+"""Bytes of every precision mode beside other libraries: parameter and state, and what a step takes beside them.
 
-    python -m bench.modes              # bytes, of 16 M parameters
-    python -m bench.modes --time       # and the time of a step, in turns with torch fused in float32
+    python -m bench.modes --workload gpt2-124m  # bytes of one model
+    python -m bench.modes --time                # and the time of a step, in turns with torch fused in float32
+    python -m bench.modes --only int8 torchao   # some rows
 
-bfloat16 parameters but for the first two rows. Bytes are counted in the tensors that the optimizer's state holds; the
-peak is the high-water mark of resident memory while a step runs, above what was resident before it. Ratios of time are
-medians over the rounds of torch fused float32's time to the mode's, each round taking every mode once.
+bfloat16 parameters but for the first rows. Bytes are counted in the tensors that the optimizer's state holds; the
+peak is the high-water mark of resident memory while a step runs, above what was resident before it, where 0.00 says
+that nothing is ever held decoded. Ratios of time are medians over the rounds of torch fused float32's time to the
+mode's, the two taking steps in turns. Other libraries are measured where they are installed: none is required.
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,50 +26,91 @@ from rich.console import Console
 from rich.table import Table
 
 import fusedopt
+from bench import script
 from bench.memory import peak_bytes, state_bytes
+from bench.peers import HYPER, LEAN, Peer
+from bench.workloads import Workload, load
+from fusedopt.blocks import FLOAT8
 
-TENSORS = 16
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
 
 
 @dataclass(frozen=True)
 class Mode:
-    """An optimizer as it is constructed, and the dtype of the parameters."""
+    """An optimizer.
+
+    Attributes:
+        name: as it is shown.
+        make: makes it of parameters.
+        dtype: of the parameters.
+        missing: why it is not to be had here; None: it is.
+    """
 
     name: str
-    make: Callable[..., Any]
-    dtype: torch.dtype
-    options: dict[str, Any]
+    make: Callable[[list[Any]], Any]
+    dtype: torch.dtype = BF16
+    missing: str | None = None
 
 
+def ours(name: str, dtype: torch.dtype = BF16, **options: Any) -> Mode:
+    """A mode of fusedopt."""
+    return Mode(f"fusedopt: {name}", partial(fusedopt.AdamW, **options), dtype)
+
+
+def theirs(peer: Peer) -> Mode:
+    """A peer's optimizer."""
+    return Mode(peer.name, lambda params: peer.make([{"params": params, "lr": 1e-3}], HYPER["adamw"]),
+                missing=peer.missing("cpu"))  # fmt: skip
+
+
+TORCH = Mode("torch fused, float32", partial(torch.optim.AdamW, fused=True), F32)
 MODES = (
-    Mode("torch fused, float32", torch.optim.AdamW, F32, {"fused": True}),
-    Mode("float32", fusedopt.AdamW, F32, {}),
-    Mode("torch fused", torch.optim.AdamW, BF16, {"fused": True}),
-    Mode("bfloat16", fusedopt.AdamW, BF16, {}),
-    Mode("float32 states, fp32", fusedopt.AdamW, BF16, {"state_dtype": F32, "master": "fp32"}),
-    Mode("float32 states, split", fusedopt.AdamW, BF16, {"state_dtype": F32, "master": "split"}),
-    Mode("float32 states, kahan", fusedopt.AdamW, BF16, {"state_dtype": F32, "master": "kahan"}),
-    Mode("int8 states", fusedopt.AdamW, BF16, {"state_dtype": I8}),
-    Mode("int8 states, split", fusedopt.AdamW, BF16, {"state_dtype": I8, "master": "split"}),
-    Mode("int8 states, stochastic", fusedopt.AdamW, BF16, {"state_dtype": I8, "rounding": "stochastic"}),
+    TORCH,
+    ours("float32", F32),
+    ours("float32, int8 states", F32, state_dtype=I8),
+    Mode("torch fused", partial(torch.optim.AdamW, fused=True)),
+    ours("bfloat16"),
+    ours("float32 states, fp32", state_dtype=F32, master="fp32"),
+    ours("float32 states, split", state_dtype=F32, master="split"),
+    ours("float32 states, kahan", state_dtype=F32, master="kahan"),
+    ours("int8 states", state_dtype=I8),
+    ours("int8 states, split", state_dtype=I8, master="split"),
+    ours("int8 states, stochastic", state_dtype=I8, rounding="stochastic"),
+    ours("float8 states", state_dtype=FLOAT8),
+    ours("float8 states, split", state_dtype=FLOAT8, master="split"),
+    ours("float8 states, stochastic", state_dtype=FLOAT8, rounding="stochastic"),
+    *map(theirs, LEAN.values()),
 )
 
 
 class Case:
-    """A mode on tensors of its own."""
+    """A mode on tensors of its own, after two steps: what is compiled or made at first is there."""
 
-    def __init__(self, mode: Mode, elements: int) -> None:
-        self.params = [torch.nn.Parameter(torch.zeros(elements // TENSORS, dtype=mode.dtype)) for _ in range(TENSORS)]
+    def __init__(self, mode: Mode, workload: Workload) -> None:
+        tensors = [torch.zeros(shape, dtype=mode.dtype) for group in workload.groups for shape in group.shapes()]
+        self.params = [torch.nn.Parameter(tensor) for tensor in tensors]
         for param in self.params:
             param.grad = torch.full_like(param, 1e-3)
-        self.optimizer = mode.make(self.params, **mode.options)
-        self.optimizer.step()
+        self.optimizer = mode.make(self.params)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other libraries' compilation
+            for _ in range(2):
+                self.optimizer.step()
+
+    @property
+    def elements(self) -> int:
+        """Of all parameters."""
+        return sum(param.numel() for param in self.params)
 
     def bytes_per_element(self) -> float:
         """Of parameters and states."""
         total = (state_bytes(self.optimizer) or 0) + sum(param.nbytes for param in self.params)
-        return total / sum(param.numel() for param in self.params)
+        return total / self.elements
+
+    def peak_per_element(self) -> float | None:
+        """Of a step, beside parameters, gradients and states."""
+        peak = peak_bytes(self.optimizer.step, "cpu")
+        return None if peak is None else peak / self.elements
 
     def seconds(self) -> float:
         """Of one step."""
@@ -74,25 +119,45 @@ class Case:
         return time.perf_counter() - start
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--elements", type=int, default=1 << 24)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--time", action="store_true", help="time steps as well")
-    options = parser.parse_args()
-    table = Table("mode", "B/parameter", "peak of a step, B/parameter", "time, torch fused float32 to it")
-    cases = [Case(mode, options.elements) for mode in MODES]
-    seconds = [[case.seconds() for case in cases] for _ in range(options.rounds if options.time else 0)]
-    for k, (mode, case) in enumerate(zip(MODES, cases, strict=True)):
-        peak = peak_bytes(case.optimizer.step, "cpu")
-        ratio = statistics.median(row[0] / row[k] for row in seconds) if seconds else None
-        table.add_row(
+def measure(modes: Sequence[Mode], workload: Workload, rounds: int) -> Iterator[tuple[str, ...]]:
+    """A row of the table for each mode, one after the other; `rounds` of 0 time nothing."""
+    base = Case(TORCH, workload) if rounds else None
+    for mode in script.track(modes, len(modes), workload.name):
+        if mode.missing is not None:
+            yield mode.name, "not measured", mode.missing, ""
+            continue
+        case = Case(mode, workload)
+        peak = case.peak_per_element()
+        pairs = [(base.seconds(), case.seconds()) for _ in range(rounds)] if base else []
+        ratio = statistics.median(one / other for one, other in pairs) if pairs else None
+        yield (
             mode.name,
             f"{case.bytes_per_element():.2f}",
-            "not measured" if peak is None else f"{peak / options.elements:.2f}",
+            "not measured" if peak is None else f"{peak:.2f}",
             "not measured" if ratio is None else f"{ratio:.2f}x",
         )
+        del case
+        gc.collect()  # optimizers refer to themselves: the next one needs the memory
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    parser = script.parser(__doc__, "bench.modes")
+    parser.add_argument("--workload", default="16x1048576", help="COUNTxNUMEL or a name (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows with one of these words; left out: all")
+    parser.add_argument("--time", action="store_true", help="time steps as well")
+    parser.add_argument("--rounds", type=script.count, default=15, metavar="N", help="turns that are timed")
+    options = script.parsed(parser, words)
+    chosen = [mode for mode in MODES if not options.only or any(word in mode.name for word in options.only)]
+    if not chosen:
+        parser.error(f"no row has {' or '.join(options.only)} in its name")
+    try:
+        workload = load(options.workload)
+    except ValueError as error:
+        parser.error(str(error))
+    table = Table("mode", "B/parameter", "peak of a step, B/parameter", "time, torch fused float32 to it")
+    for row in measure(chosen, workload, options.rounds if options.time else 0):
+        table.add_row(*row)
     Console(width=120).print(table)
 
 

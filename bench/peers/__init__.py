@@ -20,6 +20,7 @@ from bench.peers.peer import HYPER, STATES, Hyper, Optimizer, ParamGroups, Peer
 __all__ = [
     "BASELINE",
     "HYPER",
+    "LEAN",
     "PEERS",
     "REFERENCE",
     "STATES",
@@ -48,6 +49,11 @@ PEERS: dict[str, Peer] = {
     for peer in module.PEERS
 }
 """All peers by name, torch's first and fusedopt's last."""
+
+LEAN: dict[str, Peer] = {
+    peer.name: peer for module in (optimi, torchao, bitsandbytes, flashoptim, apex) for peer in module.LEAN
+}
+"""Those that keep less, or more beside 16-bit parameters: their update is another, so that only bytes are compared."""
 
 BASELINE = "torch-fused"
 """The peer every ratio is taken against."""

@@ -16,4 +16,13 @@ def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
     return optimizer
 
 
+def make_lean(groups: ParamGroups, hyper: Hyper) -> Optimizer:
+    """FusedAdam with float32 masters and states beside 16-bit parameters."""
+    from apex.optimizers import FusedAdam
+
+    optimizer: Optimizer = FusedAdam(groups, **hyper.keywords(), capturable=True, master_weights=True)
+    return optimizer
+
+
 PEERS = [Peer("apex", make, devices=("cuda",), package="apex")]
+LEAN = [Peer("apex, float32 masters", make_lean, devices=("cuda",), optimizers=("adamw",), package="apex")]

@@ -14,4 +14,13 @@ def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
     return optimizer
 
 
+def make_lean(groups: ParamGroups, hyper: Hyper) -> Optimizer:
+    """AdamW with states in 8 bits."""
+    from bitsandbytes import optim
+
+    optimizer: Optimizer = optim.AdamW8bit(groups, **hyper.keywords())
+    return optimizer
+
+
 PEERS = [Peer("bitsandbytes", make, package="bitsandbytes")]
+LEAN = [Peer("bitsandbytes, 8-bit states", make_lean, optimizers=("adamw",), package="bitsandbytes")]

@@ -16,4 +16,13 @@ def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
     return optimizer
 
 
+def make_lean(groups: ParamGroups, hyper: Hyper) -> Optimizer:
+    """FlashAdamW as it comes: 8-bit states, 8 more bits of each weight."""
+    import flashoptim
+
+    optimizer: Optimizer = flashoptim.FlashAdamW(groups, **hyper.keywords())
+    return optimizer
+
+
 PEERS = [Peer("flashoptim", make, devices=("cuda",), package="flashoptim")]
+LEAN = [Peer("flashoptim", make_lean, devices=("cuda",), optimizers=("adamw",), package="flashoptim")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
 
 
@@ -14,4 +16,16 @@ def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
     return optimizer
 
 
+def make_lean(groups: ParamGroups, hyper: Hyper, kahan: bool) -> Optimizer:
+    """AdamW with or without what Kahan summation keeps."""
+    import optimi
+
+    optimizer: Optimizer = optimi.AdamW(groups, **hyper.keywords(), kahan_sum=kahan)
+    return optimizer
+
+
 PEERS = [Peer("optimi", make, package="optimi")]
+LEAN = [
+    Peer(name, partial(make_lean, kahan=kahan), optimizers=("adamw",), package="optimi")
+    for name, kahan in (("optimi", False), ("optimi, kahan", True))
+]

@@ -82,10 +82,10 @@ class Peer:
 
     def missing(self, device: str) -> str | None:
         """Why this peer is not to be had on a device type of this machine, or None."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"{self.package} is not installed"
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
         return self.unavailable(device)
 
     def unfit(self, optimizer: str, gradients: str, device: str, elements: int) -> str | None:
