@@ -27,7 +27,7 @@ READY := $(VENV)/.ready-$(KEY)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)' MUTATE_ARGS='$(MUTATE_ARGS)'"
-	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|native FUSEDOPT_EXTENSION=auto|0|1 MAX_JOBS CXX CUDA_HOME"
+	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|native FUSEDOPT_EXTENSION=auto|0|1 FUSEDOPT_QUICK=0|1 MAX_JOBS CXX CUDA_HOME"
 
 $(READY):
 	@$(PYTHON) build_support/environment.py $(VENV) "$(TORCH)"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import device, host, images, nvrtc, report
+from . import device, host, images, nvrtc, report, units
 from .ninja_file import NinjaFile
 from .settings import ROOT, BuildError, Settings, Unavailable
 
@@ -41,9 +41,9 @@ def library_name() -> str:
 
 
 def build_folder(settings: Settings, root: Path = ROOT) -> Path:
-    """Where objects and images stay between builds: one folder per platform, shared by all Pythons."""
+    """Where objects and images stay between builds: a folder per platform and kind, shared by all Pythons."""
     sanitized = f"-{settings.sanitize.replace(',', '-')}" if settings.sanitize else ""
-    return root / "build" / f"{sysconfig.get_platform()}{sanitized}"
+    return root / "build" / f"{sysconfig.get_platform()}{sanitized}{'-quick' * settings.quick}"
 
 
 def build(package: Path, root: Path = ROOT) -> bool:
@@ -65,6 +65,8 @@ def build(package: Path, root: Path = ROOT) -> bool:
         if settings.extension == "0":
             raise Unavailable("FUSEDOPT_EXTENSION=0 was set", "unset it and install again", chosen=True)
         compiler = host.find_host_compiler()
+        if settings.quick:
+            compiler = compiler.made_quick()
         headers = host.require_python_headers()
     except Unavailable as problem:
         if settings.extension == "1":
@@ -77,7 +79,7 @@ def build(package: Path, root: Path = ROOT) -> bool:
     info = report.BuildInfo(
         extension=True,
         host_compiler=compiler.description,
-        isas=list(compiler.isas) if host.engine_sources(root) else [],
+        isas=list(compiler.isas),
         device_compiler=device_build.description,
         archs=device_build.archs,
         reason=device_build.reason,
@@ -163,15 +165,14 @@ def _compile(
 
 def _add_sources(ninja: NinjaFile, root: Path, compiler: host.HostCompiler, headers: list[str]) -> None:
     python_flags = [flag for path in [*headers, _pybind11_include()] for flag in ("-isystem", path)]
-    for source in host.plain_sources(root):
+    for unit in units.plain_units(root):
         # The binding stands at the top of csrc/; what lies below it is the same for every Python.
-        if source.parent.name == "csrc":
-            ninja.add_object(source, python_flags, tag=str(sys.implementation.cache_tag))
+        if unit.source.parent.name == "csrc":
+            ninja.add_object(unit.source, python_flags, tag=str(sys.implementation.cache_tag))
         else:
-            ninja.add_object(source)
-    for source in host.engine_sources(root):
-        for isa, flags in compiler.isas.items():
-            ninja.add_object(source, [f"-DFUSEDOPT_ISA={isa}", *flags], tag=isa)
+            ninja.add_object(unit.source)
+    for unit in [*units.emulated_units(root), *units.engine_units(root, compiler.isas)]:
+        ninja.add_object(unit.source, unit.flags, unit.tag)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .settings import Settings, Unavailable
+from .settings import QUICK_NOTE, Settings, Unavailable
 
 # Contraction and relaxed arithmetic would change bits between backends. -fno-math-errno and
 # -fno-trapping-math drop errno and the trap flags alone, never a rounding. -Wno-psabi: no vector crosses a call from
@@ -23,12 +23,13 @@ CXX_FLAGS = (
 ).split()
 LINK_FLAGS = "-shared -pthread -ldl".split()
 
-# csrc/cpu/engine.cpp is compiled once for each of these. The order is also the link order, lowest first:
+# The CPU engine is compiled once for each of these. The order is also the link order, lowest first:
 # where two objects hold the same inline library function, the linker keeps the first, which runs everywhere.
 # There is no -mfma: the engine must not fuse, and a flag that only permits it would still invite it.
+ONE_VARIANT = "-DFUSEDOPT_ONE_VARIANT"
 ENGINE_ISAS: dict[str, dict[str, list[str]]] = {
     "x86_64": {
-        "baseline": ["-DFUSEDOPT_ONE_VARIANT"],
+        "baseline": [ONE_VARIANT],
         "avx2": ["-mavx2", "-mf16c"],
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
     },
@@ -47,16 +48,26 @@ class HostCompiler:
         command: how to call it.
         description: first line of its ``--version``.
         machine: what it compiles for, such as "x86_64".
+        quick: whether it is to compile soon rather than well.
     """
 
     command: tuple[str, ...]
     description: str
     machine: str
+    quick: bool = False
 
     @property
     def isas(self) -> dict[str, list[str]]:
-        """Instruction sets of the engine, each with the flags that enable it."""
-        return ENGINE_ISAS.get(self.machine, {"baseline": []})
+        """Instruction sets of the engine, lowest first, each with the flags that enable it."""
+        isas = ENGINE_ISAS.get(self.machine, {"baseline": []})
+        if not self.quick:
+            return isas
+        *lower, best = isas
+        return {**{isa: [*isas[isa], ONE_VARIANT] for isa in lower}, best: isas[best]}
+
+    def made_quick(self) -> HostCompiler:
+        """The same compiler, to compile soon rather than well."""
+        return replace(self, description=f"{self.description}{QUICK_NOTE}", quick=True)
 
 
 def find_host_compiler() -> HostCompiler:
@@ -90,20 +101,9 @@ def require_python_headers() -> list[str]:
     )
 
 
-def engine_sources(root: Path) -> list[Path]:
-    """The file that is compiled once per instruction set; empty where there is none."""
-    engine = root / "csrc/cpu/engine.cpp"
-    return [engine] if engine.exists() else []
-
-
-def plain_sources(root: Path) -> list[Path]:
-    """Every other C++ file of the extension, in a fixed order."""
-    return sorted(set((root / "csrc").rglob("*.cpp")) - set(engine_sources(root)))
-
-
 def compile_flags(settings: Settings) -> list[str]:
-    """Flags of every C++ file."""
-    return CXX_FLAGS + (_sanitizer_flags(settings) or ["-g0"])
+    """Flags of every C++ file; a later -O overrides an earlier one."""
+    return CXX_FLAGS + (_sanitizer_flags(settings) or ["-g0"]) + ["-O0"] * settings.quick
 
 
 def link_flags(settings: Settings) -> list[str]:

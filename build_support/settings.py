@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = ("auto", "0", "1")
+QUICK_NOTE = ", quick: not for measuring"  # what a compiler's description ends with under FUSEDOPT_QUICK=1
 
 
 class BuildError(Exception):
@@ -40,7 +41,7 @@ class Settings:
             error, "0" installs Python alone.
         cuda: ``FUSEDOPT_CUDA``: the same choice for device code.
         archs: ``FUSEDOPT_CUDA_ARCHS``, such as "80;90+ptx" or "native"; empty for the default list.
-        quick: ``FUSEDOPT_CUDA_QUICK``: whether device code is compiled soon rather than well.
+        quick: ``FUSEDOPT_QUICK``: whether all is compiled soon rather than well.
         sanitize: ``FUSEDOPT_SANITIZE``, such as "address,undefined"; empty for none.
         jobs: ``MAX_JOBS``: compilers run at once; default, the CPUs this process may use.
     """
@@ -59,7 +60,7 @@ class Settings:
             extension=_choice(env, "FUSEDOPT_EXTENSION"),
             cuda=_choice(env, "FUSEDOPT_CUDA"),
             archs=env.get("FUSEDOPT_CUDA_ARCHS", "").strip(),
-            quick=_choice(env, "FUSEDOPT_CUDA_QUICK", ("0", "1")) == "1",
+            quick=_choice(env, "FUSEDOPT_QUICK", ("0", "1")) == "1",
             sanitize=env.get("FUSEDOPT_SANITIZE", "").strip(),
             jobs=_jobs(env.get("MAX_JOBS", "")),
         )

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "cuda/emulated.h"
 #include "cuda/images.h"
 #include "cuda/kernel.h"
 #include "cuda/launcher.h"

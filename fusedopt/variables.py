@@ -75,11 +75,11 @@ VARIABLES = (
         "GPU architectures to compile for",
     ),
     Variable(
-        "FUSEDOPT_CUDA_QUICK",
+        "FUSEDOPT_QUICK",
         "build",
         "0, 1",
         "0",
-        "device code compiled soon rather than well: to try a change, not to measure it",
+        "compile soon rather than well, host and device: to try a change, not to measure it",
     ),
     Variable(
         "FUSEDOPT_SANITIZE",

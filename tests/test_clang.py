@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from build_support import host
+from build_support import host, units
 from build_support.settings import ROOT
 
 ISAS = [(machine, isa) for machine, isas in host.ENGINE_ISAS.items() for isa in isas]
@@ -25,8 +25,9 @@ def test_the_engine_compiles_without_a_warning(machine: str, isa: str, tmp_path:
     if importlib.util.find_spec("ziglang") is None:
         pytest.skip("the package ziglang is not installed")
     clang = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu"]
-    flags = [*host.CXX_FLAGS, *host.ENGINE_ISAS[machine][isa], f"-DFUSEDOPT_ISA={isa}", "-Icsrc", "-Werror"]
     environment = {**os.environ, "ZIG_LOCAL_CACHE_DIR": str(tmp_path), "ZIG_GLOBAL_CACHE_DIR": str(tmp_path)}
-    command = [*clang, *flags, "-c", "csrc/cpu/engine.cpp", "-o", str(tmp_path / "engine.o")]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    for unit in units.engine_units(ROOT, {isa: host.ENGINE_ISAS[machine][isa]}):
+        flags = [*host.CXX_FLAGS, *unit.flags, "-Icsrc", "-Werror"]
+        command = [*clang, *flags, "-c", str(unit.source), "-o", str(tmp_path / "unit.o")]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-4000:]

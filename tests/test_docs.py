@@ -257,7 +257,7 @@ def apply_block(block: Block, root: Path) -> list[str]:
     return added
 
 
-def test_the_documented_optimizer_needs_three_lines_outside_its_own(tmp_path: Path) -> None:
+def test_the_documented_optimizer_needs_two_lines_outside_its_own(tmp_path: Path) -> None:
     """And its pieces fit where the document says: files that are new, places that exist, names that agree."""
     for name in ("csrc", "triton_kernels", "fusedopt"):
         leave = shutil.ignore_patterns("*.so", "__pycache__", "triton_kernels" if name == "fusedopt" else "")
@@ -270,7 +270,7 @@ def test_the_documented_optimizer_needs_three_lines_outside_its_own(tmp_path: Pa
     assert set(added) >= {*OWN, *TWINS}
     assert not any(added[path] for path in OWN)
     plumbing = [line for path, lines in added.items() if path not in TWINS for line in lines]
-    assert len(plumbing) <= 3, plumbing
+    assert len(plumbing) <= 2, plumbing
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from build_support import host
+from build_support import host, units
 from build_support.ninja_file import NinjaFile
 from build_support.settings import ROOT, Unavailable
 
@@ -58,8 +58,9 @@ class Program:
         ninja = NinjaFile(ROOT, folder, compiler, [*flags, *sanitize, *fatal], [*link_flags, *sanitize])
         for source in (*self.sources, f"tests/native/{self.name}.cpp"):
             ninja.add_object(ROOT / source)
-        for isa, isa_flags in compiler.isas.items():
-            ninja.add_object(ROOT / "csrc/cpu/engine.cpp", [f"-DFUSEDOPT_ISA={isa}", *isa_flags], tag=isa)
+        emulated = units.emulated_units(ROOT) if "csrc/cuda/emulator.cpp" in self.sources else []
+        for unit in [*emulated, *units.engine_units(ROOT, compiler.isas)]:
+            ninja.add_object(unit.source, unit.flags, unit.tag)
         program = folder / self.name
         folder.mkdir(parents=True, exist_ok=True)
         ninja_file = folder / f"{self.name}.ninja"

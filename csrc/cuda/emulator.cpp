@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "cuda/kernel.h"
-#include "rules/all.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -267,14 +266,6 @@ thread_local Emulator* running = nullptr;
 
 void Emulator::enter() { running->run_thread(); }
 
-template <template <class> class Rule>
-EmulatedKernel variant_kernel(int variant) {
-#define FUSEDOPT_POINTER(name, param, state, features) sweep_kernel<Rule, Variant<param, state, features>>,
-  static const EmulatedKernel table[] = {FUSEDOPT_VARIANTS(FUSEDOPT_POINTER)};
-#undef FUSEDOPT_POINTER
-  return table[variant];
-}
-
 }  // namespace
 
 namespace device {
@@ -297,14 +288,6 @@ void check_access(u64 address, u64 width) {
 }
 
 }  // namespace device
-
-EmulatedKernel emulated_kernel(int rule, int variant) {
-  using Select = EmulatedKernel (*)(int);
-#define FUSEDOPT_SELECT(stem, Rule) variant_kernel<Rule>,
-  static const Select rules[] = {FUSEDOPT_RULES(FUSEDOPT_SELECT)};
-#undef FUSEDOPT_SELECT
-  return rules[rule](variant);
-}
 
 EmulatedTraffic run_emulated(EmulatedKernel kernel, const KernelParams& params, const EmulatedGrid& grid) {
   if (grid.blocks < 1 || grid.threads < 1) throw std::invalid_argument("a grid has at least 1 block and 1 thread");

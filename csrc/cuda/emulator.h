@@ -105,9 +105,6 @@ struct EmulatedGrid {
 
 using EmulatedKernel = void (*)(const KernelParams& params);
 
-// The host build of kernel fusedopt_<rule>_<variant>.
-EmulatedKernel emulated_kernel(int rule, int variant);
-
 // What a kernel loaded and stored of tensors' elements. The table is not counted.
 struct EmulatedTraffic {
   u64 accesses = 0;

@@ -6,9 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "cuda/emulated.h"
 #include "cuda/kernel.h"
 #include "host_table.h"
-#include "rules/all.h"
+#include "rules/adam.h"
 
 using namespace fusedopt;
 

@@ -5,6 +5,7 @@
 #include <exception>
 #include <set>
 
+#include "cuda/emulated.h"
 #include "cuda/kernel.h"
 #include "cuda/launcher.h"
 #include "random_table.h"

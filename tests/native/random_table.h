@@ -15,7 +15,8 @@
 
 #include "cpu/dispatch.h"
 #include "host_table.h"
-#include "rules/all.h"
+#include "rules/adam.h"
+#include "rules/sgd.h"
 
 namespace fusedopt {
 namespace test {
