@@ -8,6 +8,8 @@ PYTHON ?= python3
 # The torch to install where PYTHON has none. For a smaller download on a machine without a GPU:
 #   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
+# GPU architectures that a checkout is built for; `pip install .` builds for all.
+export FUSEDOPT_CUDA_ARCHS ?= $(if $(filter gpu,$(MAKECMDGOALS)),native,few)
 # Folders for what a run leaves: tables, JSON, pictures.
 OUT ?= $(if $(filter gpu,$(MAKECMDGOALS)),gpu-out,out)
 # Processes of the test run.
@@ -27,7 +29,7 @@ READY := $(VENV)/.ready-$(KEY)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo "  variables: PYTHON=$(PYTHON) TORCH='$(TORCH)' OUT=$(OUT) WORKERS=$(WORKERS) PYTEST_ARGS='$(PYTEST_ARGS)' MUTATE_ARGS='$(MUTATE_ARGS)'"
-	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|native FUSEDOPT_EXTENSION=auto|0|1 FUSEDOPT_QUICK=0|1 MAX_JOBS CXX CUDA_HOME"
+	@echo "  build variables: FUSEDOPT_CUDA=auto|0|1 FUSEDOPT_CUDA_ARCHS='80;90+ptx'|few|native FUSEDOPT_EXTENSION=auto|0|1 FUSEDOPT_QUICK=0|1 MAX_JOBS CXX CUDA_HOME"
 
 $(READY):
 	@$(PYTHON) build_support/environment.py $(VENV) "$(TORCH)"
@@ -67,7 +69,7 @@ gate: build ## a minute: is fusedopt still as much faster than torch fused as it
 # the kernels for some minutes more.
 gpu: ## on a machine with a GPU: build for it, GPU tests, GPU benchmark, results in OUT
 	@mkdir -p $(OUT)
-	FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=1 FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-native}" $(PYTHON) -m build_support
+	FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=1 $(PYTHON) -m build_support
 	@status=0; \
 	timeout 240 $(PYTHON) -m pytest -m gpu -k "not compute_sanitizer" --junitxml=$(OUT)/gpu-tests.xml $(PYTEST_ARGS) || status=$$?; \
 	timeout 200 $(PYTHON) -m bench --device cuda --out $(OUT) || status=$$?; \
@@ -101,6 +103,7 @@ test-stacks: build ## the training stacks people use, with fusedopt in them
 	$(PY) -m pip install --quiet --no-build-isolation --constraint <($(PY) -m pip freeze | grep '^torch==') --editable '.[stacks]'
 	$(PY) -m pytest tests/stacks $(PYTEST_ARGS)
 
+test-install: unexport FUSEDOPT_CUDA_ARCHS
 test-install: $(READY) ## the install matrix: without nvcc, g++, headers; sdist, wheel, editable; every Python at hand
 	$(PY) -m build_support.try_installs
 

@@ -16,6 +16,8 @@ from . import nvrtc
 from .settings import QUICK_NOTE, BuildError, Settings, Unavailable
 
 DEFAULT_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+# "few": what the tests look at. PTX of the oldest serves every GPU since Ampere that has none of these.
+FEW_ARCHS = (80, 90, 100)
 
 # The bit contract: no contraction, IEEE division and square root, denormals kept. Both compilers know these.
 DEVICE_FLAGS = "-std=c++17 --fmad=false --ftz=false --prec-div=true --prec-sqrt=true".split()
@@ -155,18 +157,23 @@ def choose_targets(settings: Settings, compiler: DeviceCompiler) -> list[Target]
     for word in re.split(r"[;,\s]+", settings.archs):
         for target in _parse_arch(word, settings, compiler):
             targets[target] = None
+    if not targets:
+        raise BuildError(f"FUSEDOPT_CUDA_ARCHS={settings.archs!r}: {compiler} knows none of {FEW_ARCHS}")
     return sorted(targets, key=lambda target: (target.ptx, target.sm))
 
 
 def _parse_arch(word: str, settings: Settings, compiler: DeviceCompiler) -> list[Target]:
     name, _, suffix = word.lower().partition("+")
+    if name == "few" and not suffix:
+        few = [sm for sm in FEW_ARCHS if sm in compiler.archs]
+        return [Target(sm, False) for sm in few] + [Target(few[0], True)] if few else []
     if name == "native" and not suffix:
         return [Target(_newest_that_runs(sm, compiler), False) for sm in native_archs()]
     match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", name)
     if not match or suffix not in ("", "ptx"):
         raise BuildError(
             f"FUSEDOPT_CUDA_ARCHS={settings.archs!r}: {word!r} is not an architecture; "
-            "write for example '80;90+ptx', '9.0' or 'native'"
+            "write for example '80;90+ptx', '9.0', 'few' or 'native'"
         )
     sm = int(match[1] + match[2])
     if sm not in compiler.archs:

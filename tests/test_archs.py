@@ -1,0 +1,42 @@
+"""FUSEDOPT_CUDA_ARCHS: which images are made for what was asked, by compilers old and new."""
+
+from __future__ import annotations
+
+import pytest
+
+from build_support import device
+from build_support.settings import BuildError, Settings
+
+NEW, OLD = (75, 80, 86, 89, 90, 100, 103, 120), (52, 75, 80, 86)
+CHOICES = [
+    ("", NEW, "75 80 86 89 90 100 120 120+ptx"),
+    ("", OLD, "75 80 86 86+ptx"),
+    ("few", NEW, "80 90 100 80+ptx"),
+    ("few", OLD, "80 80+ptx"),
+    ("80;90+ptx", NEW, "80 90 90+ptx"),
+    ("9.0, sm_80", NEW, "80 90"),
+    ("few 75", NEW, "75 80 90 100 80+ptx"),
+]
+REFUSED = [
+    ("42", NEW, "does not know sm_42"),
+    ("few", (52, 75), "knows none of"),
+    ("many", NEW, "'many' is not an architecture; write for example .*'few' or 'native'"),
+    ("few+ptx", NEW, "is not an architecture"),
+]
+
+
+def targets(asked: str, known: tuple[int, ...]) -> list[str]:
+    compiler = device.DeviceCompiler("nvcc", "/opt/nvcc", "13.0.88", known)
+    settings = Settings.from_environment({"FUSEDOPT_CUDA_ARCHS": asked})
+    return [str(target) for target in device.choose_targets(settings, compiler)]
+
+
+@pytest.mark.parametrize(("asked", "known", "made"), CHOICES)
+def test_images_are_made_for_what_was_asked_and_is_known(asked: str, known: tuple[int, ...], made: str) -> None:
+    assert targets(asked, known) == made.split()
+
+
+@pytest.mark.parametrize(("asked", "known", "words"), REFUSED)
+def test_what_is_no_architecture_or_not_known_is_refused(asked: str, known: tuple[int, ...], words: str) -> None:
+    with pytest.raises(BuildError, match=words):
+        targets(asked, known)
