@@ -318,7 +318,10 @@ struct HostAccess {
     if (V::kStrided && chunk.layout)
       walk_part<1>(0, chunk.size, visit);
     else
-      walk_part<kBlock<V>>(0, chunk.size, visit);
+      walk_part<kBlock<V>>(0, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+        if (V::kFixed && !V::kSide) prefetch<V>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
+        visit(width, i, count);
+      });
   }
 
  private:
@@ -355,8 +358,10 @@ struct HostAccess {
     write_leaf(report, index, squares, tally.events.template joined<false>());
   }
 
-  // Reported elements take so many instructions that the processor sees too few loads ahead by itself.
-  static constexpr i32 kAhead = 768;  // elements
+  // The processor asks for what lies far ahead too late by itself: more so for reported elements, which take so many
+  // instructions that it sees few loads ahead.
+  static constexpr i32 kAheadBytes = 1536;
+  static constexpr i32 kAhead = 768;  // elements that are reported
   static constexpr u64 kLine = 64;    // bytes of a line of the cache
   template <class V>
   FUSEDOPT_FN static void prefetch(const ChunkView& chunk, i32 i) {
