@@ -38,7 +38,7 @@ class Floor:
 FLOORS = {
     "cpu": (
         Floor("1000x16", "adamw", "kept", 12.0),
-        Floor("1000x16", "adamw", "fresh", 10.0),
+        Floor("1000x16", "adamw", "fresh", 8.0),
         Floor("1000x16", "sgd", "kept", 4.0),
         Floor("1x16", "adamw", "kept", 1.2),
         Floor("resnet50", "adamw", "kept", 0.9),
