@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -83,32 +83,25 @@ class Parser:
         return self._tokens[self._at] if self._at < len(self._tokens) else None
 
     def _parse_sum(self) -> Node | None:
-        parts = []
-        sign = ""
-        while True:
-            part = self._parse_product()
-            if part is None:
-                break
-            parts += _spread("+", ("-", (part,)) if sign == "-" else part)
-            sign = self._next() or ""
-            if sign not in ("+", "-"):
-                break
-            self._at += 1
-        return _joined("+", parts)
+        return self._parse_chain("+", "-", self._parse_product)
 
     def _parse_product(self) -> Node | None:
+        return self._parse_chain("*", "/", self._parse_factor)
+
+    def _parse_chain(self, operator: str, inverse: str, parse_part: Callable[[], Node | None]) -> Node | None:
+        """Parts joined by an operator; one behind the inverse operator counts as the inverse of itself."""
         parts = []
         sign = ""
         while True:
-            part = self._parse_factor()
+            part = parse_part()
             if part is None:
                 break
-            parts += _spread("*", ("/", (part,)) if sign == "/" else part)
+            parts += _spread(operator, (inverse, (part,)) if sign == inverse else part)
             sign = self._next() or ""
-            if sign not in ("*", "/"):
+            if sign not in (operator, inverse):
                 break
             self._at += 1
-        return _joined("*", parts)
+        return _joined(operator, parts)
 
     def _parse_factor(self) -> Node | None:
         token = self._next()
