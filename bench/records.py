@@ -189,15 +189,14 @@ def case_of(record: Record) -> Case:
 def by_case(records: Iterable[Record]) -> dict[Case, list[Record]]:
     """Records grouped by case, in order: those of one run, as only times of one run can be compared.
 
-    Where several runs have a case, it is the one with the most peers, of these the newest; a later record of a peer
-    replaces an earlier one of its run.
+    Where several runs have a case, it is the newest; a later record of a peer replaces an earlier one of its run.
     """
     by_run: dict[Case, dict[str, dict[str, Record]]] = {}
     for record in records:
         run = by_run.setdefault(case_of(record), {}).setdefault(record.get("run", ""), {})
         run[record["peer"]] = record
     runs_of_case = {case: [list(run.values()) for run in runs.values()] for case, runs in by_run.items()}
-    return {case: max(runs, key=lambda run: (len(run), run[0]["date"])) for case, runs in runs_of_case.items()}
+    return {case: max(runs, key=lambda run: str(run[0]["date"])) for case, runs in runs_of_case.items()}
 
 
 def runs_of(records: Iterable[Record]) -> list[Record]:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <memory>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -35,6 +36,27 @@ struct HyperKey {
 struct FlagKey {
   py::str key;
   u32 bit;
+};
+
+// What every table of a rule knows of it: fusedopt/rules.py.
+struct Schema {
+  Schema(const std::string& stem, const std::vector<std::pair<std::string, int>>& hyper_keys,
+         const std::vector<std::pair<std::string, u32>>& flag_keys, const std::vector<std::string>& mode_keys,
+         const std::vector<std::string>& state_names, bool counts_always)
+      : rule(rule_index(stem)), keeps_step(counts_always) {
+    if (hyper_keys.size() > size_t(kHypers)) throw std::invalid_argument("a rule names at most 8 hyperparameters");
+    for (const auto& [key, item] : hyper_keys) hypers.push_back({py::str(key), item});
+    for (const auto& [key, bit] : flag_keys) flags.push_back({py::str(key), bit});
+    for (const std::string& key : mode_keys) modes.push_back(py::str(key));
+    for (const std::string& name : state_names) states.push_back(py::str(name));
+  }
+
+  int rule;
+  std::vector<HyperKey> hypers;
+  std::vector<FlagKey> flags;
+  std::vector<py::str> modes;   // keys of precision modes
+  std::vector<py::str> states;  // names, by slot
+  bool keeps_step;
 };
 
 // One parameter as the table last saw it. What every step looks at comes first, in as few cache lines as it takes.
@@ -117,6 +139,14 @@ bool are_apart(const std::vector<py::object>& tensors) {
   return true;
 }
 
+// tensor.method()
+py::object call(const py::object& tensor, PyObject* method) {
+  py::object result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  if (!result) fail();
+  return result;
+}
+bool says(const py::object& tensor, PyObject* question) { return call(tensor, question).ptr() == Py_True; }
+
 py::object local_tensor(const py::object& tensor, bool unwrap) {
   return unwrap ? py::object(tensor.attr("_local_tensor")) : tensor;
 }
@@ -126,53 +156,35 @@ double* double_pointer(u64 address) { return reinterpret_cast<double*>(address);
 
 class Table {
  public:
-  Table(const std::string& rule, const std::vector<std::pair<std::string, int>>& hypers,
-        const std::vector<std::pair<std::string, u32>>& flags, const std::vector<std::string>& modes,
-        std::pair<int, int> device)
-      : host_(rule_index(rule)), device_{device.first, device.second} {
-    if (hypers.size() > size_t(kHypers)) throw std::invalid_argument("a rule names at most 8 hyperparameters");
-    for (const auto& [key, item] : hypers) hypers_.push_back({py::str(key), item});
-    for (const auto& [key, bit] : flags) flags_.push_back({py::str(key), bit});
-    for (const std::string& key : modes) modes_.push_back(py::str(key));
-  }
-
-  // `sizes`: how many parameters each group has, over all devices.
-  void resize(u64 rows, std::vector<Py_ssize_t> sizes) {
-    const u64 groups = sizes.size();
-    sizes_ = std::move(sizes);
-    host_.resize(rows);
-    host_.resize_groups(groups);
-    extents_.clear();
-    watches_.clear();
-    watches_.resize(rows);
-    places_.assign(rows, {});
-    live_.assign(rows, false);
-    values_.assign(groups * (hypers_.size() + flags_.size()), py::object());
-    shapes_.assign(groups, ~u64(0));
-    params_.assign(groups, nullptr);
-    mode_watches_.clear();
-    mode_watches_.resize(groups);
-    live_params_ = py::none();
-  }
-
-  // Every row's parameter and where it stands: its group, and its position in that group's list. A row is blank until
-  // set_row() describes it: the launch passes it over, whatever its parameter is, wherever it lies.
-  void set_places(const std::vector<std::tuple<u32, Py_ssize_t, py::object>>& places) {
-    for (u64 row = 0; row < places_.size(); ++row) {
-      const auto& [group, index, param] = places.at(row);
-      places_[row].group = group;
-      places_[row].index = index;
-      places_[row].param = param.ptr();
+  // `places`: every row's group, its position in that group's list, and its parameter. A row is blank until set_row()
+  // describes it: the launch passes it over, whatever its parameter is, wherever it lies. `sizes`: how many parameters
+  // each group has, over all devices. `states`: the optimizer's state; refresh() reports the rows to which it gives
+  // another dict. `first_rows`: of each part of the table whose leaves are joined to one number.
+  Table(std::shared_ptr<const Schema> schema, std::pair<int, int> device,
+        const std::vector<std::tuple<u32, Py_ssize_t, py::object>>& places, std::vector<Py_ssize_t> sizes,
+        const py::dict& states, std::vector<u64> first_rows)
+      : schema_(std::move(schema)),
+        host_(schema_->rule),
+        device_{device.first, device.second},
+        mode_watches_(sizes.size()),
+        watches_(places.size()),
+        places_(places.size()),
+        live_(places.size(), false),
+        values_(sizes.size() * (schema_->hypers.size() + schema_->flags.size())),
+        shapes_(sizes.size(), ~u64(0)),
+        sizes_(std::move(sizes)),
+        params_(sizes_.size(), nullptr),
+        states_(states) {
+    host_.resize(places.size());
+    host_.resize_groups(sizes_.size());
+    host_.set_parts(std::move(first_rows));
+    states_watch_.watch(states, {});
+    for (u64 row = 0; row < places.size(); ++row) {
+      const auto& [group, index, param] = places[row];
+      places_[row] = {group, index, param.ptr()};
       watches_[row].param = param;
       watches_[row].param_facts.ndim = watches_[row].grad_facts.ndim = TensorFacts::kUnknown;
     }
-    holding_ = false;
-  }
-
-  // The optimizer's state: from now on refresh() reports the rows to which it gives another dict.
-  void watch_states(const py::dict& states) {
-    states_ = states;
-    states_watch_.watch(states, {});
   }
 
   // From now on refresh() reports the row when `state` no longer holds these very objects.
@@ -215,39 +227,35 @@ class Table {
     watch_tensors(row, std::move(param), grad, unwrap, std::move(keep));
   }
 
-  // Whether a parameter's row can be described without a closer look: it and its gradient are on this device, of one
-  // shape and dtype, in row-major order, whole and apart.
-  bool is_plain(const py::object& param, const py::object& grad) {
-    if (!gradients.is_connected() || !reader.is_plain(param.ptr())) return false;
-    TensorFacts p, g;
-    seen_.clear();
-    if (!reader.read(param.ptr(), p, seen_) || !reader.read(grad.ptr(), g, seen_)) {
-      PyErr_Clear();
-      return false;
-    }
-    if (!(p.dtype == g.dtype)) return false;
-    if (p.ndim != g.ndim || !std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents)) return false;
-    const u64 p_bytes = whole_bytes(param, p), g_bytes = whole_bytes(grad, g);
-    return p_bytes != 0 && g_bytes != 0 && (p.address + p_bytes <= g.address || g.address + g_bytes <= p.address);
+  // Of these rows those that begin_rows() can describe: the parameter has no state, and needs no closer look. It and
+  // its gradient are on this device, of one shape and dtype, in row-major order, whole and apart.
+  std::vector<u64> plain_rows(const std::vector<u64>& rows) {
+    std::vector<u64> plain;
+    for (const u64 row : rows)
+      if (gradients.is_connected() && is_plain(watches_.at(row).param)) plain.push_back(row);
+    return plain;
   }
 
-  // Makes the states of rows that is_plain() has passed and that have none, and describes the rows. `names`: of the
-  // rule's states, by slot; `needed`: which of them each group needs. `steps`: each row's count, or None.
-  // Returns each row's states by name.
-  py::list begin_rows(const std::vector<u64>& rows, const std::vector<py::str>& names,
-                      const std::vector<std::vector<bool>>& needed, const std::vector<py::object>& steps,
-                      bool keeps_step, u32 mode, const py::object& zeros_like) {
+  // Makes the states of rows that plain_rows() has passed, and describes the rows. `needed`: which of the rule's states
+  // each group needs; `steps`: each row's count, or None. Returns the states of each row by name.
+  py::list begin_rows(const std::vector<u64>& rows, const std::vector<std::vector<bool>>& needed,
+                      const std::vector<py::object>& steps, u32 mode, const py::object& zeros_like) {
     py::list made;
     for (size_t k = 0; k < rows.size(); ++k) {
       const u64 row = rows[k];
       const std::vector<bool>& has = needed.at(places_.at(row).group);
-      py::dict states;
-      for (size_t s = 0; s < names.size(); ++s)
-        if (has[s]) states[names[s]] = zeros_like(watches_[row].param);
-      describe_plain_row(row, names, states, steps.at(k), mode);
-      const bool counts = keeps_step && !steps[k].is_none();
-      if (counts || !states.empty()) begin_state(row, names, states, counts ? steps[k] : py::object());
-      made.append(std::move(states));
+      std::vector<py::object> states(schema_->states.size());
+      py::dict by_name;
+      for (size_t s = 0; s < states.size(); ++s) {
+        if (!has[s]) continue;
+        states[s] = zeros_like(watches_[row].param);
+        by_name[schema_->states[s]] = states[s];
+      }
+      const py::object step = steps.at(k).is_none() ? py::object() : steps[k];
+      describe_plain_row(row, states, step, mode);
+      const py::object counted = schema_->keeps_step ? step : py::object();
+      if (counted || !by_name.empty()) begin_state(row, states, counted);
+      made.append(std::move(by_name));
     }
     return made;
   }
@@ -317,9 +325,6 @@ class Table {
     host_.set_phase({flags, stage, ema_decay, float_pointer(ema_decay_tensor), norms, double_pointer(leaf_sums),
                      double_pointer(joined), double_pointer(results), double_pointer(report)});
   }
-
-  // The first row of each part of the table whose leaves are joined to one number.
-  void set_parts(const std::vector<u64>& first_rows) { host_.set_parts(first_rows); }
 
   void launch_on_cpu(int threads, const std::string& isa, u64 grad_scale, u64 found_inf) {
     host_.plan(threads, kLeaf, kCpuChunk);
@@ -406,8 +411,28 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
-  void describe_plain_row(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step,
-                          u32 mode) {
+  bool is_plain(const py::object& param) {
+    static PyObject* const kIsInference = PyUnicode_InternFromString("is_inference");
+    if (!reader.is_plain(param.ptr())) return false;
+    const py::object grad = grad_of(param.ptr());
+    const int has_state = PyDict_Contains(states_.ptr(), param.ptr());
+    if (has_state < 0) fail();
+    if (has_state == 1 || !reader.is_plain(grad.ptr()) || says(param, kIsInference)) return false;
+    TensorFacts p, g;
+    seen_.clear();
+    if (!reader.read(param.ptr(), p, seen_) || !reader.read(grad.ptr(), g, seen_)) {
+      PyErr_Clear();
+      return false;
+    }
+    if (!(p.dtype == g.dtype)) return false;
+    if (p.ndim != g.ndim || !std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents)) return false;
+    const u64 p_bytes = whole_bytes(param, p), g_bytes = whole_bytes(grad, g);
+    return p_bytes != 0 && g_bytes != 0 && (p.address + p_bytes <= g.address || g.address + g_bytes <= p.address);
+  }
+
+  // `states`: by slot, null where there is none, as `step` where no steps are counted.
+  void describe_plain_row(u64 row, const std::vector<py::object>& states, const py::object& step, u32 mode) {
+    static PyObject* const kDetach = PyUnicode_InternFromString("detach");
     const py::object param = watches_[row].param, grad = grad_of(param.ptr());
     RowSpec spec;
     TensorFacts facts;
@@ -422,12 +447,12 @@ class Table {
     spec.numel = row_major_elements(facts);
     set_slot(kGrad, grad);
     const auto set_kept = [&](int slot, const py::object& tensor) {
+      if (!tensor) return;
       set_slot(slot, tensor);
-      keep.append(tensor.attr("detach")());
+      keep.append(call(tensor, kDetach));
     };
-    for (size_t s = 0; s < names.size(); ++s)
-      if (states.contains(names[s])) set_kept(kState0 + int(s), states[names[s]]);
-    if (!step.is_none()) set_kept(kStep, step);
+    for (size_t s = 0; s < states.size(); ++s) set_kept(kState0 + int(s), states[s]);
+    set_kept(kStep, step);
     spec.mode = mode;
     spec.group = places_[row].group;
     host_.set_row(row, spec);
@@ -441,7 +466,7 @@ class Table {
   }
 
   // Puts a row's states into the optimizer's, in torch's order, and watches them.
-  void begin_state(u64 row, const std::vector<py::str>& names, const py::dict& states, const py::object& step) {
+  void begin_state(u64 row, const std::vector<py::object>& states, const py::object& step) {
     static const py::str kStepKey("step");
     PyObject* const found = PyDict_SetDefault(states_.ptr(), watches_[row].param.ptr(), py::dict().ptr());  // borrowed
     if (found == nullptr) fail();
@@ -452,7 +477,7 @@ class Table {
       entries.emplace_back(key, tensor);
     };
     if (step) put(kStepKey, step);
-    for (const py::str& name : names) put(name, states.contains(name) ? py::object(states[name]) : py::object());
+    for (size_t s = 0; s < states.size(); ++s) put(schema_->states[s], states[s]);
     start_watch(row, state, std::move(entries));
   }
 
@@ -638,12 +663,7 @@ class Table {
   static bool is_lazy(const py::object& tensor, const TensorFacts& facts) {
     static PyObject* const kIsNeg = PyUnicode_InternFromString("is_neg");
     static PyObject* const kIsConj = PyUnicode_InternFromString("is_conj");
-    const auto says = [&](PyObject* question) {
-      const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), question));
-      if (!answer) fail();
-      return answer.ptr() == Py_True;
-    };
-    return says(kIsNeg) || (facts.dtype.code == dlpack::kComplex && says(kIsConj));
+    return says(tensor, kIsNeg) || (facts.dtype.code == dlpack::kComplex && says(tensor, kIsConj));
   }
 
   // Rows that changed often have left their old extents behind: every row describes itself anew.
@@ -658,7 +678,9 @@ class Table {
     live_params_ = py::none();
   }
 
-  py::object& value(u64 group, size_t item) { return values_[group * (hypers_.size() + flags_.size()) + item]; }
+  py::object& value(u64 group, size_t item) {
+    return values_[group * (schema_->hypers.size() + schema_->flags.size()) + item];
+  }
 
   static py::handle lookup(py::handle group, const py::str& key) {
     PyObject* const found = PyDict_GetItemWithError(group.ptr(), key.ptr());  // borrowed
@@ -673,7 +695,7 @@ class Table {
     if (watch.watches(group.ptr())) return watch.is_current();
     if (!watch.watches(nullptr)) return false;  // another dict than before
     std::vector<DictWatch::Entry> entries;
-    for (const py::str& key : modes_) {
+    for (const py::str& key : schema_->modes) {
       PyObject* const value = PyDict_GetItemWithError(group.ptr(), key.ptr());  // borrowed
       if (value == nullptr && PyErr_Occurred()) fail();
       const bool is_asked = value != nullptr && value != Py_None;
@@ -684,9 +706,9 @@ class Table {
   }
 
   void read_values(u64 g, py::handle group) {
-    for (size_t h = 0; h < hypers_.size(); ++h) {
-      py::object now = py::reinterpret_borrow<py::object>(lookup(group, hypers_[h].key));
-      if (hypers_[h].item >= 0) now = now[py::int_(hypers_[h].item)];
+    for (size_t h = 0; h < schema_->hypers.size(); ++h) {
+      py::object now = py::reinterpret_borrow<py::object>(lookup(group, schema_->hypers[h].key));
+      if (schema_->hypers[h].item >= 0) now = now[py::int_(schema_->hypers[h].item)];
       py::object& before = value(g, h);
       const bool is_tensor = reader.is_tensor(now.ptr());
       const bool is_constant = PyFloat_CheckExact(now.ptr()) || PyLong_CheckExact(now.ptr());
@@ -729,14 +751,14 @@ class Table {
 
   void read_flags(u64 g, py::handle group) {
     u32& flags = host_.group(g).hypers.flags;
-    for (size_t f = 0; f < flags_.size(); ++f) {
-      const py::handle now = lookup(group, flags_[f].key);
-      py::object& before = value(g, hypers_.size() + f);
+    for (size_t f = 0; f < schema_->flags.size(); ++f) {
+      const py::handle now = lookup(group, schema_->flags[f].key);
+      py::object& before = value(g, schema_->hypers.size() + f);
       if (now.is(before) && PyBool_Check(now.ptr())) continue;
       before = py::reinterpret_borrow<py::object>(now);
       const int truth = PyObject_IsTrue(now.ptr());
       if (truth < 0) fail();
-      flags = truth ? flags | flags_[f].bit : flags & ~flags_[f].bit;
+      flags = truth ? flags | schema_->flags[f].bit : flags & ~schema_->flags[f].bit;
     }
   }
 
@@ -769,11 +791,9 @@ class Table {
     return py::bytes(reinterpret_cast<const char*>(column.data()), column.size() * sizeof(T));
   }
 
+  std::shared_ptr<const Schema> schema_;
   HostTable host_;
   dlpack::Device device_;
-  std::vector<HyperKey> hypers_;
-  std::vector<FlagKey> flags_;
-  std::vector<py::str> modes_;           // keys of precision modes
   std::vector<DictWatch> mode_watches_;  // of each group
   std::vector<Watch> watches_;
   std::vector<Place> places_;
@@ -846,25 +866,29 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FLOAT64") = int(kFloat64);
   m.attr("EMPTY_GRADIENT") = kEmptyGradient;
 
-  py::class_<Table>(m, "Table", py::custom_type_setup(let_table_be_collected))
+  py::class_<Schema, std::shared_ptr<Schema>>(m, "Schema")
       .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&,
                     const std::vector<std::pair<std::string, u32>>&, const std::vector<std::string>&,
-                    std::pair<int, int>>(),
-           py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("modes"), py::arg("device"))
-      .def("resize", &Table::resize, py::arg("rows"), py::arg("group_sizes"))
+                    const std::vector<std::string>&, bool>(),
+           py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("modes"), py::arg("states"),
+           py::arg("keeps_step"));
+
+  py::class_<Table>(m, "Table", py::custom_type_setup(let_table_be_collected))
+      .def(py::init<std::shared_ptr<const Schema>, std::pair<int, int>,
+                    const std::vector<std::tuple<u32, Py_ssize_t, py::object>>&, std::vector<Py_ssize_t>,
+                    const py::dict&, std::vector<u64>>(),
+           py::arg("schema"), py::arg("device"), py::arg("places"), py::arg("group_sizes"), py::arg("states"),
+           py::arg("first_rows"))
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("keep"))
-      .def("is_plain", &Table::is_plain, py::arg("param"), py::arg("grad"))
-      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("names"), py::arg("needed"), py::arg("steps"),
-           py::arg("keeps_step"), py::arg("mode"), py::arg("zeros_like"))
+      .def("plain_rows", &Table::plain_rows, py::arg("rows"))
+      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"), py::arg("mode"),
+           py::arg("zeros_like"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))
-      .def("set_parts", &Table::set_parts, py::arg("first_rows"))
       .def_property_readonly("leaves", &Table::leaves)
-      .def("set_places", &Table::set_places, py::arg("places"))
-      .def("watch_states", &Table::watch_states, py::arg("states"))
       .def("watch_state", &Table::watch_state, py::arg("row"), py::arg("state"), py::arg("entries"))
       .def("hold_params", &Table::hold_params, py::arg("wanted"))
       .def("release_params", &Table::release_params)

@@ -508,7 +508,6 @@ class FusedOptimizer(Optimizer):
                 return False
         return all(table.refresh() for table, _ in tables)
 
-    @torch.no_grad()
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
         check_groups(self.param_groups)

@@ -68,6 +68,8 @@ def check_betas(
     Returns:
         The decay rates, tensors of one element as 0-dim tensors, as torch keeps them.
     """
+    if type(betas) is tuple and len(betas) == 2 and all(type(b) is float and 0.0 <= b < 1.0 for b in betas):
+        return betas  # almost always
     if not isinstance(betas, (tuple, list)):
         raise TypeError(f"betas must be 2 decay rates, but they are {betas!r}")
     if len(betas) != 2:

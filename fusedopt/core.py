@@ -49,15 +49,6 @@ class Core(Protocol):
     def variant(self) -> str:
         """Name of the smallest variant that covers all rows."""
 
-    def resize(self, rows: int, group_sizes: list[int]) -> None:
-        """Forgets everything and makes room."""
-
-    def set_places(self, places: list[tuple[int, int, Tensor]]) -> None:
-        """Every row's group, its position in that group's list, and its parameter; the row itself is blank."""
-
-    def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict."""
-
     def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
@@ -75,9 +66,6 @@ class Core(Protocol):
         report: int,
     ) -> None:
         """What else a launch does: the fields of ``Phase`` in csrc/phase.h, and what each group is clipped to."""
-
-    def set_parts(self, first_rows: list[int]) -> None:
-        """The first row of each part of the table whose leaves are joined to one number."""
 
     def hold_params(self, wanted: bool) -> None:
         """Whether ``refresh`` lets torch's C++ side count a reference to every parameter: see ``fusedopt.holds``."""
@@ -107,20 +95,18 @@ class Core(Protocol):
     ) -> None:
         """Describes one tensor and starts watching its parameter and gradient."""
 
-    def is_plain(self, param: Tensor, grad: Tensor) -> bool:
-        """Whether ``begin_rows`` can describe the row of a parameter that has no state; False: look closer."""
+    def plain_rows(self, rows: list[int]) -> list[int]:
+        """Of these rows those that ``begin_rows`` can describe: of new parameters that need no closer look."""
 
     def begin_rows(
         self,
         rows: list[int],
-        names: tuple[str, ...],
         needed: list[list[bool]],
         steps: list[Tensor | None],
-        keeps_step: bool,
         mode: int,
         zeros_like: Callable[[Tensor], Tensor],
     ) -> list[dict[str, Tensor]]:
-        """Makes the states of rows of plain tensors, and describes the rows; returns each one's states by name."""
+        """Makes the states of such rows, and describes them; returns each one's states by name."""
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
         """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters or modes are others."""
@@ -135,17 +121,44 @@ class Core(Protocol):
         """The columns as bytes."""
 
 
-def make_core(rule: Rule, device: torch.device) -> Core:
-    """A table for one device: the compiled one where it exists."""
+def make_core(
+    rule: Rule,
+    device: torch.device,
+    places: list[tuple[int, int, Tensor]],
+    group_sizes: list[int],
+    states: dict[Tensor, dict[str, Any]],
+    first_rows: list[int],
+) -> Core:
+    """A table for one device: the compiled one where it exists. Its rows are blank until they are described.
+
+    Args:
+        rule: names hyperparameters, flags and states.
+        device: where the table's tensors are.
+        places: group, position in that group's list, and parameter of each row.
+        group_sizes: parameters of each group, over all devices.
+        states: the optimizer's ``state``: ``refresh`` reports the rows to which it gives another dict.
+        first_rows: the first row of each part of the table whose leaves are joined to one number.
+    """
     if compiled is None:
         from .pycore import PyTable
 
-        return PyTable(rule, device)
-    index = device.index or 0
-    table: Core = compiled.Table(
-        rule.stem, list(rule.hypers), list(rule.flags), list(MODE_KEYS), (_DEVICE_TYPES.get(device.type, 0), index)
-    )
+        return PyTable(rule, device, places, group_sizes, states, first_rows)
+    where = (_DEVICE_TYPES.get(device.type, 0), device.index or 0)
+    table: Core = compiled.Table(_schema(rule), where, places, group_sizes, states, first_rows)
     return table
+
+
+_schemas: dict[str, Any] = {}
+
+
+def _schema(rule: Rule) -> Any:
+    """What the compiled tables know of a rule, made once."""
+    if rule.stem not in _schemas:
+        assert compiled is not None  # there are compiled tables
+        _schemas[rule.stem] = compiled.Schema(
+            rule.stem, list(rule.hypers), list(rule.flags), list(MODE_KEYS), list(rule.states), rule.keeps_step
+        )
+    return _schemas[rule.stem]
 
 
 def are_apart(tensors: list[Tensor]) -> bool:

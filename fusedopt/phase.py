@@ -134,7 +134,7 @@ class Phase:
         """Whether the norm is the largest magnitude."""
         return math.isinf(self.norm_type)
 
-    @property
+    @cached_property
     def reads_twice(self) -> bool:
         """Whether a step reads all gradients before it updates anything."""
         return self.max_grad_norm is not None or self.skip_nonfinite

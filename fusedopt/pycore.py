@@ -149,16 +149,45 @@ class PyTable:
     Args:
         rule: names the hyperparameters and flags that a group's row holds.
         device: where the table's tensors are; a hyperparameter that is a tensor there is read by the launch.
+        places: group, position in that group's list, and parameter of each row, which is blank until ``set_row``.
+        group_sizes: parameters of each group, over all devices.
+        states: the optimizer's ``state``: ``refresh`` reports the rows to which it gives another dict.
+        first_rows: the first row of each part of the table whose leaves are joined to one number.
     """
 
-    def __init__(self, rule: Rule, device: torch.device) -> None:
+    def __init__(
+        self,
+        rule: Rule,
+        device: torch.device,
+        places: list[tuple[int, int, Tensor]],
+        group_sizes: list[int],
+        states: dict[Tensor, dict[str, Any]],
+        first_rows: list[int],
+    ) -> None:
         """See the class."""
+        rows = len(places)
         self._rule = rule
         self._device = device
-        self._revision = 0
         self._phase = 0
-        self._groups: list[GroupRow] = []
-        self.resize(0, [])
+        self._rows = rows
+        self._sizes = list(group_sizes)
+        self._groups = [GroupRow() for _ in group_sizes]
+        self._address = array(U64, [0]) * (SLOTS * rows)
+        self._numel = array(I64, [0]) * rows
+        self._group = array(U32, [0]) * rows
+        self._storage = array(U64, [0]) * rows
+        self._watches: list[Watch | None] = [Watch(param) for *_, param in places]
+        self._places = [(group, place) for group, place, _ in places]
+        self._states = states
+        self._state: list[tuple[dict[str, Any], dict[str, Tensor | None]] | None] = [None] * rows
+        self._state_addresses: list[list[int]] = [[] for _ in range(rows)]
+        self._live = [False] * rows
+        self._live_params: list[Tensor] | None = None
+        self._chunks = array(U32)
+        self._chunk_elements = 0
+        self._planned_workers = 0
+        self._parts = list(first_rows)
+        self._revision = next(_REVISIONS)
 
     @property
     def revision(self) -> int:
@@ -207,53 +236,6 @@ class PyTable:
         """How many chunks the plan has."""
         return len(self._chunks) // 2
 
-    def resize(self, rows: int, group_sizes: list[int]) -> None:
-        """Forgets everything and makes room.
-
-        Args:
-            rows: tensors on this device.
-            group_sizes: parameters of each group, over all devices.
-        """
-        self._rows = rows
-        self._sizes = list(group_sizes)
-        # A group's values stay until they are read again, as in the compiled table.
-        self._groups = (self._groups + [GroupRow() for _ in group_sizes])[: len(group_sizes)]
-        for group in self._groups:
-            group.shape = None
-        self._address = array(U64, [0]) * (SLOTS * rows)
-        self._numel = array(I64, [0]) * rows
-        self._group = array(U32, [0]) * rows
-        self._storage = array(U64, [0]) * rows
-        self._watches: list[Watch | None] = [None] * rows
-        self._places: list[tuple[int, int]] = [(0, 0)] * rows
-        self._states: dict[Tensor, dict[str, Any]] = {}
-        self._state: list[tuple[dict[str, Any], dict[str, Tensor | None]] | None] = [None] * rows
-        self._state_addresses: list[list[int]] = [[] for _ in range(rows)]
-        self._live = [False] * rows
-        self._live_params: list[Tensor] | None = None
-        self._chunks = array(U32)
-        self._chunk_elements = 0
-        self._planned_workers = 0
-        self._parts = [0]
-        self._revision = next(_REVISIONS)
-
-    def set_places(self, places: list[tuple[int, int, Tensor]]) -> None:
-        """Every row's parameter and where it stands; the row is blank until ``set_row`` describes it.
-
-        Args:
-            places: group, position in that group's list, and parameter of each row.
-        """
-        self._places = [(group, place) for group, place, _ in places]
-        self._watches = [Watch(param) for *_, param in places]
-
-    def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict.
-
-        Args:
-            states: the optimizer's ``state``.
-        """
-        self._states = states
-
     def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects.
 
@@ -297,15 +279,6 @@ class PyTable:
         if flags != self._phase:
             self._phase = flags
             self._revision = next(_REVISIONS)
-
-    def set_parts(self, first_rows: list[int]) -> None:
-        """Which rows' leaves are joined to one number.
-
-        Args:
-            first_rows: the first row of each part, in order.
-        """
-        self._parts = list(first_rows)
-        self._revision = next(_REVISIONS)
 
     def hold_params(self, wanted: bool) -> None:
         """Has no effect here: there is no C++ side to hold anything."""
@@ -381,14 +354,13 @@ class PyTable:
         self._live_params = None
         self._revision = next(_REVISIONS)
 
-    def is_plain(self, param: Tensor, grad: Tensor) -> bool:
-        """False: every row is looked at closely; only the compiled table has a shorter way.
+    def plain_rows(self, rows: list[int]) -> list[int]:
+        """None: every row is looked at closely; only the compiled table has a shorter way.
 
         Args:
-            param: a parameter.
-            grad: its gradient.
+            rows: which to look at.
         """
-        return False
+        return []
 
     def begin_rows(self, *arguments: Any) -> list[dict[str, Tensor]]:
         """Never called, as no row is plain.

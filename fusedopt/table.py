@@ -165,16 +165,14 @@ class Table:
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
         self._state = state
         self._hidden_steps = hidden_steps
-        self.core: Core = make_core(rule, device)
-        holds.register(self.core)
-        self.core.resize(len(rows), [len(group["params"]) for group in groups])
-        self.core.set_places([(row.group, row.place, row.param) for row in rows])
         self.parts = [0]
         if self.norms * len(spreads) > 1:
             parts = [part_of(row, phase, spreads) for row in rows]
             self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
-        self.core.set_parts(self.parts)
-        self.core.watch_states(state)
+        places = [(row.group, row.place, row.param) for row in rows]
+        sizes = [len(group["params"]) for group in groups]
+        self.core: Core = make_core(rule, device, places, sizes, state, self.parts)
+        holds.register(self.core)
         if phase.flags:
             self.announce()
         self._adopt([row for row in rows if state.get(row.param)] if state else [])
@@ -415,23 +413,34 @@ class Table:
 
     def _remake(self, rows: list[Row]) -> None:
         """Describes rows anew. Nothing is changed where any of them is at fault."""
+        leaves = [row.leaves for row in rows]
         plain = self._plain_rows(rows)
         begun = set(plain)
         others = [row for row in rows if row not in begun]
-        for row in others:
+        if others:
+            self._prepare(others)
+        self._begin(plain)
+        if others:
+            self._describe(others)
+        if self.phase.report and leaves != [row.leaves for row in rows]:
+            self.reported = []  # what was kept is by leaves that no longer are these
+
+    @torch.no_grad()
+    def _prepare(self, rows: list[Row]) -> None:
+        """Checks rows; then makes the states that they lack."""
+        for row in rows:
             if row.param.grad is not None:
                 self._check_row(row, row.param.grad)
         if self.phase.zero_grads:
             self._check_cleared(rows)
-        self._adopt([row for row in others if not self._holds(row)])
-        self._create_states([row for row in others if row.param.grad is not None])
-        leaves = [row.leaves for row in rows]
-        self._begin(plain)
-        for row in others:
+        self._adopt([row for row in rows if not self._holds(row)])
+        self._create_states([row for row in rows if row.param.grad is not None])
+
+    @torch.no_grad()
+    def _describe(self, rows: list[Row]) -> None:
+        for row in rows:
             row.stand_in = _stand_in(row.param)
             self._set_row(row)
-        if leaves != [row.leaves for row in rows]:
-            self.reported = []  # what was kept is by leaves that no longer are these
 
     def _check_row(self, row: Row, grad: Tensor) -> None:
         """Refuses what does not fit together, by name."""
@@ -450,13 +459,12 @@ class Table:
         if self.phase.states or self.phase.zero_grads:
             return []
         without_modes = {g for g in {row.group for row in rows} if not has_modes(self.groups[g])}
-        return [row for row in rows if row.group in without_modes and self._is_plain(row)]
-
-    def _is_plain(self, row: Row) -> bool:
-        param, grad = row.param, row.param.grad
-        if type(grad) is not Tensor or row.copy is not None or row.step is not None or row.states:
-            return False
-        return not param.is_inference() and param not in self._state and self.core.is_plain(param, grad)
+        new = [
+            row.index
+            for row in rows
+            if row.group in without_modes and row.copy is None and row.step is None and not row.states
+        ]
+        return [self.rows[index] for index in self.core.plain_rows(new)]
 
     def _begin(self, rows: list[Row]) -> None:
         """States of zeros for plain rows, and their description, in one call."""
@@ -466,10 +474,7 @@ class Table:
         counted = [any(needed[row.group]) or self.rule.keeps_step for row in rows]
         counts = iter(make_steps([0.0] * sum(counted), self.device))
         steps = [next(counts) if is_counted else None for is_counted in counted]
-        indices = [row.index for row in rows]
-        made = self.core.begin_rows(
-            indices, self.rule.states, needed, steps, self.rule.keeps_step, PLAIN_MODE, torch.zeros_like
-        )
+        made = self.core.begin_rows([row.index for row in rows], needed, steps, PLAIN_MODE, torch.zeros_like)
         for row, states, step in zip(rows, made, steps, strict=True):
             row.states, row.step = states, step
             row.stand_in = row.copy_facts = None

@@ -669,10 +669,10 @@ def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
     assert records.read([tmp_path]) == kept
 
 
-def test_a_case_has_the_peers_of_one_run_the_fullest_and_then_the_newest() -> None:
+def test_a_case_has_the_peers_of_one_run_the_newest() -> None:
     case = [{**CANNED[0], "peer": peer} for peer in ("torch-fused", "fusedopt-cpu", "optimi")]
-    runs = {"few": case[:1], "last": [*case[1:], case[1]], "first": case[:2]}
-    dates = {"few": "2026-01-03", "last": "2026-01-02", "first": "2026-01-01"}
+    runs = {"last": [*case[1:], case[1]], "many": case, "first": case[:2]}
+    dates = {"last": "2026-01-03", "many": "2026-01-02", "first": "2026-01-01"}
     found = [{**record, "run": name, "date": dates[name]} for name, members in runs.items() for record in members]
     ((_, chosen),) = records.by_case(found).items()
     assert [(record["peer"], record["run"]) for record in chosen] == [("fusedopt-cpu", "last"), ("optimi", "last")]
