@@ -16,7 +16,7 @@ from . import nvrtc
 from .settings import QUICK_NOTE, BuildError, Settings, Unavailable
 
 DEFAULT_ARCHS = (75, 80, 86, 89, 90, 100, 120)
-# "few": what the tests look at. PTX of the oldest serves every GPU since Ampere that has none of these.
+# "few": what the tests look at.
 FEW_ARCHS = (80, 90, 100)
 
 # The bit contract: no contraction, IEEE division and square root, denormals kept. Both compilers know these.
@@ -74,28 +74,30 @@ class DeviceCompiler:
         """The same compiler, to compile soon rather than well; one that is older than the flag stays as it is."""
         return replace(self, quick=_numbers(self.version) >= QUICK_SINCE)
 
+    @property
+    def assembles(self) -> bool:
+        """Whether it makes cubins of PTX too: no kernel depends on the architecture, so one PTX does for all."""
+        return self.kind == "nvcc"
+
     def command(self, target: Target, depfile: str, threads: int) -> str:
         """Shell command for ninja, with ``$in`` and ``$out``, run in the repository root; threads: for this file."""
         version = f": {shlex.quote(str(self))} &&"  # does nothing, but ninja sees an upgrade
         if self.kind == "nvcc":
-            kind = "-ptx" if target.ptx else "-cubin"
-            flags = [
-                kind,
-                f"-arch={target.arch}",
-                *DEVICE_FLAGS,
-                *NVCC_FLAGS,
-                *self._split(threads),
-                *self._speed(),
-                "-Icsrc",
-                "-MMD",
-                "-MF",
-                depfile,
-            ]
+            flags = [*self._nvcc_flags(target), *self._split(threads), "-Icsrc", "-MMD", "-MF", depfile]
             return f"{version} {shlex.quote(self.path)} {shlex.join(flags)} $in -o $out"
         script = f'"${nvrtc.PYTHON_VARIABLE}" -I build_support/nvrtc.py'
         flags = ["--arch", target.arch, "--depfile", depfile, "--include", "csrc"]
         options = shlex.join([*DEVICE_FLAGS, *NVRTC_FLAGS, *self._speed()])
         return f"{version} {script} {shlex.join(flags)} --output $out $in -- {options}"
+
+    def assembly_command(self, target: Target) -> str:
+        """The same for a cubin, with PTX for ``$in``."""
+        version = f": {shlex.quote(str(self))} &&"
+        return f"{version} {shlex.quote(self.path)} {shlex.join(self._nvcc_flags(target))} $in -o $out"
+
+    def _nvcc_flags(self, target: Target) -> list[str]:
+        kind = "-ptx" if target.ptx else "-cubin"
+        return [kind, f"-arch={target.arch}", *DEVICE_FLAGS, *NVCC_FLAGS, *self._speed()]
 
     def _speed(self) -> list[str]:
         return [QUICK_FLAG] if self.quick else []
@@ -143,7 +145,9 @@ def nvcc_works() -> bool:
 
 
 def choose_targets(settings: Settings, compiler: DeviceCompiler) -> list[Target]:
-    """The images to make of each kernel file: those asked for, or all known ones and PTX of the newest.
+    """The images to make of each kernel file: those asked for, or all known ones and PTX of the oldest.
+
+    That PTX serves every newer GPU, and where the compiler assembles, the cubins are made of it.
 
     Raises:
         BuildError: an architecture asked for is not one, or is not known to the compiler.
@@ -152,7 +156,7 @@ def choose_targets(settings: Settings, compiler: DeviceCompiler) -> list[Target]
         known = [sm for sm in DEFAULT_ARCHS if sm in compiler.archs]
         if not known:
             raise BuildError(f"{compiler} knows none of the architectures {DEFAULT_ARCHS}: it knows {compiler.archs}")
-        return [Target(sm, False) for sm in known] + [Target(known[-1], True)]
+        return [Target(sm, False) for sm in known] + [Target(known[0], True)]
     targets: dict[Target, None] = {}
     for word in re.split(r"[;,\s]+", settings.archs):
         for target in _parse_arch(word, settings, compiler):

@@ -141,7 +141,12 @@ def _compile(
     """Write the generated files, run ninja, and return the linked library and the device images in it."""
     folder = build_folder(settings, root)
     folder.mkdir(parents=True, exist_ok=True)
-    made = images.plan_images(images.kernel_sources(root), device_build.targets, folder.relative_to(root) / "device")
+    made = images.plan_images(
+        images.kernel_sources(root),
+        device_build.targets,
+        folder.relative_to(root) / "device",
+        assembles=device_build.compiler is not None and device_build.compiler.assembles,
+    )
     library = folder / library_name()
     ninja = NinjaFile(root, folder, compiler, [*host.compile_flags(settings), "-Icsrc"], host.link_flags(settings))
     if device_build.compiler:

@@ -42,11 +42,13 @@ class Image:
         source: the ``.cu`` file.
         target: architecture and kind.
         path: where the build puts the image, relative to the repository root.
+        ptx: the image that it is assembled of; None: it is compiled from the source.
     """
 
     source: Path
     target: Target
     path: Path
+    ptx: Path | None = None
 
     @property
     def rule(self) -> str:
@@ -64,10 +66,23 @@ def kernel_sources(root: Path) -> list[Path]:
     return sorted((root / "csrc/cuda/kernels").glob("*.cu"))
 
 
-def plan_images(sources: Sequence[Path], targets: Sequence[Target], folder: Path) -> list[Image]:
-    """Every rule for every target: sorted by rule, then cubins by architecture, then PTX."""
+def plan_images(sources: Sequence[Path], targets: Sequence[Target], folder: Path, *, assembles: bool) -> list[Image]:
+    """Every rule for every target: sorted by rule, then cubins by architecture, then PTX.
+
+    Args:
+        sources: the kernel files.
+        targets: what to make of each.
+        folder: where, relative to the repository root.
+        assembles: whether cubins may be made of the PTX of the oldest target, where that is wanted too.
+    """
+    oldest = Target(min((target.sm for target in targets), default=0), True)
+    shared = assembles and oldest in targets
+
+    def path(source: Path, target: Target) -> Path:
+        return folder / f"{source.stem}.{target.arch}.{'ptx' if target.ptx else 'cubin'}"
+
     return [
-        Image(source, target, folder / f"{source.stem}.{target.arch}.{'ptx' if target.ptx else 'cubin'}")
+        Image(source, target, path(source, target), path(source, oldest) if shared and not target.ptx else None)
         for source in sources
         for target in targets
     ]

@@ -27,6 +27,9 @@ rule device
   depfile = $out.d
   deps = gcc
   description = device $label
+rule assemble
+  command = $command
+  description = device $label
 
 """
 
@@ -85,13 +88,18 @@ class NinjaFile:
         self._variable("label", f"{relative}{f' [{tag}]' if tag else ''}")
 
     def add_image(self, image: Image, compiler: DeviceCompiler, threads: int) -> None:
-        """Compile one kernel file for one architecture, in so many threads."""
+        """Make one image: compile its kernel file for one architecture, in so many threads, or assemble its PTX."""
         output = image.path
-        source = image.source.relative_to(self._root)
-        self._edge("device", output, [source], [Path("build_support/nvrtc.py")] * (compiler.kind == "nvrtc"))
-        command = compiler.command(image.target, f"{output}.d", threads)
+        file = image.source.relative_to(self._root)
+        source = image.ptx or file
+        if image.ptx:
+            self._edge("assemble", output, [source], [])
+            command = compiler.assembly_command(image.target)
+        else:
+            self._edge("device", output, [source], [Path("build_support/nvrtc.py")] * (compiler.kind == "nvrtc"))
+            command = compiler.command(image.target, f"{output}.d", threads)
         self._variable("command", command.replace("$in", str(source)).replace("$out", str(output)))
-        self._variable("label", f"{source} [{image.target.arch}]")
+        self._variable("label", f"{file} [{image.target.arch}]")
 
     def text(self, library: Path) -> str:
         """The whole file, linking every object, in the order they were added, into ``library``."""

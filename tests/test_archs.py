@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from build_support import device
+from build_support import device, images
 from build_support.settings import BuildError, Settings
 
 NEW, OLD = (75, 80, 86, 89, 90, 100, 103, 120), (52, 75, 80, 86)
 CHOICES = [
-    ("", NEW, "75 80 86 89 90 100 120 120+ptx"),
-    ("", OLD, "75 80 86 86+ptx"),
+    ("", NEW, "75 80 86 89 90 100 120 75+ptx"),
+    ("", OLD, "75 80 86 75+ptx"),
     ("few", NEW, "80 90 100 80+ptx"),
     ("few", OLD, "80 80+ptx"),
     ("80;90+ptx", NEW, "80 90 90+ptx"),
@@ -40,3 +42,20 @@ def test_images_are_made_for_what_was_asked_and_is_known(asked: str, known: tupl
 def test_what_is_no_architecture_or_not_known_is_refused(asked: str, known: tuple[int, ...], words: str) -> None:
     with pytest.raises(BuildError, match=words):
         targets(asked, known)
+
+
+@pytest.mark.parametrize(
+    ("asked", "assembles", "compiled"),
+    [("", True, ["75+ptx"]), ("few", True, ["80+ptx"]), ("few", False, ["80", "90", "100", "80+ptx"]),
+     ("80;90+ptx", True, ["80", "90", "90+ptx"]), ("90", True, ["90"])],
+)  # fmt: skip
+def test_a_kernel_is_compiled_once_where_its_cubins_can_be_assembled_of_its_oldest_ptx(
+    asked: str, assembles: bool, compiled: list[str]
+) -> None:
+    compiler = device.DeviceCompiler("nvcc", "/opt/nvcc", "13.0.88", NEW)
+    wanted = device.choose_targets(Settings.from_environment({"FUSEDOPT_CUDA_ARCHS": asked}), compiler)
+    made = images.plan_images([Path("adam.cu")], wanted, Path("device"), assembles=assembles)
+    assert [str(image.target) for image in made if image.ptx is None] == compiled
+    paths = [image.path for image in made]
+    assert len(set(paths)) == len(wanted)
+    assert {image.ptx for image in made if image.ptx} <= set(paths)
