@@ -29,6 +29,7 @@ from fusedopt.triton_kernels.launch import (  # noqa: E402
     VARIANTS,
     compile_time_arguments,
     compiler_options,
+    measure,
 )
 from fusedopt.triton_kernels.sweep import sweep  # noqa: E402
 
@@ -76,6 +77,28 @@ SIGNATURE = {
     "first_leaf": "*i64",
     "report": "i64",
     "report_terms": "i64",
+}
+
+
+MEASURE_SIGNATURE = {
+    "address": "*i64",
+    "grads": "*i64",
+    "numel": "*i64",
+    "storage": "*i64",
+    "layout": "*i32",
+    "layouts": "*i64",
+    "rows": "i64",
+    "chunks": "*i32",
+    "chunk_count": "i64",
+    "chunk_elements": "i64",
+    "grad_scale": "i64",
+    "phase_flags": "i32",
+    "first_leaf": "*i64",
+    "leaf_sums": "*fp64",
+    "part_leaf": "*i64",
+    "parts": "i64",
+    "joined": "*fp64",
+    "arrivals": "*i32",
 }
 
 
@@ -209,6 +232,19 @@ def test_nothing_is_shuffled_between_threads(rule: str, variant: str, target: st
     if VARIANTS[variant].blocks or VARIANTS[variant].report:
         return  # what a block, or a leaf, joins to is found by all of its threads
     assert "convert_layout" not in compiled(rule, variant, target).asm["ttgir"]
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_nvidia_code_of_the_norm(target: str, tmp_path: Path, record_property: Any) -> None:
+    to = TARGETS[target]
+    options = compiler_options(None, to.backend, to.warp_size)
+    asm = triton.compile(ASTSource(measure, MEASURE_SIGNATURE, {}), target=to, options=options).asm
+    usage = run_tool("cuobjdump", "-res-usage", asm["cubin"], tmp_path)
+    registers, stack, local = map(int, re.findall(r"\b(?:REG|STACK|LOCAL):(\d+)", usage))
+    record_property("figure", f"triton measure {target}: {registers} registers")
+    assert stack == local == 0, usage
+    assert not re.findall(r"\bfma\.\S+|\bmad\.\S*f(?:32|64)", asm["ptx"]), "contracted"
+    assert not re.findall(r"\S*\.ftz\S*|\S*\.approx\S*|div\.full\S*", asm["ptx"]), "flushed or approximate"
 
 
 @each_rule

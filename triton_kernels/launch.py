@@ -16,6 +16,7 @@ from .storage import ANY_STORAGE, BFLOAT16, FLOAT32, FLOAT64
 from .sweep import sweep
 
 THREADS = 128  # of a program
+MEASURE_THREADS = 512  # of one that joins leaves: with fewer, the 2,048 numbers of a leaf do not fit their registers
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU
 INTERPRETED = not isinstance(sweep, triton.JITFunction)  # TRITON_INTERPRET=1 when the kernels were defined
 INTERPRETED_PROGRAMS = 3
@@ -171,16 +172,17 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
 
 
 @cache
-def compiler_options(variant: str, backend: str, warp_size: int) -> dict[str, Any]:
-    """How to compile the kernel: without contraction into fma, within the registers of the variant.
+def compiler_options(variant: str | None, backend: str, warp_size: int) -> dict[str, Any]:
+    """How to compile a kernel: without contraction into fma, within the registers of the variant.
 
     Args:
-        variant: its name.
+        variant: its name; None: the kernel is `measure`.
         backend: "cuda" or "hip".
         warp_size: threads of a warp.
     """
-    options = {"num_warps": THREADS // warp_size, "num_stages": 1, "enable_fp_fusion": False}
-    if backend == "cuda":
+    threads = MEASURE_THREADS if variant is None else THREADS
+    options = {"num_warps": threads // warp_size, "num_stages": 1, "enable_fp_fusion": False}
+    if backend == "cuda" and variant is not None:
         options["maxnreg"] = REGISTERS // (THREADS * VARIANTS[variant].programs) // 8 * 8
     return options
 
@@ -199,7 +201,7 @@ def resident_programs(variant: str, device: torch.device) -> int:
 
 
 @cache
-def _device_options(variant: str, device: torch.device) -> dict[str, Any]:
+def _device_options(variant: str | None, device: torch.device) -> dict[str, Any]:
     if INTERPRETED:
         return {}
     warp_size = int(getattr(torch.cuda.get_device_properties(device), "warp_size", 32))
@@ -274,7 +276,7 @@ def launch(
                 columns.part_leaf.shape[0] - 1,
                 joined,
                 columns.arrivals,
-                **_device_options(variant, columns.device),
+                **_device_options(None, columns.device),
             )
         if not sweeps:
             return
@@ -300,11 +302,11 @@ def launch(
             phase_flags,
             0 if ema_decay is None else ema_decay.data_ptr(),
             FLOAT64.value if ema_decay is not None and ema_decay.dtype == torch.float64 else FLOAT32.value,
-            columns.arrivals if joined is None else joined,
+            columns.group_max_norms if joined is None else joined,  # some float64: that of no norm is never read
             0 if joined is None else joined.shape[0],
             columns.group_max_norms,
             0 if report is None else report.shape[-1],
-            columns.arrivals if results is None else results,
+            columns.group_max_norms if results is None else results,
             columns.first_leaf,
             0 if report is None else report.data_ptr(),
             0 if report_terms is None else report_terms.data_ptr(),

@@ -367,9 +367,8 @@ def sweep(
     parameter and gradient and of the states (ANY_STORAGE: what the table says), STRIDED and DOUBLE: strided
     tensors and float64 are admitted; MASTERED: something is kept beside 16-bit parameters; SIDE: there are outputs
     beside the update; BLOCKS: states may be codes of 8 bits; REPORT: numbers about every leaf are among the outputs.
-    A program takes BLOCK elements at a time, in
-    vectors of WIDTH, where it can, else EDGES; the two differ, or the compiler lays both out alike and shuffles
-    through shared memory.
+    A program takes BLOCK elements at a time, in vectors of WIDTH, where it can, else EDGES; the two differ, or the
+    compiler lays both out alike and shuffles through shared memory.
     """
     admitted = tl.load(pointer(found_inf.to(tl.int64), tl.float32, False), mask=found_inf != 0, other=0.0) == 0.0
     clips = SIDE and (phase_flags & CLIPS) != 0
@@ -404,8 +403,9 @@ def sweep(
                     flags = tl.load(group_flags + group_row)
                     hypers = read_hypers(group_values, group_tensors, group_storages, group_row)
                     scalars = SCALARS(hypers, flags, next_step(steps), tl.float32)
-                    if clips:
-                        coefficient = coefficient_of(joined, group_row, group_max_norms, phase_flags)
+                    if SIDE:  # noqa: SIM102 - a branch of the compiler around one of the kernel
+                        if clips:
+                            coefficient = coefficient_of(joined, group_row, group_max_norms, phase_flags)
                 gradient = (scale, unscale, (flags & MAXIMIZE) != 0, clips, coefficient)
                 begin = tl.load(chunk + 1).to(tl.int64) * chunk_elements
                 size = tl.minimum(tl.load(numel + row) - begin, chunk_elements).to(tl.int32)
