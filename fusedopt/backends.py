@@ -98,25 +98,25 @@ class Cuda:
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See Backend."""
         assert compiled is not None  # why_not said so
-        if table.launcher is None:
-            table.launcher = compiled.CudaLaunch(table.device.index)
+        if table.lasting.launcher is None:
+            table.lasting.launcher = compiled.CudaLaunch(table.device.index)
         core: Any = table.core
         stream = torch.cuda.current_stream(table.device).cuda_stream
-        core.launch_cuda(table.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
+        core.launch_cuda(table.lasting.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
 
     def moved_since_captures(self, table: Table) -> list[int]:
         """See Backend."""
         core: Any = table.core
-        if table.launcher is None or not table.launcher.captures:
+        if table.lasting.launcher is None or not table.lasting.launcher.captures:
             return []
-        moved: list[int] = core.moved_since_captures(table.launcher)
+        moved: list[int] = core.moved_since_captures(table.lasting.launcher)
         return moved
 
     def update_captures(self, table: Table) -> None:
         """See Backend."""
         core: Any = table.core
-        if table.launcher is not None and table.launcher.captures:
-            core.update_captures(table.launcher, torch.cuda.current_stream(table.device).cuda_stream)
+        if table.lasting.launcher is not None and table.lasting.launcher.captures:
+            core.update_captures(table.lasting.launcher, torch.cuda.current_stream(table.device).cuda_stream)
 
 
 class Triton:
@@ -143,12 +143,12 @@ class Triton:
 
     def moved_since_captures(self, table: Table) -> list[int]:
         """See Backend."""
-        return [] if table.launcher is None else table.launcher.moved_since_captures(table.core)
+        return [] if table.lasting.launcher is None else table.lasting.launcher.moved_since_captures(table.core)
 
     def update_captures(self, table: Table) -> None:
         """See Backend."""
-        if table.launcher is not None:
-            table.launcher.update_captures(table.core)
+        if table.lasting.launcher is not None:
+            table.lasting.launcher.update_captures(table.core)
 
 
 class Reference(_NeverCaptured):
@@ -256,17 +256,17 @@ def _measure(table: Table, scale: float | None) -> None:
         reference.joined_leaves(torch.cat(sums[first:last] or [nothing]), largest=table.phase.is_largest)
         for first, last in pairwise(bounds)
     ]
-    assert table.leaf_sums is not None  # a table whose norm is wanted has room for it
-    assert table.joined is not None
-    table.leaf_sums.copy_(torch.cat(sums))
-    table.joined.copy_(torch.stack(joined))
+    assert table.lasting.leaf_sums is not None  # a table whose norm is wanted has room for it
+    assert table.lasting.joined is not None
+    table.lasting.leaf_sums.copy_(torch.cat(sums))
+    table.lasting.joined.copy_(torch.stack(joined))
 
 
 def _write_norms(table: Table) -> list[float]:
     """The norms that a step goes by; written down, and the step counted where it is to be skipped."""
-    assert table.joined is not None  # as above
+    assert table.lasting.joined is not None  # as above
     assert table.results is not None
-    joined = table.joined[: table.norms].tolist()
+    joined = table.lasting.joined[: table.norms].tolist()
     norms = [reference.norm_of(one, largest=table.phase.is_largest) for one in joined]
     table.results[1:] = torch.tensor(norms, dtype=torch.float64, device="cpu")
     table.results[0] += float(any(map(table.phase.refuses, norms)))

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, norms, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, check_groups, check_number, local
+from .lasting import Lasting
 from .phase import EMA, MEASURES, NOTHING, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import CODES, check_modes, scale_key, state_dtype_of
 from .report import Report, read_report
@@ -206,11 +207,11 @@ class FusedOptimizer(Optimizer):
         with torch.no_grad():
             for param, _ in held:
                 param.copy_(self.state[param][EMA])
-        self._is_swapped = True
+        was_swapped, self._is_swapped = self._is_swapped, True
         try:
             yield
         finally:
-            self._is_swapped = False
+            self._is_swapped = was_swapped
             with torch.no_grad():
                 for param, value in held:
                     param.copy_(value)
@@ -361,10 +362,8 @@ class FusedOptimizer(Optimizer):
         return name_of(self.param_groups, group, place)
 
     def _forget_tables(self) -> None:
-        if not hasattr(self, "_launchers"):
-            self._launchers: dict[tuple[torch.device, int], Any] = {}
-        for number, (table, _) in enumerate(getattr(self, "_tables", None) or ()):
-            self._launchers[table.device, number] = table.launcher
+        if not hasattr(self, "_lasting"):
+            self._lasting: dict[tuple[torch.device, int], Lasting] = {}
         self._tables: list[tuple[Table, Backend]] | None = None
         self._built_from: tuple[Any, Any] = (None, None)
         self._steps_until_check = ADDRESS_CHECK_PERIOD
@@ -421,7 +420,7 @@ class FusedOptimizer(Optimizer):
 
     def _join_norms(self, tables: list[Table], phase: Phase) -> None:
         """Gives every table the norms of all tables and ranks."""
-        found = [table.joined for table in tables if table.joined is not None]
+        found = [table.lasting.joined for table in tables if table.lasting.joined is not None]
         joined = norms.join(found, self._spreads, largest=phase.is_largest)
         for one in found:
             one[: len(joined)].copy_(joined)
@@ -451,6 +450,8 @@ class FusedOptimizer(Optimizer):
         if number not in self._results or before is None or before.device != device or before.numel() != size:
             made = torch.full((size,), math.nan, dtype=torch.float64, device=device)
             made[0] = 0.0 if before is None else before[0].to(device)
+            if (device, number) in self._lasting:
+                self._lasting[device, number].keep(self._results.get(number))
             self._results[number] = made
         return self._results[number]
 
@@ -470,6 +471,21 @@ class FusedOptimizer(Optimizer):
             named = [(f"copy_to of {name}", copies[param]) for name, param in params if param in copies]
             check_distinct([*named, *params], among=len(named))
         return copies
+
+    def _check_averages(self) -> None:
+        """Refuses a parameter that took the place of another: its average would begin anew, and nobody say so."""
+        if self._phase.ema_decay is None:
+            return
+        params = set(traced.params_of(self))
+        left = {param.shape for param, state in self.state.items() if param not in params and EMA in state}
+        for g, group in enumerate(self.param_groups) if left else ():
+            for k, param in enumerate(group["params"]):
+                if EMA not in self.state.get(param, {}) and param.shape in left:
+                    raise RuntimeError(
+                        f"{self._name_of(g, k)} has no average, and there is one of a parameter of its shape "
+                        f"{tuple(param.shape)} that is in no group: it was replaced. Give the new one the state of the "
+                        "old, optimizer.state[new] = optimizer.state.pop(old), or delete that"
+                    )
 
     @torch.no_grad()
     def _trace_launch(self) -> None:
@@ -517,6 +533,7 @@ class FusedOptimizer(Optimizer):
             self._phase.check_group(group)
             check_modes(self._rule, group)
         copies = self._copies()
+        self._check_averages()
         for g, group in enumerate(self.param_groups):
             for k, param in enumerate(group["params"]):
                 on_device = rows.setdefault(local(param).device, [])
@@ -528,7 +545,7 @@ class FusedOptimizer(Optimizer):
             if len(self._spreads) > 1 or self._phase.norm_by_group:
                 device_rows.sort(key=lambda row: part_of(row, self._phase, self._spreads))
             for part in separate(device_rows):
-                launcher = self._launchers.get((device, len(tables)))
+                lasting = self._lasting.setdefault((device, len(tables)), Lasting())
                 table = Table(
                     self._rule,
                     device,
@@ -536,7 +553,7 @@ class FusedOptimizer(Optimizer):
                     part,
                     self.state,
                     self._hidden_steps,
-                    launcher,
+                    lasting,
                     self._phase,
                     self._results_of(len(tables), device, self._phase),
                     self._spreads,
@@ -563,10 +580,10 @@ class _Waiting:
         self._choose().launch(table, grad_scale, found_inf)
 
     def moved_since_captures(self, table: Table) -> list[int]:
-        return self._choose().moved_since_captures(table) if table.launcher is not None else []
+        return self._choose().moved_since_captures(table) if table.lasting.launcher is not None else []
 
     def update_captures(self, table: Table) -> None:
-        if table.launcher is not None:
+        if table.lasting.launcher is not None:
             self._choose().update_captures(table)
 
     def _choose(self) -> Backend:

@@ -98,8 +98,8 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
             continue
         partials = table.partials.cpu()
         skipped |= bool(table.last_was_skipped)
-        has_sums = table.leaf_sums is not None and table.phase.report and table.last_was_skipped
-        sums = table.leaf_sums.cpu() if has_sums and table.leaf_sums is not None else None
+        has_sums = table.lasting.leaf_sums is not None and table.phase.report and table.last_was_skipped
+        sums = table.lasting.leaf_sums.cpu() if has_sums and table.lasting.leaf_sums is not None else None
         first = 0
         for row in table.rows:
             leaves = partials[:, first : first + row.leaves]

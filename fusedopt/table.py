@@ -28,6 +28,7 @@ from .check import (
     real_dtype,
 )
 from .core import Core, are_apart, make_core
+from .lasting import Lasting
 from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
 from .memory import is_wrapper
 from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
@@ -128,8 +129,7 @@ class Table:
         rows: parameters on this device, in order.
         state: the optimizer's ``state``.
         hidden_steps: counts of rules that keep none in their state.
-        launcher: what the backend kept for the table that this one takes the place of: device memory, which a
-            captured graph may still read.
+        lasting: what it takes over from the table that it takes the place of.
         phase: what else a step does.
         results: float64 on the device: where the count of skipped steps goes, and the norms.
         spreads: the ways in which the optimizer's parameters lie over ranks. The rows of a norm follow one another,
@@ -144,7 +144,7 @@ class Table:
         rows: list[Row],
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
-        launcher: Any = None,
+        lasting: Lasting,
         phase: Phase = NOTHING,
         results: Tensor | None = None,
         spreads: Sequence[Spread] = (None,),
@@ -154,13 +154,10 @@ class Table:
         self.device = device
         self.groups = groups
         self.rows = rows
-        self.launcher = launcher
+        self.lasting = lasting
         self.phase = phase
         self.results = results
-        self.leaf_sums: Tensor | None = None
-        self.joined: Tensor | None = None  # what the leaves of each part come to; then, at its begin, of each norm
         self.stage = WHOLE_STEP
-        self._report: Tensor | None = None  # csrc/report.h
         self.reported: list[Tensor] = []  # the parameters that it tells of
         self.ema_decay: float | Tensor | None = None  # as the next launch reads it
         self._state = state
@@ -173,8 +170,6 @@ class Table:
         sizes = [len(group["params"]) for group in groups]
         self.core: Core = make_core(rule, device, places, sizes, state, self.parts)
         holds.register(self.core)
-        if phase.flags:
-            self.announce()
         self._adopt([row for row in rows if state.get(row.param)] if state else [])
 
     def refresh(self) -> bool:
@@ -207,8 +202,8 @@ class Table:
         decay = self.ema_decay
         is_tensor = isinstance(decay, Tensor)
         address = decay.data_ptr() if isinstance(decay, Tensor) else 0
-        self._make_room_for_norm()
-        self._make_room_for_report()
+        self._make_room()
+        room = self.lasting
         self.core.set_phase(
             self.phase.flags,
             stage,
@@ -216,10 +211,10 @@ class Table:
             address,
             self.norms,
             [self.phase.max_norm_of(group) for group in self.groups],
-            0 if self.leaf_sums is None else self.leaf_sums.data_ptr(),
-            0 if self.joined is None else self.joined.data_ptr(),
+            0 if room.leaf_sums is None else room.leaf_sums.data_ptr(),
+            0 if room.joined is None else room.joined.data_ptr(),
             0 if self.results is None else self.results.data_ptr(),
-            0 if self._report is None else self._report.data_ptr(),
+            0 if room.report is None else room.report.data_ptr(),
         )
 
     @property
@@ -230,25 +225,27 @@ class Table:
     @property
     def partials(self) -> Tensor | None:
         """What the report keeps of every leaf: the columns of csrc/report.h."""
-        return None if self._report is None else self._report[:-1].view(REPORT_COLUMNS, -1)
+        report = self.lasting.report
+        return None if report is None else report[:-1].view(REPORT_COLUMNS, -1)
 
     @property
     def last_was_skipped(self) -> Tensor | None:
         """Whether the last launch was skipped, where there is a report: 1 or 0, on the device."""
-        return None if self._report is None else self._report[-1]
+        return None if self.lasting.report is None else self.lasting.report[-1]
 
-    def _make_room_for_norm(self) -> None:
-        leaves = self.core.leaves if self.phase.reads_twice else 0
-        if leaves > MOST_LEAVES:
+    def _make_room(self) -> None:
+        """For what the phase writes about every leaf."""
+        leaves, room = self.core.leaves, self.lasting
+        if self.phase.reads_twice and leaves > MOST_LEAVES:
             raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
-        if self.phase.reads_twice and (self.leaf_sums is None or self.leaf_sums.numel() != leaves):
-            self.leaf_sums = torch.empty(leaves, dtype=torch.float64, device=self.device)
-            self.joined = torch.empty(len(self.parts), dtype=torch.float64, device=self.device)
-
-    def _make_room_for_report(self) -> None:
-        room = REPORT_COLUMNS * self.core.leaves + 1
-        if self.phase.report and (self._report is None or self._report.numel() != room):
-            self._report = torch.full((room,), math.nan, dtype=torch.float64, device=self.device)
+        if self.phase.reads_twice:
+            if room.leaf_sums is None or room.leaf_sums.numel() != leaves:
+                room.renew(leaf_sums=torch.empty(leaves, dtype=torch.float64, device=self.device))
+            if room.joined is None or room.joined.numel() != len(self.parts):
+                room.renew(joined=torch.empty(len(self.parts), dtype=torch.float64, device=self.device))
+        size = REPORT_COLUMNS * leaves + 1
+        if self.phase.report and (room.report is None or room.report.numel() != size):
+            room.renew(report=torch.full((size,), math.nan, dtype=torch.float64, device=self.device))
 
     def decay_at(self, step: int) -> float:
         """The decay that averages have at a step."""

@@ -102,6 +102,11 @@ class Launcher:
             **self._measured(table),
         )
 
+    @property
+    def captures(self) -> int:
+        """How many steps CUDA graphs have captured."""
+        return len(self._captures)
+
     def moved_since_captures(self, core: Core) -> list[int]:
         """Rows whose tensors lie where no captured step finds them."""
         if not self._captures:
@@ -145,9 +150,9 @@ class Launcher:
             return {}
         found: dict[str, Any] = {}
         if phase.reads_twice:
-            assert table.joined is not None  # a table whose norm is wanted has room for it
-            read = table.joined if table.stage == MEASURES else table.joined[: table.norms]
-            sums = None if table.stage == UPDATES else table.leaf_sums
+            assert table.lasting.joined is not None  # a table whose norm is wanted has room for it
+            read = table.lasting.joined if table.stage == MEASURES else table.lasting.joined[: table.norms]
+            sums = None if table.stage == UPDATES else table.lasting.leaf_sums
             found |= {"leaf_sums": sums, "joined": read, "results": table.results}
         if phase.report:
             found |= {"report": table.partials, "report_terms": self._room_for_terms(table)}
@@ -190,6 +195,6 @@ def _places(columns: dict[str, bytes]) -> Tensor:
 
 def launch(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """One step of every tensor of a table that has a gradient, by the Triton kernels."""
-    if table.launcher is None:
-        table.launcher = Launcher(table.device)
-    table.launcher.launch(table, grad_scale, found_inf)
+    if table.lasting.launcher is None:
+        table.lasting.launcher = Launcher(table.device)
+    table.lasting.launcher.launch(table, grad_scale, found_inf)

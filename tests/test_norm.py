@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,3 +290,31 @@ def test_a_default_device_of_the_caller_changes_nothing(run: Run, settings: Run)
         found.append([weight.detach(), plain.detach(), one.grad_norm])
     for tensor, truth in zip(*found, strict=True):
         assert bool(same_bits(tensor, truth).all())
+
+
+def test_memory_that_a_graph_may_use_outlives_the_tables() -> None:
+    """A captured step goes on writing where it found room; nothing else may come to lie there."""
+    options: Any = {"max_grad_norm": 1.0, "norm_by_group": True, "report": True}
+    for captures in (0, 1):
+        params = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+        optimizer: Any = fusedopt.SGD([params[0]], lr=0.5, backend="cpu", **options)
+        params[0].grad, params[1].grad = torch.ones(5), torch.ones(5)
+        optimizer.step()
+        ((table, _),) = optimizer._tables
+        lasting = table.lasting
+        lasting.launcher = SimpleNamespace(captures=captures)  # the CPU needs none
+        room = [lasting.leaf_sums, lasting.joined, lasting.report, optimizer._results[0]]
+        optimizer.refresh()
+        optimizer.step()
+        assert all(one is other for one, other in zip(room, room_of(optimizer), strict=True))
+        watched = [weakref.ref(tensor) for tensor in room]
+        del room, table, lasting
+        optimizer.add_param_group({"params": [params[1]]})
+        optimizer.step()
+        assert [ref() is not None for ref in watched] == 4 * [bool(captures)]
+        assert not any(one is ref() for one, ref in zip(room_of(optimizer), watched, strict=True) if captures)
+
+
+def room_of(optimizer: Any) -> list[torch.Tensor]:
+    ((table, _),) = optimizer._tables
+    return [table.lasting.leaf_sums, table.lasting.joined, table.lasting.report, optimizer._results[0]]

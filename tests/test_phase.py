@@ -326,13 +326,30 @@ def test_the_average_of_a_parameter_that_got_another_shape_is_refused_before_any
     assert torch.equal(optimizer.state[param]["ema"], average)
 
 
-def test_a_parameter_that_takes_anothers_place_begins_an_average_of_its_own() -> None:
+def test_a_parameter_that_takes_anothers_place_needs_its_average_or_that_this_is_given_up() -> None:
     old, new = (torch.nn.Parameter(torch.full((4,), value)) for value in (1.0, 3.0))
-    optimizer = fusedopt.SGD([old], lr=0.5, ema_decay=0.9)
+    optimizer = fusedopt.SGD([("w", old)], lr=0.5, ema_decay=0.5)
     old.grad = torch.ones(4)
     optimizer.step()
     optimizer.param_groups[0]["params"][0] = new
     new.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"parameter 'w' has no average.*of its shape \(4,\).*was replaced"):
+        optimizer.step()
+    assert torch.equal(new, torch.full((4,), 3.0))
+    average = optimizer.state[old]["ema"].clone()
+    optimizer.state[new] = optimizer.state.pop(old)
     optimizer.step()
-    assert torch.equal(optimizer.state[new]["ema"], new)
-    assert torch.equal(optimizer.state[old]["ema"], old)
+    assert torch.equal(optimizer.state[new]["ema"], (average + new) / 2)
+
+
+def test_an_average_that_is_swapped_in_twice_lets_no_step_be_lost() -> None:
+    param = torch.nn.Parameter(torch.ones(4))
+    optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.5)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    with optimizer.swap_ema():
+        with optimizer.swap_ema():
+            pass
+        with pytest.raises(RuntimeError, match="swap_ema"):
+            optimizer.step()
+    optimizer.step()

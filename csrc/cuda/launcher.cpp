@@ -385,6 +385,7 @@ CudaLaunch::~CudaLaunch() {
   const driver::Context context = state_->gpu.context();
   driver::Context popped;
   if (api().push_context(context) != 0) return;  // the process is ending
+  const RelaxedCapture relaxed;                  // the collector may come to it while a graph captures
   if (state_->finished != nullptr) {
     api().wait_event(state_->finished);
     api().destroy_event(state_->finished);
@@ -426,7 +427,8 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   else
     check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr),
           "cuLaunchKernel");
-  if (!capturing) check(api().record_event(state.finished, stream), "cuEventRecord");
+  if (capturing) return;
+  check(api().record_event(state.finished, stream), "cuEventRecord");
   state.last_stream = stream;
 }
 
