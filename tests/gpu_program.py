@@ -25,6 +25,15 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
     "AdamW": {"lr": 0.01, "amsgrad": True},
 }
+# Beside the update: barriers of block and grid, shuffles, trees in shared memory.
+PHASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": (tuple(DTYPES), {}),
+    "clipped and reported": (("f32", "double"), {"max_grad_norm": 1.0, "skip_nonfinite": True, "report": True}),
+    "averaged": (("f32", "mixed"), {"ema_decay": 0.9, "zero_grads": True}),
+    "in 8 bits": (("bf16", "mixed"), {"state_dtype": torch.int8, "max_grad_norm": 1.0}),
+    "rounded at random": (("bf16",), {"rounding": "stochastic"}),
+    "exact": (("bf16",), {"state_dtype": torch.float32, "master": "split"}),
+}
 
 
 def make(name: str, dtypes: tuple[torch.dtype, ...], strided: bool, **options: Any) -> tuple[list[Parameter], Any]:
@@ -45,18 +54,19 @@ def set_grads(params: list[Parameter]) -> None:
 
 
 def step_all(backend: str) -> None:
-    """Every rule over every family of dtypes, dense and strided, three steps each."""
-    for name, dtypes, strided in itertools.product(OPTIMIZERS, DTYPES.values(), (False, True)):
-        params, optimizer = make(name, dtypes, strided, backend=backend)
-        for _ in range(3):
-            set_grads(params)
-            optimizer.step()
+    """Every rule over every family of dtypes, dense and strided, with every phase that it can have; two steps each."""
+    for (families, options), name, strided in itertools.product(PHASES.values(), OPTIMIZERS, (False, True)):
+        for family in families:
+            params, optimizer = make(name, DTYPES[family], strided, backend=backend, **options)
+            for _ in range(2):
+                set_grads(params)
+                optimizer.step()
 
 
 def replay(backend: str) -> None:
     """A captured step, replayed, and replayed again after other hyperparameters were given to it."""
-    for name in OPTIMIZERS:
-        params, optimizer = make(name, (torch.float32, torch.bfloat16), True, backend=backend)
+    for name, options in itertools.product(OPTIMIZERS, ({}, {"max_grad_norm": 1.0, "report": True})):
+        params, optimizer = make(name, (torch.float32, torch.bfloat16), True, backend=backend, **options)
         set_grads(params)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
