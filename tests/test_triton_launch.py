@@ -86,6 +86,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Any:
         ) -> object:
             named = {fresh.arg_names[place]: value for (place,), value in constants.items()}
             found[fresh.__name__] = Handed(signature, named, options.__dict__)
+            assert fresh.cache_key  # reads the source of all that it calls
             return object()
 
         def run(*args: Any, fresh: Any = fresh, grid: Any, warmup: bool, **constants: Any) -> Any:

@@ -91,7 +91,8 @@ def sweep_block(
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
     if BLOCKS:
-        (scale0, scale1, scale2), _begin, bits, t, at_random, key, first = blocks
+        scales, _begin, bits, t, at_random, key, first = blocks
+        scale0, scale1, scale2 = scales  # in two lines: Triton 3.6 knows no target within another
         x_codes = fetch_codes(address.state0, at.state0, has0, storage.state0, scale0, place, bits, ALIGNED)
         if STATES > 1:
             y_codes = fetch_codes(address.state1, at.state1, has1, storage.state1, scale1, place, bits, ALIGNED)
