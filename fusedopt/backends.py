@@ -194,7 +194,7 @@ class Reference(_NeverCaptured):
             g, rest = real_view(grad).to(dtype), scale
             if table.phase.max_grad_norm is not None:
                 norm = norms[row.group if table.phase.norm_by_group else 0]
-                coefficient = table.phase.coefficient(norm, table.phase.max_norm_of(group))
+                coefficient = reference.clip_coefficient(norm, table.phase.max_norm_of(group))
                 g, rest = reference.clipped(g, coefficient, scale), None
             before = values.pop("param").clone()  # what is computed in may be the parameter itself
             updates = table.rule.update(before, g, values, step, group, rest)
@@ -299,7 +299,9 @@ def _write_sides(table: Table, row: Row, step: int, dtype: torch.dtype) -> None:
     param = real_view(local(row.param))
     if EMA in table.phase.states:
         ema = real_view(local(row.states[EMA]))
-        ema.copy_(reference.average(ema.to(dtype), param.to(dtype), step=step, decay=table.decay_at(step)))
+        assert table.ema_decay is not None  # where averages are kept
+        decay = reference.decay_at(float(table.ema_decay), step, warms_up=table.phase.ema_warmup)
+        ema.copy_(reference.average(ema.to(dtype), param.to(dtype), step=step, decay=decay))
     if row.copy is not None:
         real_view(local(row.copy)).copy_(param.to(dtype))
     if table.phase.zero_grads and row.gradient is not None:

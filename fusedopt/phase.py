@@ -159,13 +159,6 @@ class Phase:
             if not own >= 0.0:
                 raise ValueError(f"Invalid max_grad_norm of a group: {own}")
 
-    def coefficient(self, norm: float, max_norm: float) -> float:
-        """What gradients of a norm are multiplied by."""
-        if max_norm < 0.0:
-            return 1.0
-        coefficient = max_norm / (norm + 1e-6)
-        return 1.0 if coefficient >= 1.0 else coefficient
-
     def refuses(self, norm: float) -> bool:
         """Whether a step with gradients of a norm changes nothing."""
         return self.skip_nonfinite and not math.isfinite(norm)
@@ -199,11 +192,6 @@ class Phase:
             )
         pairs = zip(params, self.copy_to, strict=True)
         return {param: copy for param, copy in pairs if copy is not None}
-
-    def decay_at(self, step: int) -> float:
-        """The decay that the average of a parameter has at its step ``step``, from 1."""
-        decay = 0.0 if self.ema_decay is None else float(self.ema_decay)
-        return min(decay, (1.0 + step) / (10.0 + step)) if self.ema_warmup else decay
 
 
 NOTHING = Phase()

@@ -182,6 +182,11 @@ def adam(
     return AdamUpdate(param - update, m, v, v_max, update)
 
 
+def decay_at(decay: float, step: int, *, warms_up: bool) -> float:
+    """The decay of an average at the step ``step``, from 1; one that warms up begins at 2/11 and grows towards it."""
+    return min(decay, (1.0 + step) / (10.0 + step)) if warms_up else decay
+
+
 def average(ema: Tensor, param: Tensor, *, step: int, decay: float) -> Tensor:
     """The average of a parameter after its step: ``decay·ema + (1 − decay)·param``; at step 1 the parameter.
 
@@ -239,6 +244,12 @@ def joined_leaves(leaves: Tensor, *, largest: bool) -> Tensor:
 def norm_of(joined: float, *, largest: bool) -> float:
     """The norm whose leaves have come to this."""
     return joined if largest or joined != joined else math.sqrt(joined)
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What gradients of a norm are multiplied by, as ``torch.nn.utils.clip_grad_norm_`` has it; below 0: any norm."""
+    coefficient = max_norm / (norm + 1e-6)
+    return 1.0 if max_norm < 0.0 or coefficient >= 1.0 else coefficient
 
 
 def _join(one: Tensor, other: Tensor, largest: bool) -> Tensor:

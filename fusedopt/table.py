@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -246,10 +246,6 @@ class Table:
         size = REPORT_COLUMNS * leaves + 1
         if self.phase.report and (room.report is None or room.report.numel() != size):
             room.renew(report=torch.full((size,), math.nan, dtype=torch.float64, device=self.device))
-
-    def decay_at(self, step: int) -> float:
-        """The decay that averages have at a step."""
-        return replace(self.phase, ema_decay=self.ema_decay).decay_at(step)
 
     def is_current(self) -> bool:
         """Whether states and copies lie where the rows point. That states are the very ones, ``refresh`` watches."""
