@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -80,8 +81,8 @@ def _rules(options: argparse.Namespace) -> Rules:
     if options.quick:
         rules = rules.quick()
     if options.budget is not None:
-        if options.budget <= 0:
-            raise ValueError(f"--budget must be positive, got {options.budget}")
+        if not 0 < options.budget < inf:
+            raise ValueError(f"--budget must be a positive number of seconds, got {options.budget}")
         rules = replace(rules, budget_s=options.budget)
     return rules
 
@@ -254,7 +255,7 @@ COMMANDS: dict[str, Command] = {
     "report": make_report,
     "roofline": show_roofline,
     "compare": compare_runs,
-    "gate": lambda options, console: gate(options.device, options.backend, console),
+    "gate": lambda options, console: gate(options.device, options.backend or options.device, console),
     "profile": lambda options, console: profile(options, console),
     "train": lambda options, console: train(options, console),
 }

@@ -49,6 +49,12 @@ def digits(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def count(value: float) -> str:
+    """A mean of whole numbers, with a fraction only where it has one: `1`, `1.5`, `1,000`."""
+    text = digits(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def interval(found: Record | None) -> str:
     """A ratio with its interval: `20.1 [19.5, 20.8]`."""
     if not found:
@@ -94,7 +100,7 @@ def cells(record: Record) -> list[str]:
         seconds(record["host_seconds"]["median"]),
         digits(record["bytes_moved"] / record["seconds"]["median"] / 1e9) if roofed else MISSING,
         f"{share['median']:.0%}" if share and roofed else MISSING,
-        MISSING if launches is None else digits(launches).rstrip("0").rstrip("."),
+        MISSING if launches is None else count(launches),
         amount(record.get("state_bytes")),
         amount(record.get("peak_bytes")),
         MISSING if ulp is None else digits(ulp),

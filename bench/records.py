@@ -19,25 +19,13 @@ from typing import Any
 import torch
 
 from bench.case import Case
+from bench.peers import PEERS
 
 Record = dict[str, Any]
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
 CASE_KEYS = ("workload", "optimizer", "dtype", "device", "threads", "gradients")
-VERSIONED = (
-    "torch",
-    "triton",
-    "fusedopt",
-    "apex",
-    "deepspeed",
-    "transformer_engine",
-    "bitsandbytes",
-    "torchao",
-    "torch-optimi",
-    "flashoptim",
-)
-"""Packages whose versions are noted where they are installed."""
 
 
 # ---- where and what ---------------------------------------------------------------------------------------
@@ -108,9 +96,10 @@ def commit() -> str | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package involved that is installed."""
+    """Versions of Python, torch, Triton, fusedopt and of every peer's package, where they are installed."""
     found = {"python": platform.python_version()}
-    for package in VERSIONED:
+    peers = (peer.distribution or peer.package for peer in PEERS.values())
+    for package in dict.fromkeys(("torch", "triton", "fusedopt", *filter(None, peers))):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import permutations
@@ -115,7 +119,7 @@ def test_the_hard_lists_are_hard_in_the_way_they_say() -> None:
     assert len(list(workloads.load("moe-2b").groups[0].shapes())) > 24 * 8 * 3
 
 
-@pytest.mark.parametrize("name", ["nonsense", "0x16", "12x"])
+@pytest.mark.parametrize("name", ["nonsense", "0x16", "5x0", "12x"])
 def test_an_unknown_workload_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name))):
         workloads.load(name)
@@ -149,10 +153,11 @@ def test_the_main_suite_is_the_main_job() -> None:
     assert not SUITES["main"].invites("bitsandbytes")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("wanted", ["0", "-1", "many", "100000"])
-def test_a_bad_thread_count_is_refused(wanted: str) -> None:
+def test_a_bad_thread_count_is_refused(wanted: str, device: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(wanted))):
-        thread_counts("cpu", [wanted])
+        thread_counts(device, [wanted])
 
 
 # ---- statistics -------------------------------------------------------------------------------------------
@@ -426,6 +431,32 @@ def test_groups_with_their_own_rates_and_dtypes_are_checked_each_by_its_own(
     assert WorkloadCheck(case).run(made).right
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_peer_that_is_wrong_in_one_dtype_of_a_mixed_workload_is_wrong(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 100 steps, of which three on the workload itself show nothing."""
+    small = replace(workloads.load("mixed-dtypes"), groups=tuple(
+        replace(group, runs=((2, (50,)),)) for group in workloads.load("mixed-dtypes").groups
+    ))  # fmt: skip
+    monkeypatch.setattr(workloads, "load", lambda name: small)
+
+    class LateFault(Spoiled):
+        """Off from the 50th step on, in one dtype."""
+
+        def step(self) -> None:
+            self.taken = getattr(self, "taken", 0) + 1
+            self.optimizer.step()
+            for param in self.params:
+                if self.taken == 50 and param.dtype == workloads.DTYPES[dtype]:
+                    param.data += 1.0
+
+    peer = Peer("late", lambda groups, hyper: LateFault(groups, hyper, lambda params: None))
+    found = run_case(Case("mixed-dtypes", "adamw", "mixed"), peer)["late"]
+    assert found["status"] == "wrong"
+    assert found["reason"].startswith(f"after 100 steps in {dtype} off by ")
+
+
 def test_writing_into_the_gradients_is_noticed_and_not_held_against_the_result() -> None:
     peer = spoiled(lambda params: [p.grad.mul_(0.5) for p in params if p.grad is not None] and None)
     found = run_case(Case("3x50", "adamw"), peer)["spoiled"]
@@ -497,6 +528,19 @@ def test_every_peer_is_either_here_or_has_a_reason(name: str) -> None:
     assert reason is None or reason.strip()
 
 
+def test_versions_are_noted_of_every_peers_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the names that it is installed by: a new peer needs no second place to be named in."""
+    monkeypatch.setitem(PEERS, "new", Peer("new", make, package="yaml", distribution="numpy"))
+    records.versions.cache_clear()
+    try:
+        found = records.versions()
+    finally:
+        records.versions.cache_clear()
+    assert list(found)[:2] == ["python", "torch"]
+    assert "numpy" in found
+    assert PEERS["optimi"].distribution == "torch-optimi"
+
+
 def test_choosing_peers_names_the_unknown() -> None:
     with pytest.raises(ValueError, match="'nobody'"):
         commands.choose_peers(["nobody"], "cpu")
@@ -544,6 +588,15 @@ def test_compare_fails_when_a_result_became_wrong(tmp_path: Path) -> None:
     records.write(CANNED, old)
     records.write(broken, new)
     assert main(["compare", str(old), str(new)]) == 1
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-0.1", "1", "inf"])
+def test_a_tolerance_that_lets_everything_pass_is_bad_input(
+    tolerance: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = records.write(CANNED, tmp_path / "run.jsonl")
+    assert main(["compare", str(path), str(path), "--tolerance", tolerance]) == 2
+    assert f"--tolerance must be at least 0 and below 1, got {float(tolerance)}" in capsys.readouterr().err
 
 
 def test_compare_of_runs_without_common_cases_is_bad_input(tmp_path: Path) -> None:
@@ -609,6 +662,25 @@ def test_a_gate_that_cannot_run_is_bad_input() -> None:
     assert main(["gate", "--backend", "triton", "--device", "cpu"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "device", "backend"),
+    [
+        ([], "cpu", "cpu"),
+        (["--device", "cuda"], "cuda", "cuda"),
+        (["--device", "cuda", "--backend", "triton"], "cuda", "triton"),
+    ],
+)
+def test_the_gate_is_on_the_cpu_unless_told_and_its_backend_is_the_devices(
+    words: list[str], device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is a GPU."""
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(commands, "gate", lambda *found: seen.append(found[:2]) or 0)
+    assert main(["gate", *words]) == 0
+    assert seen == [(device, backend)]
+
+
 # ---- showing ----------------------------------------------------------------------------------------------
 
 
@@ -655,6 +727,14 @@ def curve_records() -> list[Record]:
     return found
 
 
+def test_every_peer_has_a_colour_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: plots.colour(name) for name in PEERS}
+    for number in range(20):
+        monkeypatch.setitem(PEERS, f"new-{number}", Peer(f"new-{number}", make))
+    assert {name: plots.colour(name) for name in known} == known
+    assert plots.colour("new-19") in plots.PALETTE
+
+
 @pytest.mark.parametrize("heading", plots.FIGURES)
 def test_every_figure_can_be_drawn(heading: str) -> None:
     figure = plots.FIGURES[heading](records.by_case(curve_records()))
@@ -691,6 +771,16 @@ def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
 )
 def test_times_are_worded_with_a_fitting_unit(value: float | None, text: str) -> None:
     assert present.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1"), (1.5, "1.5"), (10, "10"), (12.5, "12.5"), (100, "100"), (1000, "1,000"), (12000, "12,000")],
+)
+def test_launches_are_worded_as_whole_numbers_where_they_are(value: float, text: str) -> None:
+    assert present.count(value) == text
+    record = next(record for record in CANNED if record["status"] == "ok")
+    assert present.cells({**record, "launches": value})[present.HEADINGS.index("launches")] == text
 
 
 # ---- the model and the traces -----------------------------------------------------------------------------
@@ -754,6 +844,36 @@ def test_ncus_counters_are_read_with_their_units() -> None:
     assert ncu.parse("==ERROR== no permission") == []
 
 
+STREAMS_PROGRAM = """
+import sys, torch
+from triton.runtime.interpreter import interpreter_builder as builder
+from bench.roofs import SameStreams
+
+moved = []
+for name in ("create_masked_load", "create_masked_store", "create_load", "create_store"):
+    def counted(*args, inner=getattr(builder, name), **kwargs):
+        moved.append(inner)
+        return inner(*args, **kwargs)
+    setattr(builder, name, counted)
+states = int(sys.argv[1])
+roof = SameStreams(states, [torch.ones(7) for _ in range(4)])
+roof.step()
+print(roof.streams, len(moved), *(int(buffer.sum()) for buffer in roof.buffers))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize(("states", "sums"), [(1, (14, 7, 14, 7)), (2, (14, 7, 14, 14))])
+def test_the_stream_kernel_moves_the_streams_that_are_counted(states: int, sums: tuple[int, ...]) -> None:
+    """One program of it in Triton's interpreter: each load and store moves a block of one stream, once."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", STREAMS_PROGRAM, str(states)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    streams = 3 + 2 * states
+    assert tuple(map(int, done.stdout.split())) == (streams, streams, *sums)
+
+
 def test_the_stream_kernel_refuses_what_it_cannot_move() -> None:
     with pytest.raises(ValueError, match="states=3"):
         stream_kernel.launch(3, [torch.zeros(4)] * 5)
@@ -792,7 +912,9 @@ BAD_INPUT = {
     "both ways to choose": ["--workload", "2x2", "--suite", "main"],
     "an option that a suite fixes": ["--dtype", "bfloat16"],
     "a bad thread count": ["--workload", "2x2", "--threads", "0"],
-    "a bad budget": ["--workload", "2x2", "--budget", "0"],
+    "no budget": ["--workload", "2x2", "--budget", "0"],
+    "a budget that is no number": ["--workload", "2x2", "--budget", "nan"],
+    "a workload without elements": ["--workload", "5x0"],
     "no peer that is here": ["--workload", "2x2", "--peer", "apex"],
     "an unknown GPU": ["roofline", "--gpu", "abacus"],
     "no steps to profile": ["profile", "--workload", "2x2", "--steps", "0"],
