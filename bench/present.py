@@ -114,9 +114,22 @@ def remarks(records: Sequence[Record]) -> list[tuple[str, str]]:
     for record in records:
         if record["status"] != "ok":
             lines.append((record["status"], f"{record['peer']}: {record['status']}: {record['reason']}"))
-        elif record.get("note"):
-            lines.append(("ok", f"{record['peer']}: {record['note']}"))
+            continue
+        notes = [record.get("note")]
+        if record.get("kernel_durations") and not by_kernels_alone(records):
+            notes.append("time on the device is the sum of kernel durations: its host cannot be hidden behind a spin")
+        if record.get("exposed_rounds"):
+            notes.append(
+                f"in {record['exposed_rounds']} of {record['seconds']['count']} rounds the device waited for it"
+            )
+        lines += [("ok", f"{record['peer']}: {note}") for note in notes if note]
     return lines
+
+
+def by_kernels_alone(records: Sequence[Record]) -> bool:
+    """Whether kernel durations stand for device time throughout a case."""
+    timed = [record for record in records if record["status"] == "ok"]
+    return bool(timed) and all(record.get("kernel_durations") for record in timed)
 
 
 def title(case: Case, records: Sequence[Record]) -> str:
@@ -125,7 +138,8 @@ def title(case: Case, records: Sequence[Record]) -> str:
     size = f"{first['tensors']:,} tensors, {first['elements']:,} elements"
     groups = f" in {first['groups']} groups" if first["groups"] > 1 else ""
     roof = next((r["roof_bytes_per_s"] for r in records if r.get("roof_bytes_per_s")), None)
-    return f"{case.label()}: {size}{groups}" + (f"; roof {digits(roof / 1e9)} GB/s" if roof else "")
+    kernels = "; sums of kernel durations" if by_kernels_alone(records) else ""
+    return f"{case.label()}: {size}{groups}" + (f"; roof {digits(roof / 1e9)} GB/s" if roof else "") + kernels
 
 
 # ---- who is ahead -----------------------------------------------------------------------------------------

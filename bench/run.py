@@ -170,8 +170,9 @@ class _CaseRun:
         moved = self.case.bytes_moved
         found: Record = {
             "cache": "cold" if self.case.device == "cuda" else "as left by the step before",
-            "kernel_durations": bool(getattr(self.runner.clock, "kernel_durations", False)),
-            "steps_per_block": mine.steps,
+            "kernel_durations": mine.by_kernels,
+            "exposed_rounds": mine.exposed,
+            "steps_per_block": mine.steps_per_block,
             "samples": [_short(seconds) for seconds in mine.device.values()],
             "seconds": asdict(timing.spread(list(mine.device.values()))),
             "host_seconds": asdict(timing.spread(list(mine.host.values()))),

@@ -222,19 +222,27 @@ class Scripted:
 
 
 class ScriptedClock:
-    def __init__(self) -> None:
-        self.order: list[str] = []
+    sums_kernels = True
 
-    def measure(self, timed: Any, steps: int) -> Sample:
+    def __init__(self, exposed: tuple[str, ...] = ()) -> None:
+        self.order: list[str] = []
+        self.by_kernels: set[str] = set()
+        self.exposed = exposed
+
+    def begin(self) -> None:
+        self.order.clear()
+
+    def measure(self, timed: Any, steps: int, by_kernels: bool) -> Sample:
         self.order.append(timed.name)
-        return Sample(timed.seconds, timed.seconds / 2)
+        self.by_kernels |= {timed.name} if by_kernels else set()
+        return Sample(timed.seconds, timed.seconds / 2, by_kernels or timed.name not in self.exposed)
 
 
 def test_rounds_time_everyone_in_turns_and_slow_ones_less_often() -> None:
     clock = ScriptedClock()
     contenders = [Scripted("base", 1.0), Scripted("fast", 0.1), Scripted("slow", 7.0)]
     rules = Rules(budget_s=0.0, min_rounds=6, max_rounds=40, slow_factor=3.0)
-    found = timing.run_rounds(contenders, clock, rules, "base")  # type: ignore[arg-type]
+    found = timing.run_rounds(contenders, clock, rules, "base")
     assert (found["base"].stride, found["fast"].stride, found["slow"].stride) == (1, 1, 3)
     assert len(found["base"].device) == len(found["fast"].device) == 6
     assert list(found["slow"].device) == [0, 3]
@@ -245,16 +253,88 @@ def test_everyone_is_first_in_some_rounds_and_last_in_others() -> None:
     clock = ScriptedClock()
     names = ["a", "b", "c"]
     rules = Rules(budget_s=0.0, min_rounds=6)
-    timing.run_rounds([Scripted(name, 1.0) for name in names], clock, rules, None)  # type: ignore[arg-type]
+    timing.run_rounds([Scripted(name, 1.0) for name in names], clock, rules, None)
     rounds = [clock.order[start : start + 3] for start in range(3, 21, 3)]  # after one each to plan by
     assert sorted(rounds) == sorted(map(list, permutations(names)))
 
 
 def test_blocks_are_long_enough_and_warmed() -> None:
     fast = Scripted("fast", 0.001)
-    found = timing.run_rounds([fast], ScriptedClock(), Rules(budget_s=0, min_rounds=2, block_s=0.02), None)  # type: ignore[arg-type]
-    assert found["fast"].steps == 20
+    found = timing.run_rounds([fast], ScriptedClock(), Rules(budget_s=0, min_rounds=2, block_s=0.02), None)
+    assert found["fast"].steps_per_block == 20
     assert fast.log.count("step") == 1 + 2, "one warm-up, and one step before each of the two blocks"
+
+
+@pytest.mark.parametrize(
+    ("fast", "exposed", "expected"),
+    [
+        (1e-3, (), set()),
+        (1e-3, ("slow",), {"slow"}),
+        (50e-6, (), {"fast", "slow"}),
+        (50e-6, ("slow",), {"fast", "slow"}),
+    ],
+)
+def test_kernel_durations_are_taken_where_events_are_too_coarse_or_a_host_shows(
+    fast: float, exposed: tuple[str, ...], expected: set[str]
+) -> None:
+    clock = ScriptedClock(exposed)
+    contenders = [Scripted("fast", fast), Scripted("slow", 2e-3)]
+    found = timing.run_rounds(contenders, clock, SHORT, None)
+    assert {name for name, measured in found.items() if measured.by_kernels} == clock.by_kernels == expected
+    assert not any(measured.exposed for measured in found.values())
+
+
+def test_a_clock_without_kernels_takes_none() -> None:
+    clock = ScriptedClock(("slow",))
+    clock.sums_kernels = False
+    found = timing.run_rounds([Scripted("slow", 1e-6)], clock, SHORT, None)["slow"]
+    assert not found.by_kernels
+    assert found.exposed == len(found.device) == 2
+
+
+SPANS = {
+    "a host as fast as it was": ([True], [2.05e-3]),
+    "held up once": ([False, True], [2.05e-3, 8.2e-3]),
+    "held up until the spin is the longest": ([False, False, False], [2.05e-3, 8.2e-3, 32.8e-3]),
+}
+
+
+@pytest.mark.parametrize("what", SPANS)
+def test_a_span_is_tried_again_behind_a_longer_spin(what: str) -> None:
+    outcomes, spins = SPANS[what]
+    seen: list[float] = []
+
+    def span(spin_s: float) -> tuple[float, bool]:
+        seen.append(spin_s)
+        return float(len(seen)), outcomes[len(seen) - 1]
+
+    assert timing.hidden_span(span, 1e-3) == (float(len(spins)), outcomes[-1])
+    assert seen == pytest.approx(spins)
+
+
+def test_a_host_slower_than_the_longest_spin_is_not_tried_again() -> None:
+    seen: list[float] = []
+    assert timing.hidden_span(lambda spin_s: seen.append(spin_s) or (1.0, False), 1.0) == (1.0, False)
+    assert seen == [timing.LONGEST_SPIN_S]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ([{"kernel_durations": True}, {}], "sum of kernel durations"),
+        ([{"exposed_rounds": 2}, {}], "in 2 of 5 rounds the device waited for it"),
+        ([{"kernel_durations": True}] * 2, ""),
+        ([{}, {}], ""),
+    ],
+)
+def test_a_table_says_how_device_time_was_taken(fields: list[Record], word: str) -> None:
+    timed = [record for record in CANNED if record["status"] == "ok"][:2]
+    found = [{**record, **more} for record, more in zip(timed, fields, strict=True)]
+    lines = [line for _, line in present.remarks(found)]
+    assert all(line.startswith(f"{timed[0]['peer']}: ") and word in line for line in lines)
+    assert bool(lines) == bool(word)
+    both = all(field.get("kernel_durations") for field in fields)
+    assert present.title(records.case_of(timed[0]), found).endswith("; sums of kernel durations") == both
 
 
 def test_the_cpu_clock_leaves_preparation_out() -> None:
