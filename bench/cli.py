@@ -110,7 +110,8 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where the files go (default: bench/results/<machine>, named by date)",
+        help="where the files go, replacing those of before (default: bench/results/<machine>, named by date;"
+        " out/bench with --quick or --workload)",
     )
 
 

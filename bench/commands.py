@@ -47,7 +47,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     for name, reason in absent.items():
         console.print(f"not here: {name}: {reason}", style="dim", highlight=False)
     label = "-".join(suites) or "custom"
-    stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label)
+    keep = bool(suites) and not options.quick
+    stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label, keep)
     kept = stem.with_suffix(".jsonl")
     found = measure(cases, peers, _rules(options), options.device, kept, console)
     table.print_run(console, records.by_case(found))

@@ -824,7 +824,7 @@ def test_every_figure_can_be_drawn(heading: str) -> None:
 
 
 def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
-    kept = [{**record, "run": "x"} for record in CANNED]
+    kept = [{**record, "kind": "step", "run": "x"} for record in CANNED]
     assert records.read([records.write(CANNED, tmp_path / "deep" / "x.jsonl")]) == kept
     assert records.read([tmp_path]) == kept
 
@@ -839,10 +839,75 @@ def test_a_case_has_the_peers_of_one_run_the_newest() -> None:
     assert [record["run"] for record in records.runs_of(found)] == list(runs)
 
 
-def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
-    path = records.write([{**CANNED[0], "schema": 99}], tmp_path / "x.jsonl")
-    with pytest.raises(ValueError, match="99"):
+SECOND_LINES = {
+    "no JSON": ("a step 3.5 ms", "no JSON: Expecting value"),
+    "half a line": ('{"schema": 1, "date"', "no JSON: Expecting"),
+    "another schema": (json.dumps({**CANNED[0], "schema": 99}), "the record has schema 99, this program reads 1"),
+    "no object": ("[1, 2]", "no record of this benchmark: it has no schema"),
+    "another program's": ('{"step": 3}', "no record of this benchmark: it has no schema"),
+    "no step": (
+        '{"schema": 1, "model": "charlm"}',
+        "no step record: it has no date, commit, versions, machine, workload",
+    ),
+    "a part of a phase": ('{"schema": 1, "kind": "phase", "date": ""}', "no phase record: it has no commit"),
+}
+
+
+@pytest.mark.parametrize("what", SECOND_LINES)
+def test_a_line_that_is_no_record_is_refused_by_file_and_number(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, message = SECOND_LINES[what]
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(CANNED[0]) + "\n" + line + "\n")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert f"python -m bench: {path}, line 2: {message}" in capsys.readouterr().err
+
+
+def test_what_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match=r"x\.jsonl is no text"):
         records.read([path])
+
+
+def test_records_of_other_kinds_lie_beside_without_being_read(tmp_path: Path) -> None:
+    records.write(CANNED, tmp_path / "run.jsonl")
+    quality = records.write([{**records.head("cpu", "quality"), "model": "charlm"}], tmp_path / "quality.jsonl")
+    assert len(records.read([tmp_path])) == len(CANNED)
+    assert len(records.read([tmp_path], "quality")) == 1
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    with pytest.raises(ValueError, match=r"no step records in .*, only quality"):
+        records.read([quality])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_no_run_takes_the_name_of_another(keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "ELSEWHERE", tmp_path / "elsewhere")
+    names = []
+    for suffix in (".jsonl", ".png", ".jsonl"):
+        stem = records.default_stem("cpu", "main", keep)
+        records.write([], stem.with_suffix(suffix))
+        names.append(stem.name[10:])
+    assert names == ["-main", "-main-2", "-main-3"]
+    assert records.default_stem("cpu", "main-2", keep).name[10:] == "-main-2-2"
+    assert (stem.parent == tmp_path / "elsewhere") == (not keep)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"), [(["--suite", "main"], True), (["--quick"], False), (["--workload", "2x2"], False)]
+)
+def test_only_whole_runs_of_suites_go_to_the_kept_results(
+    words: list[str], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(records, "ELSEWHERE", tmp_path)
+    monkeypatch.setattr(commands, "measure", lambda *given: written.append(given[4]) or CANNED)
+    monkeypatch.setattr(commands, "show_all", lambda found, stem: [])
+    assert main([*words, "--device", "cpu"]) == 0
+    assert records.RESULTS in written[0].parents or not kept
+    assert tmp_path in written[0].parents or kept
 
 
 @pytest.mark.parametrize(
