@@ -27,6 +27,7 @@ from bench.peers import PEERS, Peer
 from bench.profile import profile
 from bench.records import Record
 from bench.run import Runner
+from bench.script import PROGRAMS
 from bench.suites import SUITES, Rows, cases_of, thread_counts
 from bench.timing import Rules
 from bench.train import train
@@ -171,7 +172,7 @@ def show_all(found: Sequence[Record], stem: Path) -> list[Path]:
 
 
 def show_list(options: argparse.Namespace, console: Console) -> int:
-    """Prints workloads, suites and peers."""
+    """Prints workloads, suites, peers, and the programs of their own."""
     sizes = Table(title="Workloads (and COUNTxNUMEL)", title_justify="left")
     for heading, justify in (("name", "left"), ("tensors", "right"), ("elements", "right"), ("what", "left")):
         sizes.add_column(heading, justify=justify)  # type: ignore[arg-type]
@@ -184,7 +185,10 @@ def show_list(options: argparse.Namespace, console: Console) -> int:
     peers = Table("name", f"on {options.device}", title="Peers", title_justify="left")
     for peer in PEERS.values():
         peers.add_row(peer.name, peer.missing(options.device) or "here")
-    for shown in (sizes, suites, peers):
+    programs = Table("command", "what", title="Programs beside these commands", title_justify="left")
+    for name, what in PROGRAMS.items():
+        programs.add_row(f"python -m bench.{name}", what)
+    for shown in (sizes, suites, peers, programs):
         console.print(shown)
     return 0
 
@@ -192,7 +196,7 @@ def show_list(options: argparse.Namespace, console: Console) -> int:
 def make_report(options: argparse.Namespace, console: Console) -> int:
     """Writes report and picture from results."""
     found = records.read(options.results)
-    written = [report.write(found, options.out / "report.html")]
+    written = [report.write(found, options.out / "report.html", records.phases(options.results))]
     figure = plots.picture(records.by_case(found))
     if figure:
         written.append(report.save_png(figure, options.out / "report.png"))

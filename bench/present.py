@@ -142,6 +142,38 @@ def title(case: Case, records: Sequence[Record]) -> str:
     return f"{case.label()}: {size}{groups}" + (f"; roof {digits(roof / 1e9)} GB/s" if roof else "") + kernels
 
 
+PHASE_HEADINGS = (
+    "workload",
+    "threads",
+    "torch's recipe",
+    "one launch",
+    "ratio",
+    "torch's host",
+    "launch's host",
+    "ratio of host",
+    "of roof",
+    "rounds",
+)
+
+
+def phase_cells(record: Record) -> list[str]:
+    """A row of the optimizer phase under `PHASE_HEADINGS`."""
+    on_cpu = record["device"] == "cpu"
+    times, hosts = (
+        [seconds(record[key][name]["median"]) for name in ("torch", "fusedopt")] for key in ("seconds", "host_seconds")
+    )
+    host = [MISSING] * 3 if on_cpu else [*hosts, interval(record["host_ratio"])]
+    return [
+        record["workload"] + ("" if record["clears"] else ", not cleared"),
+        str(record["threads"]) if on_cpu else MISSING,
+        *times,
+        interval(record["ratio"]),
+        *host,
+        f"{record['roof_share']['median']:.0%}",
+        str(record["rounds"]),
+    ]
+
+
 # ---- who is ahead -----------------------------------------------------------------------------------------
 
 

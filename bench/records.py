@@ -32,14 +32,14 @@ RESULTS = Path(__file__).parent / "results"
 ELSEWHERE = Path("out/bench")
 """Where runs go that are no results to keep."""
 CASE_KEYS = ("workload", "optimizer", "dtype", "device", "threads", "gradients")
+PHASE_KEYS = ("workload", "device", "threads", "clears")
 HEAD_KEYS = ("date", "commit", "versions", "machine")
 KEYS = {
     "step": (*HEAD_KEYS, *CASE_KEYS, "tensors", "elements", "groups", "bytes_moved", "peer", "status"),
     "phase": (
         *HEAD_KEYS,
-        "workload",
-        "device",
-        "threads",
+        *PHASE_KEYS,
+        "rounds",
         "seconds",
         "host_seconds",
         "ratio",
@@ -167,8 +167,33 @@ def write(records: Iterable[Record], path: Path) -> Path:
     return path
 
 
-def read(paths: Sequence[Path], kind: str = "step") -> list[Record]:
+def add(record: Record, path: Path) -> Path:
+    """Adds a record to a file of JSON lines, making it, and returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+    return path
+
+
+def phases(paths: Sequence[Path]) -> list[Record]:
+    """Records of the optimizer phase, if there are any: of each kind of run the newest, in order.
+
+    Raises:
+        ValueError: see `read`.
+    """
+    newest: dict[tuple[Any, ...], Record] = {}
+    for record in sorted(read(paths, "phase", needed=False), key=lambda record: str(record["date"])):
+        newest[tuple(record[name] for name in PHASE_KEYS)] = record
+    return [newest[which] for which in sorted(newest)]
+
+
+def read(paths: Sequence[Path], kind: str = "step", needed: bool = True) -> list[Record]:
     """Records of one kind from files, or from every `.jsonl` file in a folder; "run" is the name of a record's file.
+
+    Args:
+        paths: Files and folders.
+        kind: What to read; records of other kinds are passed over.
+        needed: Whether it is an error that there is none.
 
     Raises:
         ValueError: a path does not exist or holds no record of the kind, or a line is no record that can be read; the
@@ -186,7 +211,7 @@ def read(paths: Sequence[Path], kind: str = "step") -> list[Record]:
                     records.append({**record, "run": file.stem})
                 else:
                     others.add(record["kind"])
-    if not records:
+    if needed and not records:
         beside = f", only {' and '.join(sorted(others))}" if others else ""
         raise ValueError(f"no {kind} records in {', '.join(map(str, paths))}{beside}")
     return records
@@ -256,6 +281,15 @@ def runs_of(records: Iterable[Record]) -> list[Record]:
     return list(first.values())
 
 
+def added_to(device: str, label: str) -> Path:
+    """The file that a day's records of one program are added to: `bench/results/<machine>/<date>-<label>.jsonl`."""
+    return RESULTS / str(machine(device)["name"]) / f"{_today()}-{label}.jsonl"
+
+
+def _today() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}"
+
+
 def default_stem(device: str, label: str, keep: bool = True) -> Path:
     """Where a run's files go unless told otherwise, without suffix: a name that no file has.
 
@@ -265,6 +299,6 @@ def default_stem(device: str, label: str, keep: bool = True) -> Path:
         keep: Whether it is a result to keep: `bench/results/<machine>/<date>-<label>`. If not, it is under `out/bench`.
     """
     folder = RESULTS / str(machine(device)["name"]) if keep else ELSEWHERE
-    name = f"{datetime.now(timezone.utc):%Y-%m-%d}-{label}"
+    name = f"{_today()}-{label}"
     taken = {path.name.partition(".")[0] for path in folder.glob(f"{name}*")}
     return folder / next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in taken)

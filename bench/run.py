@@ -15,7 +15,7 @@ from bench.check import Accuracy, WorkloadCheck
 from bench.contender import Contender, Gradients
 from bench.peers import BASELINE, REFERENCE, Peer, is_ours
 from bench.records import Record
-from bench.roofs import Roof, bytes_of_buffers, roofs_for
+from bench.roofs import Roof, best_by_round, bytes_of_buffers, roofs_for
 from bench.timing import Clock, Measured, Rules
 
 Progress = Callable[[str, float], None]
@@ -155,7 +155,7 @@ class _CaseRun:
             BASELINE,
             lambda share: self.progress("timing", 0.3 + 0.7 * share),
         )
-        roof = _roof_by_round(roofs, measured)
+        roof = best_by_round(roofs, measured)
         names = [contender.name for contender in contenders]
         best = best_peer({name: measured[name] for name in names})
         for contender in contenders:
@@ -213,15 +213,6 @@ def best_peer(measured: dict[str, Measured]) -> str | None:
     """The fastest contender that is not fusedopt, by median device time."""
     times = {name: timing.spread(list(m.device.values())).median for name, m in measured.items() if not is_ours(name)}
     return min(times, key=times.__getitem__) if times else None
-
-
-def _roof_by_round(roofs: Sequence[Roof], measured: dict[str, Measured]) -> dict[int, float]:
-    """Bytes a second of the best roof in each round."""
-    best: dict[int, float] = {}
-    for roof in roofs:
-        for round_, seconds in measured[roof.name].device.items():
-            best[round_] = max(best.get(round_, 0.0), roof.bytes / seconds)
-    return best
 
 
 def _short(value: float) -> float:

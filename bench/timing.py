@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from typing import Protocol
 
 import numpy as np
@@ -86,6 +86,10 @@ class Rules:
     def on(device: str) -> Rules:
         """The rules for a device type: a GPU's times vary less, and its profiler takes long to start."""
         return Rules(budget_s=5.0, min_rounds=5, max_steps=20) if device == "cuda" else Rules()
+
+    def exactly(self, rounds: int) -> Rules:
+        """The same rules with so many rounds, and everyone in each: for programs that compare a few sides."""
+        return replace(self, budget_s=0.0, min_rounds=rounds, max_rounds=rounds, slow_factor=inf)
 
     def quick(self) -> Rules:
         """The same rules with fewer rounds, for a first look: intervals get wide."""
