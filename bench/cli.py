@@ -205,7 +205,7 @@ def console() -> Console:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 fine, 1 a gate is shut, 2 bad input."""
+    """Runs a command; returns the exit code: 0 fine, 1 a gate is shut, 2 bad input, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     top = parser()
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
@@ -220,3 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("python -m bench: interrupted; cases that were done are kept", file=sys.stderr)
+        return 130

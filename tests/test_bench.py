@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -1117,3 +1118,37 @@ def test_training_reports_time_to_a_goal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert results["fusedopt"].losses == results["torch fused"].losses
     assert train.draw({"digits": (1.0, results, rows)}) is not None
     assert SimpleNamespace(**rows["fusedopt"]).optimizer_share > 0
+
+
+# ---- on a machine with a GPU ------------------------------------------------------------------------------
+
+MAKEFILE = Path(__file__).parent.parent / "Makefile"
+GPU_PARTS = re.findall(r"^GPU_PARTS \?= (.*)$", MAKEFILE.read_text(), re.MULTILINE)[0].split()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize("part", GPU_PARTS)
+def test_every_part_for_a_gpu_ends_within_ten_minutes_and_is_interrupted_not_killed(part: str) -> None:
+    """At an interrupt pytest writes its summary and its XML; when it is terminated it writes neither."""
+    command = ["make", "-n", f"gpu-{part}", f"PYTHON={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(command, cwd=MAKEFILE.parent, env=environment, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if sys.executable in line]
+    assert lines
+    for line in lines:
+        limit = re.search(r"\btimeout -s INT -k (\d+) (\d+) ", line)
+        assert limit, line
+        assert int(limit[1]) + int(limit[2]) <= 600
+        spreads = " -n " in line
+        assert spreads == (part == "tests" and importlib.util.find_spec("xdist") is not None), line
+
+
+def test_an_interrupted_run_says_so_and_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "list", interrupted)
+    assert main(["list", "--device", "cpu"]) == 130
+    assert "interrupted" in capsys.readouterr().err
