@@ -1,5 +1,7 @@
 """Every timing rule of the benchmark. Nothing else in this package reads a clock for a result.
 
+`bench train` alone takes its times from the training loop of `examples/`, which has a clock for each part of a step.
+
 The rules, each with its reason:
 
 * **Rounds.** All contenders of a case are timed in turns, one block of steps each per round; the order

@@ -312,6 +312,96 @@ def test_a_span_is_tried_again_behind_a_longer_spin(what: str) -> None:
     assert seen == pytest.approx(spins)
 
 
+class FakeGpu:
+    """A GPU in virtual time, which does what is queued in order, and a host beside it.
+
+    Clocked at 345 MHz until it has worked for 0.2 s, then at 1,980.
+    """
+
+    QUEUE = 1000
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = self.worked = 0.0
+        self.spun = 0.0
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.spin)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda at: SimpleNamespace(L2_cache_size=50 * 2**20))
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(zero_=lambda: self.work(100e-6)))
+
+    def work(self, seconds: float) -> None:
+        self.device = max(self.device, self.host) + seconds
+        self.worked += seconds
+
+    def spin(self, cycles: int) -> None:
+        self.work(cycles / (345e6 if self.worked < 0.2 else 1980e6))
+        self.spun = self.device
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at = max(self.gpu.device, self.gpu.host)
+
+    def query(self) -> bool:
+        return self.gpu.host >= self.at
+
+    def synchronize(self) -> None:
+        self.gpu.wait()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class OnFakeGpu(Scripted):
+    """Launches 1 µs of work each, the host between them taking its time; a full queue makes it wait."""
+
+    def __init__(self, gpu: FakeGpu, launches: int, host_s: float) -> None:
+        super().__init__("fake", 0.0)
+        self.gpu, self.launches, self.host_s = gpu, launches, host_s
+
+    def step(self) -> None:
+        for launch in range(self.launches):
+            if launch >= self.gpu.QUEUE:
+                self.gpu.host = max(self.gpu.host, self.gpu.spun)
+            self.gpu.host += self.host_s / self.launches
+            self.gpu.work(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("launches", "host_s", "hidden"),
+    [(1, 5e-6, True), (500, 10e-3, True), (500, 45e-3, True), (500, 200e-3, False), (5000, 10e-3, False)],
+)
+def test_a_span_on_a_gpu_has_no_host_time_in_it_or_is_known_to(
+    launches: int, host_s: float, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a short step, one near the longest spin, one beyond it, and one of more launches than are queued."""
+    gpu = FakeGpu(monkeypatch)
+    clock = timing.CudaClock()
+    clock.begin()
+    found = clock.measure(OnFakeGpu(gpu, launches, host_s), 3, by_kernels=False)
+    assert found.host_seconds == pytest.approx(host_s)
+    assert found.hidden is hidden
+    assert (found.seconds == pytest.approx(launches * 1e-6)) == hidden
+
+
+def test_a_spin_is_measured_out_by_the_clock_of_a_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    clock = timing.CudaClock()
+    clock.begin()
+    before = gpu.host
+    gpu.spin(int(0.01 * clock._cycles_per_s))
+    gpu.wait()
+    assert gpu.host - before == pytest.approx(0.01)
+
+
 def test_a_host_slower_than_the_longest_spin_is_not_tried_again() -> None:
     seen: list[float] = []
     assert timing.hidden_span(lambda spin_s: seen.append(spin_s) or (1.0, False), 1.0) == (1.0, False)

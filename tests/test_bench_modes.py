@@ -245,6 +245,18 @@ def test_the_phase_is_compared_on_the_same_gradients_beside_the_floor(clears: bo
     assert f"floor {floor} bytes a parameter" in "\n".join(phase.lines(found))
 
 
+def test_on_a_gpu_device_and_host_are_told_apart() -> None:
+    """The words and the row of the report for a record as a GPU would give it."""
+    found = {**phase.compare(load("3x50"), 2, "cpu"), "device": "cuda", "kernel_durations": ["torch"]}
+    found |= {"exposed_rounds": {"torch": 1}, "host_ratio": {"median": 16.0, "low": 15.5, "high": 16.5, "count": 2}}
+    text = "\n".join(phase.lines(found))
+    for part in (" on the device: ", " on the host: ", "ratio 16.0 [15.5, 16.5]", "sum of kernel", "in 1 rounds"):
+        assert part in text
+    row = dict(zip(present.PHASE_HEADINGS, present.phase_cells(found), strict=True))
+    assert row["ratio of host"] == "16.0 [15.5, 16.5]"
+    assert row["threads"] == present.MISSING
+
+
 def test_both_recipes_of_the_phase_clear_gradients_or_both_do_not() -> None:
     for clears in (True, False):
         for recipe in phase.RECIPES.values():
