@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def sides_of(workload: Workload, device: str, clears: bool) -> list[Side]:
     values = gradients(workload, DTYPE, device)
     all_params = {name: Parameters(workload, DTYPE, device) for name in RECIPES}
     sides = [
-        Side(name, RECIPES[name](params, clears), before=lambda params=params: params.refill(values))  # type: ignore[misc]
+        Side(name, RECIPES[name](params, clears), before=partial(params.refill, values))
         for name, params in all_params.items()
     ]
     for side in sides:

@@ -159,7 +159,9 @@ def keep(options: argparse.Namespace, found: records.Record, kind: str) -> None:
     """Adds what was found to the file that `--out` names, if it does, as a record of a kind."""
     if options.out is None:
         return
-    path = records.added_to(options.device, kind) if options.out == Path() else options.out
+    path: Path = records.added_to(options.device, kind) if options.out == Path() else options.out
+    if path.is_dir():
+        path /= f"{kind}.jsonl"
     records.add({**records.head(options.device, kind), **found}, path)
     print(f"added to {path}")
 

@@ -27,8 +27,8 @@ class Side:
     """
 
     name: str
-    step: Callable[[], object]
-    before: Callable[[], object] | None = None
+    step: Callable[[], Any]
+    before: Callable[[], Any] | None = None
 
     @property
     def prepares(self) -> bool:

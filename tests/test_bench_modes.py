@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,10 @@ def test_records_of_the_phase_are_kept_beside_the_others_and_shown_with_them(
     ):
         phase.main(words.split())
     reported.main("--workload 3x50 --rounds 2 --out".split())
+    (tmp_path / "other").mkdir()
+    phase.main(f"--workload 3x50 --rounds 2 --out {tmp_path / 'other'}".split())
+    assert len(records.read([tmp_path / "other" / "phase.jsonl"], "phase")) == 1
+    shutil.rmtree(tmp_path / "other")
     kept = sorted(tmp_path.rglob("*.jsonl"))
     folder = kept[0].parent
     assert [path.name[10:] for path in kept] == ["-phase.jsonl", "-reported.jsonl"]
