@@ -118,6 +118,11 @@ class Check:
         """Whether the error is allowed."""
         return self.error <= self.allowed
 
+    @property
+    def fault(self) -> str:
+        """How far it is off, in words."""
+        return f"off by {self.error:.3g} ulp, allowed {self.allowed:.3g}"
+
 
 def _sampled(sizes: Sequence[int]) -> list[Tensor]:
     """Indices into each flat tensor: both ends and a random draw between."""

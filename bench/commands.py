@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,7 @@ from bench.peers import PEERS, Peer
 from bench.profile import profile
 from bench.records import Record
 from bench.run import Runner
+from bench.script import PROGRAMS
 from bench.suites import SUITES, Rows, cases_of, thread_counts
 from bench.timing import Rules
 from bench.train import train
@@ -46,7 +48,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     for name, reason in absent.items():
         console.print(f"not here: {name}: {reason}", style="dim", highlight=False)
     label = "-".join(suites) or "custom"
-    stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label)
+    keep = bool(suites) and not options.quick
+    stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label, keep)
     kept = stem.with_suffix(".jsonl")
     found = measure(cases, peers, _rules(options), options.device, kept, console)
     table.print_run(console, records.by_case(found))
@@ -80,8 +83,8 @@ def _rules(options: argparse.Namespace) -> Rules:
     if options.quick:
         rules = rules.quick()
     if options.budget is not None:
-        if options.budget <= 0:
-            raise ValueError(f"--budget must be positive, got {options.budget}")
+        if not 0 < options.budget < inf:
+            raise ValueError(f"--budget must be a positive number of seconds, got {options.budget}")
         rules = replace(rules, budget_s=options.budget)
     return rules
 
@@ -169,7 +172,7 @@ def show_all(found: Sequence[Record], stem: Path) -> list[Path]:
 
 
 def show_list(options: argparse.Namespace, console: Console) -> int:
-    """Prints workloads, suites and peers."""
+    """Prints workloads, suites, peers, and the programs of their own."""
     sizes = Table(title="Workloads (and COUNTxNUMEL)", title_justify="left")
     for heading, justify in (("name", "left"), ("tensors", "right"), ("elements", "right"), ("what", "left")):
         sizes.add_column(heading, justify=justify)  # type: ignore[arg-type]
@@ -182,7 +185,10 @@ def show_list(options: argparse.Namespace, console: Console) -> int:
     peers = Table("name", f"on {options.device}", title="Peers", title_justify="left")
     for peer in PEERS.values():
         peers.add_row(peer.name, peer.missing(options.device) or "here")
-    for shown in (sizes, suites, peers):
+    programs = Table("command", "what", title="Programs beside these commands", title_justify="left")
+    for name, what in PROGRAMS.items():
+        programs.add_row(f"python -m bench.{name}", what)
+    for shown in (sizes, suites, peers, programs):
         console.print(shown)
     return 0
 
@@ -190,7 +196,7 @@ def show_list(options: argparse.Namespace, console: Console) -> int:
 def make_report(options: argparse.Namespace, console: Console) -> int:
     """Writes report and picture from results."""
     found = records.read(options.results)
-    written = [report.write(found, options.out / "report.html")]
+    written = [report.write(found, options.out / "report.html", records.phases(options.results))]
     figure = plots.picture(records.by_case(found))
     if figure:
         written.append(report.save_png(figure, options.out / "report.png"))
@@ -254,7 +260,7 @@ COMMANDS: dict[str, Command] = {
     "report": make_report,
     "roofline": show_roofline,
     "compare": compare_runs,
-    "gate": lambda options, console: gate(options.device, options.backend, console),
+    "gate": lambda options, console: gate(options.device, options.backend or options.device, console),
     "profile": lambda options, console: profile(options, console),
     "train": lambda options, console: train(options, console),
 }

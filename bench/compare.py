@@ -83,10 +83,10 @@ def compare(old: Sequence[Record], new: Sequence[Record], tolerance: float, cons
     """Prints every change and returns 1 if anything is slower or broken, else 0.
 
     Raises:
-        ValueError: the tolerance is negative, or the runs have nothing in common.
+        ValueError: the tolerance is not from 0 up to below 1, or the runs have nothing in common.
     """
-    if tolerance < 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"--tolerance must be at least 0 and below 1, got {tolerance}")
     found = changes(old, new)
     shown = Table("case", "peer", "speed, new ÷ old", "measured as", "outcome")
     for change in found:

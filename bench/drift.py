@@ -120,7 +120,9 @@ def table(found: Mapping[str, Mapping[str, Any]], marks: Sequence[int]) -> Table
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = script.parser(__doc__, "bench.drift")
-    parser.add_argument("--spread", type=float, default=1.0, metavar="X", help="decades between the sizes of gradients")
+    parser.add_argument(
+        "--spread", type=script.finite, default=1.0, metavar="X", help="decades between the sizes of gradients"
+    )
     parser.add_argument(
         "--marks",
         type=script.count,
@@ -135,7 +137,7 @@ def main(words: list[str] | None = None) -> None:
     chosen = {name: mode for name, mode in ALL_MODES.items() if options.only in name}
     if not chosen:
         parser.error(f"no mode has {options.only} in its name")
-    marks = sorted(options.marks)
+    marks = sorted(set(options.marks))
     found = measure(chosen, marks, spread=options.spread, seed=options.seed)
     Console(width=120).print(table(found, marks))
 

@@ -1,4 +1,4 @@
-"""A short gate for CI: fusedopt against torch fused in one process, on the CPU unless told otherwise.
+"""A short gate for CI: fusedopt against torch fused in one process, on the CPU unless `--device` says otherwise.
 
 Built not to fail by chance: only paired ratios count; a row fails only if the whole interval lies under its
 floor; and it must do so `ATTEMPTS` times in a row. Floors leave room under the targets for busy machines.

@@ -51,6 +51,17 @@ def residency(case: Case, contenders: int, roof_bytes: int, available: int) -> b
     return False if shared + each <= 0.9 * available else None
 
 
+def require(needed: int, device: str) -> None:
+    """Refuses what does not fit, before anything is allocated.
+
+    Raises:
+        ValueError: a device has not so many bytes free.
+    """
+    available = available_bytes(device)
+    if needed > 0.9 * available:
+        raise ValueError(f"needs {needed / 2**30:.1f} GiB of memory on {device}, {available / 2**30:.1f} are free")
+
+
 def state_bytes(optimizer: Any) -> int | None:
     """Bytes of all state tensors, each once, or None where the optimizer keeps no `state` mapping."""
     state = getattr(optimizer, "state", None)

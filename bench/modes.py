@@ -6,15 +6,13 @@
 
 bfloat16 parameters but for the first rows. Bytes are counted in the tensors that the optimizer's state holds; the
 peak is the high-water mark of resident memory while a step runs, above what was resident before it, where 0.00 says
-that nothing is ever held decoded. Ratios of time are medians over the rounds of torch fused float32's time to the
-mode's, the two taking steps in turns. Other libraries are measured where they are installed: none is required.
+that nothing is ever held decoded. Ratios of time are torch fused float32's to the mode's, the two taking turns by the
+rules of bench/timing.py. Other libraries are measured where they are installed: none is required.
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 import fusedopt
-from bench import script
+from bench import memory, present, script, timing
 from bench.memory import peak_bytes, state_bytes
 from bench.peers import HYPER, LEAN, Peer
-from bench.workloads import Workload, load
+from bench.side import Side
+from bench.timing import Rules
+from bench.workloads import Workload
 from fusedopt.blocks import FLOAT8
 
 F32, BF16, I8 = torch.float32, torch.bfloat16, torch.int8
+STATE_BYTES = 12
+"""An element's in states and what is kept beside the parameter, at most: two states and a master in float32."""
 
 
 @dataclass(frozen=True)
@@ -112,52 +114,69 @@ class Case:
         peak = peak_bytes(self.optimizer.step, "cpu")
         return None if peak is None else peak / self.elements
 
-    def seconds(self) -> float:
-        """Of one step."""
-        start = time.perf_counter()
-        self.optimizer.step()
-        return time.perf_counter() - start
+
+def bytes_of(mode: Mode, workload: Workload) -> int:
+    """Parameters, gradients and all that is kept beside them, at most."""
+    return (2 * mode.dtype.itemsize + STATE_BYTES) * workload.elements
+
+
+def interval(base: Case, case: Case, rounds: int) -> str:
+    """The ratio of the base's time to a mode's, in turns."""
+    sides = [Side("base", base.optimizer.step), Side("mode", case.optimizer.step)]
+    found = timing.run_rounds(sides, timing.CpuClock(), Rules().exactly(rounds), "base")
+    return present.interval(vars(timing.bootstrap(timing.paired(found["base"].device, found["mode"].device))))
 
 
 def measure(modes: Sequence[Mode], workload: Workload, rounds: int) -> Iterator[tuple[str, ...]]:
-    """A row of the table for each mode, one after the other; `rounds` of 0 time nothing."""
+    """A row of the table for each mode, one after the other; `rounds` of 0 time nothing.
+
+    Raises:
+        ValueError: what times are compared with does not fit the memory.
+    """
+    if rounds:
+        memory.require(bytes_of(TORCH, workload), "cpu")
     base = Case(TORCH, workload) if rounds else None
     for mode in script.track(modes, len(modes), workload.name):
-        if mode.missing is not None:
-            yield mode.name, "not measured", mode.missing, ""
+        missing = mode.missing or _unfit(mode, workload)
+        if missing is not None:
+            yield mode.name, "not measured", missing, ""
             continue
         case = Case(mode, workload)
         peak = case.peak_per_element()
-        pairs = [(base.seconds(), case.seconds()) for _ in range(rounds)] if base else []
-        ratio = statistics.median(one / other for one, other in pairs) if pairs else None
         yield (
             mode.name,
             f"{case.bytes_per_element():.2f}",
             "not measured" if peak is None else f"{peak:.2f}",
-            "not measured" if ratio is None else f"{ratio:.2f}x",
+            interval(base, case, rounds) if base else "not measured",
         )
         del case
         gc.collect()  # optimizers refer to themselves: the next one needs the memory
 
 
+def _unfit(mode: Mode, workload: Workload) -> str | None:
+    """Why a mode does not fit, or None."""
+    try:
+        memory.require(bytes_of(mode, workload), "cpu")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def main(words: list[str] | None = None) -> None:
     """The command line."""
     parser = script.parser(__doc__, "bench.modes")
-    parser.add_argument("--workload", default="16x1048576", help="COUNTxNUMEL or a name (default: %(default)s)")
+    script.add_workload(parser, "16x1048576")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows with one of these words; left out: all")
     parser.add_argument("--time", action="store_true", help="time steps as well")
-    parser.add_argument("--rounds", type=script.count, default=15, metavar="N", help="turns that are timed")
+    script.add_rounds(parser, 15)
     options = script.parsed(parser, words)
     chosen = [mode for mode in MODES if not options.only or any(word in mode.name for word in options.only)]
     if not chosen:
         parser.error(f"no row has {' or '.join(options.only)} in its name")
-    try:
-        workload = load(options.workload)
-    except ValueError as error:
-        parser.error(str(error))
-    table = Table("mode", "B/parameter", "peak of a step, B/parameter", "time, torch fused float32 to it")
-    for row in measure(chosen, workload, options.rounds if options.time else 0):
-        table.add_row(*row)
+    table = Table("mode", "B/parameter", "peak of a step, B/parameter", "speed against torch fused float32")
+    with script.refusals(parser):
+        for row in measure(chosen, options.workload, options.rounds if options.time else 0):
+            table.add_row(*row)
     Console(width=120).print(table)
 
 

@@ -1,11 +1,12 @@
 """Hardware counters of one step from Nsight Compute, which profiles this file as a program of its own.
 
-ncu … python -m bench.ncu gpt2-124m adamw float32 kept fusedopt-cuda
+    ncu … python -m bench.ncu gpt2-124m adamw float32 kept fusedopt-cuda
+
+Steps of one case, the last of them under the profiler; `python -m bench profile` calls it.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench import timing, workloads
+from bench import script, timing, workloads
 from bench.case import Case
 from bench.contender import Contender, Gradients
 from bench.peers import HYPER, PEERS, Peer
@@ -100,10 +101,9 @@ def parse(output: str) -> list[Kernel]:
     return kernels
 
 
-def main(workload: str, optimizer: str, dtype: str, gradients: str, peer: str) -> None:
+def step_under_profiler(case: Case, peer: Peer) -> None:
     """Steps a few times, then once under the profiler."""
-    case = Case(workload, optimizer, dtype, "cuda", torch.get_num_threads(), gradients)
-    contender = Contender(PEERS[peer], case, Gradients(case), resident=True)
+    contender = Contender(peer, case, Gradients(case), resident=True)
     with contender.present():
         for _ in range(WARMUP):
             contender.prepare()
@@ -116,19 +116,20 @@ def main(workload: str, optimizer: str, dtype: str, gradients: str, peer: str) -
         torch.cuda.profiler.stop()
 
 
-def read_arguments() -> list[str]:
-    """The words of a case and a peer."""
-    parser = argparse.ArgumentParser(
-        prog="ncu ... python -m bench.ncu",
-        description="Steps of one case, the last of them under Nsight Compute; `python -m bench profile` calls it.",
-    )
-    parser.add_argument("workload", help="COUNTxNUMEL or a name")
+def main(words: list[str] | None = None) -> None:
+    """The command line: the words of a case and a peer."""
+    parser = script.parser(__doc__, "bench.ncu", threads=False)
+    parser.add_argument("workload", type=script.workload, help="COUNTxNUMEL or a name")
     parser.add_argument("optimizer", choices=list(HYPER))
     parser.add_argument("dtype", choices=[*workloads.DTYPES, "mixed"])
     parser.add_argument("gradients", choices=timing.GRADIENTS)
     parser.add_argument("peer", choices=list(PEERS), metavar="peer", help="such as fusedopt-cuda or torch-fused")
-    return list(vars(parser.parse_args()).values())
+    parser.set_defaults(device="cuda")
+    options = script.parsed(parser, words)
+    threads = torch.get_num_threads()
+    case = Case(options.workload.name, options.optimizer, options.dtype, "cuda", threads, options.gradients)
+    step_under_profiler(case, PEERS[options.peer])
 
 
 if __name__ == "__main__":
-    main(*read_arguments())
+    main()

@@ -1,19 +1,19 @@
 """The optimizer phase: unscale and check, clip, step, average, clear - torch's best recipe against one fused launch.
 
-Run it as ``python -m bench.phase --workload gpt2-124m``. Both sides and the roof take turns in one process, the sides
-on the same gradients; the ratio is the median over the rounds, with the quartiles. The floor is what must be moved:
-44 bytes a parameter, of which 4 for norm and check, 28 for Adam in float32, 8 for the average, 4 for clearing.
+    python -m bench.phase --workload gpt2-124m
+    python -m bench.phase --device cuda --workload gpt2-1.5b --out
+
+Both sides and the roofs take turns in one process, by the rules of bench/timing.py, the sides on the same gradients;
+before that they must arrive at the same parameters. The floor is what must be moved: 44 bytes a parameter, of which 4
+for norm and check, 28 for Adam in float32, 8 for the average, 4 for clearing. Parameters are float32: torch's scaler
+refuses gradients in float16.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,170 +21,189 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedopt
-from bench import records
-from bench.roofs import roofs_for
-from bench.workloads import load
+from bench import memory, present, roofs, script, timing
+from bench.case import LEARNING_RATES
+from bench.records import Record
+from bench.side import Parameters, Side, gradients
+from bench.timing import Measured, Rules
+from bench.workloads import Workload
 
 DECAY = 0.999
 MAX_NORM = 1.0
-SETTINGS = {"lr": 1e-4, "weight_decay": 0.01}
-FLOOR = 4 + 28 + 8 + 4  # bytes a parameter
+DTYPE = "float32"
+CHECKED_STEPS = 3
+COPIES = 2 * 5 + 2
+"""Of all parameters, at most: parameter, gradient, two states and an average on each side, the gradients to copy from
+and a temporary."""
+
+Step = Callable[[], None]
 
 
-@dataclass
-class Side:
-    """One of the two recipes.
-
-    Attributes:
-        name: of the recipe.
-        run: one optimizer phase.
-        params: what it updates; their gradients keep their memory.
-    """
-
-    name: str
-    run: Callable[[], None]
-    params: list[torch.nn.Parameter]
+def floor_bytes(clears: bool) -> int:
+    """Bytes that a phase has to move for each parameter."""
+    return 4 + 28 + 8 + 4 * clears
 
 
-def make_params(shapes: Sequence[tuple[int, ...]], device: str) -> list[torch.nn.Parameter]:
-    """Parameters of these shapes with gradients, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
-    for param in params:
-        param.grad = torch.empty_like(param)
-    return params
-
-
-def torch_side(params: list[torch.nn.Parameter]) -> Side:
+def torch_step(params: Parameters, clears: bool) -> Step:
     """What torch's documentation puts together, each at its fastest."""
-    device = params[0].device
-    model = torch.nn.ParameterList(params)
-    optimizer = torch.optim.AdamW(params, fused=True, **SETTINGS)
+    device = params.flat[0].device
+    model = torch.nn.ParameterList(params.flat)
+    optimizer = torch.optim.AdamW(params.groups, fused=True, weight_decay=0.01)
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=10**9)
     scaler.scale(torch.zeros((), device=device))  # what a backward pass would have begun with
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
-    def run() -> None:
+    def step() -> None:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        torch.nn.utils.clip_grad_norm_(params.flat, MAX_NORM, foreach=True)
         scaler.step(optimizer)
         scaler.update()
         average.update_parameters(model)
-        optimizer.zero_grad(set_to_none=False)
+        if clears:
+            optimizer.zero_grad(set_to_none=False)
 
-    return Side("torch", run, params)
+    return step
 
 
-def fused_side(params: list[torch.nn.Parameter]) -> Side:
+def fused_step(params: Parameters, clears: bool) -> Step:
     """The same as options of one step."""
-    device = params[0].device
+    device = params.flat[0].device
     optimizer = fusedopt.AdamW(
-        params, max_grad_norm=MAX_NORM, skip_nonfinite=True, ema_decay=DECAY, zero_grads=True, **SETTINGS
+        params.groups,
+        weight_decay=0.01,
+        max_grad_norm=MAX_NORM,
+        skip_nonfinite=True,
+        ema_decay=DECAY,
+        zero_grads=clears,
     )
     scaler = fusedopt.amp.GradScaler(device.type, init_scale=1.0, growth_interval=10**9)
     scaler.scale(torch.zeros((), device=device))
 
-    def run() -> None:
+    def step() -> None:
         scaler.step(optimizer)
         scaler.update()
 
-    return Side("fusedopt", run, params)
+    return step
 
 
-def fill(side: Side, grads: Sequence[Tensor]) -> None:
-    """The gradients that a backward pass would have left."""
-    for param, grad in zip(side.params, grads, strict=False):  # the roof has none
-        if param.grad is not None:
-            param.grad.copy_(grad)
+RECIPES: dict[str, Callable[[Parameters, bool], Step]] = {"torch": torch_step, "fusedopt": fused_step}
 
 
-def roof_side(device: str) -> tuple[Side, int]:
-    """The best of the roofs of `bench.roofs` that is one pass over large buffers, and the bytes that it moves."""
-    roof = next(roof for roof in roofs_for(device, "adamw") if roof.name == "roof-add")
-    return Side("roof", roof.step, []), roof.bytes
-
-
-def measure(sides: Sequence[Side], grads: Sequence[Tensor], rounds: int) -> list[list[float]]:
-    """Seconds of every phase, by round and side; the sides take turns, and so does which is first."""
-    wait = torch.cuda.synchronize if grads[0].is_cuda else lambda: None
-    taken = []
-    for k in range(rounds + 1):
-        row = [0.0] * len(sides)
-        for at in sorted(range(len(sides)), reverse=k % 2 == 1):
-            fill(sides[at], grads)
-            wait()
-            start = time.perf_counter()
-            sides[at].run()
-            wait()
-            row[at] = time.perf_counter() - start
-        taken.append(row)
-    return taken[1:]  # the first makes states
-
-
-def check_equal(sides: Sequence[Side], steps: int) -> None:
+def check_equal(ones: Sequence[Tensor], others: Sequence[Tensor], steps: int) -> None:
     """Fails where the sides did not arrive at the same parameters.
 
     Each rounds a parameter once a step, by half a unit in the last place, and has an update of the size of the learning
     rate with fewer than 64 roundings.
+
+    Raises:
+        AssertionError: they are further apart than that.
     """
-    eps = torch.finfo(torch.float32).eps
-    for one, other in zip(sides[0].params, sides[1].params, strict=True):
-        torch.testing.assert_close(one, other, rtol=steps * eps, atol=steps * 64 * eps * SETTINGS["lr"])
+    eps, rate = torch.finfo(torch.float32).eps, LEARNING_RATES[torch.float32]
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=steps * eps, atol=steps * 64 * eps * rate)
 
 
-def compare(workload: str, threads: int, rounds: int, device: str) -> dict[str, Any]:
-    """Measures one workload: medians in seconds, the ratio with its quartiles, bandwidths in bytes a second."""
-    torch.set_num_threads(threads)
-    shapes = [shape for group in load(workload).groups for shape in group.shapes()]
-    sides = [torch_side(make_params(shapes, device)), fused_side(make_params(shapes, device))]
-    roof, roof_bytes = roof_side(device)
-    grads = [torch.randn_like(param) for param in sides[0].params]
-    taken = measure([*sides, roof], grads, rounds)
-    check_equal(sides, rounds + 1)
-    low, ratio, high = statistics.quantiles([row[0] / row[1] for row in taken], n=4)
-    theirs, ours, bare = (statistics.median(column) for column in zip(*taken, strict=True))
-    elements = sum(param.numel() for param in sides[0].params)
+def sides_of(workload: Workload, device: str, clears: bool) -> list[Side]:
+    """Both recipes, after a few steps that brought them to the same parameters."""
+    values = gradients(workload, DTYPE, device)
+    all_params = {name: Parameters(workload, DTYPE, device) for name in RECIPES}
+    sides = [
+        Side(name, RECIPES[name](params, clears), before=partial(params.refill, values))
+        for name, params in all_params.items()
+    ]
+    for side in sides:
+        for _ in range(CHECKED_STEPS):
+            side.prepare()
+            side.step()
+    check_equal(all_params["torch"].flat, all_params["fusedopt"].flat, CHECKED_STEPS)
+    return sides
+
+
+def compare(workload: Workload, rounds: int, device: str, clears: bool = True) -> Record:
+    """Measures one workload: times with quartiles, ratios of torch's recipe to the launch, and the share of the roof.
+
+    Raises:
+        ValueError: it does not fit the memory, or has parameters of other dtypes.
+    """
+    if any(group.torch_dtype(DTYPE) != torch.float32 for group in workload.groups):
+        raise ValueError(f"{workload.name} has parameters that are not in float32")
+    memory.require(COPIES * workload.bytes_of(DTYPE) + roofs.bytes_of_buffers(device, "adamw"), device)
+    sides = sides_of(workload, device, clears)
+    bounds = roofs.roofs_for(device, "adamw")
+    with script.progress(f"{workload.name}, {rounds} rounds") as show:
+        measured = timing.run_rounds(
+            [*sides, *bounds], timing.clock_for(device), Rules.on(device).exactly(rounds), sides[0].name, show
+        )
+    moved = floor_bytes(clears) * workload.elements
     return {
-        "workload": workload,
-        "threads": threads,
+        "workload": workload.name,
+        "tensors": workload.tensors,
+        "elements": workload.elements,
+        "groups": len(workload.groups),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "clears": clears,
         "rounds": rounds,
-        "seconds": {"torch": theirs, "fusedopt": ours},
-        "ratio": {"median": ratio, "low": low, "high": high},
-        "floor_bytes": FLOOR * elements,
-        "bytes_per_s": FLOOR * elements / ours,
-        "roof_bytes_per_s": roof_bytes / bare,
+        "floor_bytes": moved,
+        **_described({side.name: measured[side.name] for side in sides}),
+        **_beside_roof(measured["fusedopt"], moved, roofs.best_by_round(bounds, measured)),
     }
 
 
-def main() -> None:
-    """Reads the command line, measures, checks that both arrived at the same parameters, and prints."""
-    parser = argparse.ArgumentParser(description="The optimizer phase: torch's best recipe against one fused launch.")
-    parser.add_argument("--workload", default="gpt2-124m", help="COUNTxNUMEL or a name (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns that are measured (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="a JSON lines file that the result is added to")
-    arguments = parser.parse_args()
-    for name in ("threads", "rounds"):
-        if getattr(arguments, name) < (2 if name == "rounds" else 1):
-            parser.error(f"--{name} is {getattr(arguments, name)}: too few")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch finds no GPU")
-    try:
-        load(arguments.workload)
-    except ValueError as error:
-        parser.error(str(error))
-    found = compare(arguments.workload, arguments.threads, arguments.rounds, arguments.device)
-    seconds, ratio = found["seconds"], found["ratio"]
-    share = found["bytes_per_s"] / found["roof_bytes_per_s"]
-    print(f"{arguments.workload}, {arguments.device}, {arguments.threads} threads, {arguments.rounds} rounds:")
-    print(f"  torch's recipe {seconds['torch'] * 1e3:.1f} ms, one fused launch {seconds['fusedopt'] * 1e3:.1f} ms")
-    print(f"  ratio {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-    print(f"  floor {FLOOR} bytes a parameter: {found['bytes_per_s'] / 1e9:.1f} GB/s, {100 * share:.0f} % of the roof")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps({**records.head(arguments.device), **found}) + "\n")
+def _described(measured: dict[str, Measured]) -> dict[str, Any]:
+    """Times on device and host by side, their ratios, and how device time was taken."""
+    theirs, ours = measured["torch"], measured["fusedopt"]
+    return {
+        "seconds": {name: asdict(timing.spread([*each.device.values()])) for name, each in measured.items()},
+        "host_seconds": {name: asdict(timing.spread([*each.host.values()])) for name, each in measured.items()},
+        "ratio": asdict(timing.bootstrap(timing.paired(theirs.device, ours.device))),
+        "host_ratio": asdict(timing.bootstrap(timing.paired(theirs.host, ours.host))),
+        "kernel_durations": [name for name, each in measured.items() if each.by_kernels],
+        "exposed_rounds": {name: each.exposed for name, each in measured.items() if each.exposed},
+    }
+
+
+def _beside_roof(ours: Measured, moved: int, roof: dict[int, float]) -> dict[str, Any]:
+    """The roof, and the share of it that the launch reaches when counted by its floor."""
+    rates = {round_: moved / seconds for round_, seconds in ours.device.items()}
+    return {
+        "roof_bytes_per_s": timing.spread([*roof.values()]).median,
+        "roof_share": asdict(timing.bootstrap(timing.paired(rates, roof))),
+    }
+
+
+def lines(found: Record) -> list[str]:
+    """What was found, in words."""
+    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    cleared = "" if found["clears"] else ", gradients not cleared"
+    told = [f"{found['workload']}, {found['device']}{threads}, {found['rounds']} rounds{cleared}:"]
+    places = {"": ""} if found["device"] == "cpu" else {"": "on the device: ", "host_": "on the host: "}
+    for key, place in places.items():
+        theirs, ours = (present.seconds(found[f"{key}seconds"][name]["median"]) for name in RECIPES)
+        ratio = present.interval(found[f"{key}ratio"])
+        told.append(f"  {place}torch's recipe {theirs}, one fused launch {ours}, ratio {ratio}")
+    rate = found["floor_bytes"] / found["seconds"]["fusedopt"]["median"] / 1e9
+    share = found["roof_share"]["median"]
+    floor = f"floor {floor_bytes(found['clears'])} bytes a parameter"
+    told.append(f"  {floor}: {present.digits(rate)} GB/s, {share:.0%} of the roof")
+    told += [f"  {name}: the device's time is the sum of kernel durations" for name in found["kernel_durations"]]
+    told += [f"  {name}: the device waited for it in {n} rounds" for name, n in found["exposed_rounds"].items()]
+    return told
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    parser = script.parser(__doc__, "bench.phase")
+    script.add_workload(parser, "gpt2-124m")
+    script.add_device(parser)
+    script.add_rounds(parser, 15)
+    parser.add_argument("--keep-gradients", action="store_true", help="leave clearing out, on both sides: 40 bytes")
+    script.add_out(parser)
+    options = script.parsed(parser, words)
+    with script.refusals(parser):
+        found = compare(options.workload, options.rounds, options.device, clears=not options.keep_gradients)
+    print("\n".join(lines(found)))
+    script.keep(options, found, "phase")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from math import ceil
 from typing import Any
 
@@ -32,13 +33,7 @@ TORCH = {
     "torch-fused-graph": "#454b51",
     "torch-compiled": "#8d99a5",
 }
-OTHERS = dict(
-    zip(
-        (name for name in PEERS if name not in {**OURS, **TORCH}),
-        ("#009e73", "#cc79a7", "#7a5195", "#3b7a78", "#6b8e23", "#8c6d31", "#56b4e9", "#b55d60"),
-        strict=True,
-    )
-)
+PALETTE = ("#009e73", "#cc79a7", "#7a5195", "#3b7a78", "#6b8e23", "#8c6d31", "#56b4e9", "#b55d60")
 """Okabe and Ito's palette first, which colour-blind readers can tell apart; greys are torch's own."""
 
 
@@ -60,8 +55,10 @@ STYLE: Any = {
 
 
 def colour(peer: str) -> str:
-    """A peer's colour, the same in every figure."""
-    return {**OURS, **TORCH, **OTHERS}.get(peer, "#222222")
+    """A peer's colour, the same in every figure; with more peers than colours, some share one."""
+    named = {**OURS, **TORCH}
+    others = zip((name for name in PEERS if name not in named), cycle(PALETTE), strict=False)
+    return {**named, **dict(others)}.get(peer, "#222222")
 
 
 def _panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -49,6 +49,12 @@ def digits(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def count(value: float) -> str:
+    """A mean of whole numbers, with a fraction only where it has one: `1`, `1.5`, `1,000`."""
+    text = digits(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def interval(found: Record | None) -> str:
     """A ratio with its interval: `20.1 [19.5, 20.8]`."""
     if not found:
@@ -94,7 +100,7 @@ def cells(record: Record) -> list[str]:
         seconds(record["host_seconds"]["median"]),
         digits(record["bytes_moved"] / record["seconds"]["median"] / 1e9) if roofed else MISSING,
         f"{share['median']:.0%}" if share and roofed else MISSING,
-        MISSING if launches is None else digits(launches).rstrip("0").rstrip("."),
+        MISSING if launches is None else count(launches),
         amount(record.get("state_bytes")),
         amount(record.get("peak_bytes")),
         MISSING if ulp is None else digits(ulp),
@@ -108,9 +114,22 @@ def remarks(records: Sequence[Record]) -> list[tuple[str, str]]:
     for record in records:
         if record["status"] != "ok":
             lines.append((record["status"], f"{record['peer']}: {record['status']}: {record['reason']}"))
-        elif record.get("note"):
-            lines.append(("ok", f"{record['peer']}: {record['note']}"))
+            continue
+        notes = [record.get("note")]
+        if record.get("kernel_durations") and not by_kernels_alone(records):
+            notes.append("time on the device is the sum of kernel durations: its host cannot be hidden behind a spin")
+        if record.get("exposed_rounds"):
+            notes.append(
+                f"in {record['exposed_rounds']} of {record['seconds']['count']} rounds the device waited for it"
+            )
+        lines += [("ok", f"{record['peer']}: {note}") for note in notes if note]
     return lines
+
+
+def by_kernels_alone(records: Sequence[Record]) -> bool:
+    """Whether kernel durations stand for device time throughout a case."""
+    timed = [record for record in records if record["status"] == "ok"]
+    return bool(timed) and all(record.get("kernel_durations") for record in timed)
 
 
 def title(case: Case, records: Sequence[Record]) -> str:
@@ -119,7 +138,40 @@ def title(case: Case, records: Sequence[Record]) -> str:
     size = f"{first['tensors']:,} tensors, {first['elements']:,} elements"
     groups = f" in {first['groups']} groups" if first["groups"] > 1 else ""
     roof = next((r["roof_bytes_per_s"] for r in records if r.get("roof_bytes_per_s")), None)
-    return f"{case.label()}: {size}{groups}" + (f"; roof {digits(roof / 1e9)} GB/s" if roof else "")
+    kernels = "; sums of kernel durations" if by_kernels_alone(records) else ""
+    return f"{case.label()}: {size}{groups}" + (f"; roof {digits(roof / 1e9)} GB/s" if roof else "") + kernels
+
+
+PHASE_HEADINGS = (
+    "workload",
+    "threads",
+    "torch's recipe",
+    "one launch",
+    "ratio",
+    "torch's host",
+    "launch's host",
+    "ratio of host",
+    "of roof",
+    "rounds",
+)
+
+
+def phase_cells(record: Record) -> list[str]:
+    """A row of the optimizer phase under `PHASE_HEADINGS`."""
+    on_cpu = record["device"] == "cpu"
+    times, hosts = (
+        [seconds(record[key][name]["median"]) for name in ("torch", "fusedopt")] for key in ("seconds", "host_seconds")
+    )
+    host = [MISSING] * 3 if on_cpu else [*hosts, interval(record["host_ratio"])]
+    return [
+        record["workload"] + ("" if record["clears"] else ", not cleared"),
+        str(record["threads"]) if on_cpu else MISSING,
+        *times,
+        interval(record["ratio"]),
+        *host,
+        f"{record['roof_share']['median']:.0%}",
+        str(record["rounds"]),
+    ]
 
 
 # ---- who is ahead -----------------------------------------------------------------------------------------

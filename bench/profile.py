@@ -16,11 +16,11 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
 
-from bench import ncu, present, timing, trace
+from bench import memory, ncu, present, timing, trace
 from bench.case import Case
 from bench.contender import Contender, Gradients
 from bench.peers import PEERS, Peer, is_ours
-from bench.roofs import roofs_for
+from bench.roofs import bytes_of_buffers, roofs_for
 from bench.suites import thread_counts
 from bench.timing import Rules
 
@@ -49,6 +49,9 @@ def profile(options: argparse.Namespace, console: Console) -> int:
     dtype = "mixed" if bound else options.dtype
     case = Case(options.workload, options.optimizer, dtype, options.device, threads, options.gradients)
     peers = _peers(options.peer, case)
+    roof_bytes = bytes_of_buffers(case.device, case.optimizer)
+    if memory.residency(case, 1, roof_bytes, memory.available_bytes(case.device)) is None:
+        raise ValueError(f"{case.label()}: does not fit this machine's memory")
     torch.set_num_threads(threads)
     for peer in peers:
         console.rule(f"[bold]{peer.name}[/]: {case.label()}", align="left")

@@ -113,7 +113,7 @@ def main(words: list[str] | None = None) -> None:
         Console(width=140).print(table(model, curves[model]))
     stem = options.out / ("quality-" + "-".join(options.model))
     lines = [
-        {**records.head("cpu"), "model": model, "mode": mode, "seed": seed, **asdict(run)}
+        {**records.head("cpu", "quality"), "model": model, "mode": mode, "seed": seed, **asdict(run)}
         for model, of in curves.items()
         for mode, runs in of.items()
         for seed, run in enumerate(runs)

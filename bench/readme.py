@@ -1,17 +1,18 @@
 """Puts a run's figures into the README, between its benchmark marks, with command, machine and date.
 
-python -m bench.readme bench/results/<machine>/<run>.jsonl
+    python -m bench.readme bench/results/<machine>/<run>.jsonl
+
+Formats are those of the benchmark's own tables; the picture beside the records becomes the README's.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import records
+from bench import present, records, script
 from bench.records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,13 +20,17 @@ START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 PEERS = ("torch-loop", "torch-foreach", "torch-fused", "fusedopt-cpu", "fusedopt-cuda", "fusedopt-triton")
 
 
-def milliseconds(record: Record | None) -> str:
+def time_of(record: Record | None) -> str:
     """A median, or why there is none."""
     if record is None:
         return "not measured"
-    if record["status"] != "ok":
-        return str(record["status"])
-    return f"{float(record['seconds']['median']) * 1e3:.3g} ms"
+    return present.seconds(record["seconds"]["median"]) if record["status"] == "ok" else str(record["status"])
+
+
+def ratio_of(record: Record | None) -> str:
+    """The speed against torch fused, in bold, with its interval."""
+    ratio = (record or {}).get("ratio")
+    return f"**{present.interval(ratio).replace(' ', '×** ', 1)}" if ratio else "not measured"
 
 
 def section(found: Sequence[Record], picture: str, command: str) -> str:
@@ -43,14 +48,9 @@ def section(found: Sequence[Record], picture: str, command: str) -> str:
     ]
     for case, members in grouped.items():
         of = {record["peer"]: record for record in members}
-        ratios = []
-        for peer in ours:
-            ratio = (of.get(peer) or {}).get("ratio")
-            ratios.append(
-                f"**{ratio['median']:.2f}×** ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "not measured"
-            )
         cells = [case.workload, case.optimizer, case.gradients, str(case.threads)]
-        lines.append("| " + " | ".join([*cells, *(milliseconds(of.get(peer)) for peer in peers), *ratios]) + " |")
+        cells += [time_of(of.get(peer)) for peer in peers] + [ratio_of(of.get(peer)) for peer in ours]
+        lines.append(f"| {' | '.join(cells)} |")
     head = found[0]
     where = f"{head['machine']['cpu']}, {head['machine']['cores']} cores"
     if head["machine"].get("gpu"):
@@ -69,22 +69,25 @@ def gpus() -> str:
     return f"Measured too: {', '.join(sorted(found))}." if found else "No GPU has been measured yet."
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script.parser(__doc__, "bench.readme", threads=False)
     parser.add_argument("records", type=Path, help="the JSON lines of a run; its picture lies beside it")
-    parser.add_argument("--command", default="python -m bench", help="what made them")
-    arguments = parser.parse_args()
-    found = records.read([arguments.records])
+    parser.add_argument("--command", default="python -m bench", help="what made them (default: %(default)s)")
+    options = script.parsed(parser, words)
+    with script.refusals(parser):
+        found = records.read([options.records])
+    drawn = options.records.with_suffix(".png")
+    if not drawn.exists():
+        parser.error(f"there is no picture {drawn}")
     picture = ROOT / "docs" / "images" / "benchmark.png"
-    shutil.copy(arguments.records.with_suffix(".png"), picture)
+    shutil.copy(drawn, picture)
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, rest = text.split(START)
     _, after = rest.split(END)
-    readme.write_text(before + section(found, os.path.relpath(picture, ROOT), arguments.command) + after)
-    return 0
+    readme.write_text(before + section(found, os.path.relpath(picture, ROOT), options.command) + after)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,4 +1,7 @@
-"""Results as JSON lines: a record per case and peer, with machine, versions, commit and date."""
+"""Results as JSON lines: a record per case and peer, with machine, versions, commit and date.
+
+Programs beside the main one write records of other kinds, which "kind" tells apart; they may lie beside each other.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,42 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import cache
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.case import Case
+from bench.peers import PEERS
 
 Record = dict[str, Any]
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
+ELSEWHERE = Path("out/bench")
+"""Where runs go that are no results to keep."""
 CASE_KEYS = ("workload", "optimizer", "dtype", "device", "threads", "gradients")
-VERSIONED = (
-    "torch",
-    "triton",
-    "fusedopt",
-    "apex",
-    "deepspeed",
-    "transformer_engine",
-    "bitsandbytes",
-    "torchao",
-    "torch-optimi",
-    "flashoptim",
-)
-"""Packages whose versions are noted where they are installed."""
+PHASE_KEYS = ("workload", "device", "threads", "clears")
+HEAD_KEYS = ("date", "commit", "versions", "machine")
+KEYS = {
+    "step": (*HEAD_KEYS, *CASE_KEYS, "tensors", "elements", "groups", "bytes_moved", "peer", "status"),
+    "phase": (
+        *HEAD_KEYS,
+        *PHASE_KEYS,
+        "rounds",
+        "seconds",
+        "host_seconds",
+        "ratio",
+        "host_ratio",
+        "roof_share",
+    ),
+}
+"""What a record of each kind that is read has at least; one without "kind" is a step's."""
 
 
 # ---- where and what ---------------------------------------------------------------------------------------
@@ -108,9 +118,10 @@ def commit() -> str | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package involved that is installed."""
+    """Versions of Python, torch, Triton, fusedopt and of every peer's package, where they are installed."""
     found = {"python": platform.python_version()}
-    for package in VERSIONED:
+    peers = (peer.distribution or peer.package for peer in PEERS.values())
+    for package in dict.fromkeys(("torch", "triton", "fusedopt", *filter(None, peers))):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -122,10 +133,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def head(device: str) -> Record:
+def head(device: str, kind: str = "step") -> Record:
     """What every record of a run begins with."""
     return {
         "schema": SCHEMA,
+        "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions(),
@@ -155,25 +167,87 @@ def write(records: Iterable[Record], path: Path) -> Path:
     return path
 
 
-def read(paths: Sequence[Path]) -> list[Record]:
-    """Records of one or several files, or of every `.jsonl` file in a folder; "run" is the name of a record's file.
+def add(record: Record, path: Path) -> Path:
+    """Adds a record to a file of JSON lines, making it, and returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+    return path
+
+
+def phases(paths: Sequence[Path]) -> list[Record]:
+    """Records of the optimizer phase, if there are any: of each kind of run the newest, in order.
 
     Raises:
-        ValueError: a path does not exist, holds no record, or has records of another schema.
+        ValueError: see `read`.
+    """
+    newest: dict[tuple[Any, ...], Record] = {}
+    for record in sorted(read(paths, "phase", needed=False), key=lambda record: str(record["date"])):
+        newest[tuple(record[name] for name in PHASE_KEYS)] = record
+    return [newest[which] for which in sorted(newest)]
+
+
+def read(paths: Sequence[Path], kind: str = "step", needed: bool = True) -> list[Record]:
+    """Records of one kind from files, or from every `.jsonl` file in a folder; "run" is the name of a record's file.
+
+    Args:
+        paths: Files and folders.
+        kind: What to read; records of other kinds are passed over.
+        needed: Whether it is an error that there is none.
+
+    Raises:
+        ValueError: a path does not exist or holds no record of the kind, or a line is no record that can be read; the
+            message names the file, and the line.
     """
     records: list[Record] = []
+    others: set[str] = set()
     for path in paths:
         files = sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path]
         if not files or not files[0].exists():
             raise ValueError(f"no results at {path}")
         for file in files:
-            records += [{**json.loads(line), "run": file.stem} for line in file.read_text().splitlines() if line]
-    if not records:
-        raise ValueError(f"no records in {', '.join(map(str, paths))}")
-    for record in records:
-        if record.get("schema") != SCHEMA:
-            raise ValueError(f"a record has schema {record.get('schema')}, this program reads {SCHEMA}")
+            for record in _records_of(file):
+                if record["kind"] == kind:
+                    records.append({**record, "run": file.stem})
+                else:
+                    others.add(record["kind"])
+    if needed and not records:
+        beside = f", only {' and '.join(sorted(others))}" if others else ""
+        raise ValueError(f"no {kind} records in {', '.join(map(str, paths))}{beside}")
     return records
+
+
+def _records_of(file: Path) -> Iterator[Record]:
+    """The records of a file, of whatever kind.
+
+    Raises:
+        ValueError: see `read`.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: no JSON: {error}") from None
+            yield _checked(record, where)
+
+
+def _checked(record: Any, where: str) -> Record:
+    """The record, with its kind, if it has what its kind needs."""
+    if not isinstance(record, dict) or "schema" not in record:
+        raise ValueError(f"{where}: no record of this benchmark: it has no schema")
+    if record["schema"] != SCHEMA:
+        raise ValueError(f"{where}: the record has schema {record['schema']}, this program reads {SCHEMA}")
+    kind = record.get("kind", "step")
+    absent = [name for name in KEYS.get(kind, ()) if name not in record]
+    if absent:
+        raise ValueError(f"{where}: no {kind} record: it has no {', '.join(absent)}")
+    return {**record, "kind": kind}
 
 
 def key(record: Record) -> tuple[Any, ...]:
@@ -207,7 +281,24 @@ def runs_of(records: Iterable[Record]) -> list[Record]:
     return list(first.values())
 
 
-def default_stem(device: str, label: str) -> Path:
-    """`results/<machine>/<date>-<label>`: where a run's files go unless told otherwise."""
-    day = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    return RESULTS / str(machine(device)["name"]) / f"{day}-{label}"
+def added_to(device: str, label: str) -> Path:
+    """The file that a day's records of one program are added to: `bench/results/<machine>/<date>-<label>.jsonl`."""
+    return RESULTS / str(machine(device)["name"]) / f"{_today()}-{label}.jsonl"
+
+
+def _today() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}"
+
+
+def default_stem(device: str, label: str, keep: bool = True) -> Path:
+    """Where a run's files go unless told otherwise, without suffix: a name that no file has.
+
+    Args:
+        device: Device type.
+        label: What was run.
+        keep: Whether it is a result to keep: `bench/results/<machine>/<date>-<label>`. If not, it is under `out/bench`.
+    """
+    folder = RESULTS / str(machine(device)["name"]) if keep else ELSEWHERE
+    name = f"{_today()}-{label}"
+    taken = {path.name.partition(".")[0] for path in folder.glob(f"{name}*")}
+    return folder / next(free for free in chain([name], (f"{name}-{n}" for n in count(2))) if free not in taken)

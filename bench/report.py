@@ -63,19 +63,23 @@ def held_rows(found: Sequence[Record]) -> list[list[str]]:
     ]
 
 
-def render(found: Sequence[Record]) -> str:
+def render(found: Sequence[Record], phases: Sequence[Record] = ()) -> str:
     """The report of some records, as HTML.
+
+    Args:
+        found: Records of steps.
+        phases: Records of the optimizer phase.
 
     Raises:
         ValueError: the records come from more than one machine.
     """
-    machines = {record["machine"]["name"] for record in found}
+    machines = {record["machine"]["name"] for record in (*found, *phases)}
     if len(machines) != 1:
         raise ValueError(f"a report is about one machine, these results are from {', '.join(sorted(machines))}")
     grouped = records.by_case(found)
     drawn = [(heading, draw(grouped)) for heading, draw in plots.FIGURES.items()]
     used = [record for members in grouped.values() for record in members]
-    runs = sorted(records.runs_of(used), key=lambda record: str(record["date"]))
+    runs = sorted(records.runs_of((*used, *phases)), key=lambda record: str(record["date"]))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.globals["amount"] = present.amount
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -84,14 +88,16 @@ def render(found: Sequence[Record]) -> str:
         closing=present.closing(grouped),
         figures=[(heading, _data_url(figure)) for heading, figure in drawn if figure],
         held=held_rows(used),
+        phase_headings=present.PHASE_HEADINGS,
+        phases=[present.phase_cells(record) for record in phases],
         headings=present.HEADINGS,
         cases=[_case_view(case, group) for case, group in grouped.items()],
         tie=timing.TIE,
     )
 
 
-def write(found: Sequence[Record], path: Path) -> Path:
+def write(found: Sequence[Record], path: Path, phases: Sequence[Record] = ()) -> Path:
     """Writes the report and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(found))
+    path.write_text(render(found, phases))
     return path

@@ -1,53 +1,102 @@
 """What a report costs: a step of AdamW with ``report=True`` against one without, in turns in one process.
 
-Run it as ``python -m bench.reported --workload gpt2-124m``. Both sides have parameters and gradients of their own,
-equal at the start; the ratio is the median over the rounds, with the quartiles.
+    python -m bench.reported --workload gpt2-124m
+    python -m bench.reported --workload gpt2-124m --dtype bfloat16 --out
+
+By the rules of bench/timing.py. Both sides have parameters and gradients of their own, equal at the start; before they
+are timed they must arrive at the same bits. A ratio above 1 is what the report costs.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+from dataclasses import asdict
 
 import torch
 
 import fusedopt
-from bench.phase import SETTINGS, Side, make_params, measure
-from bench.workloads import load
+from bench import memory, present, script, timing
+from bench.records import Record
+from bench.side import Parameters, Side, gradients
+from bench.timing import Rules
+from bench.workloads import DTYPES, Workload
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def stepping_side(shapes: list[tuple[int, ...]], dtype: torch.dtype, *, report: bool) -> Side:
-    """A step with or without a report."""
-    params = [torch.nn.Parameter(param.detach().to(dtype)) for param in make_params(shapes, "cpu")]
-    for param in params:
-        param.grad = torch.empty_like(param)
-    optimizer = fusedopt.AdamW(params, report=report, **SETTINGS)
-    return Side("report" if report else "plain", optimizer.step, params)
+CHECKED_STEPS = 3
+COPIES = 2 * 4 + 1
+"""Of all parameters: parameter, gradient and two states on each side, and the gradients to copy from."""
+SIDES = {"plain": False, "report": True}
 
 
-def main() -> None:
-    """Reads the command line, measures, checks that the sides arrived at the same bits, and prints."""
-    parser = argparse.ArgumentParser(description="What a report costs: a step with report=True against one without.")
-    parser.add_argument("--workload", default="gpt2-124m", help="COUNTxNUMEL or a name (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=31, help="turns that are measured (default: %(default)s)")
+def sides_of(workload: Workload, dtype: str, device: str) -> list[Side]:
+    """A step without and one with a report, after a few steps that brought them to the same bits.
+
+    Raises:
+        AssertionError: they did not arrive there.
+    """
+    values = gradients(workload, dtype, device)
+    sides, arrived = [], []
+    for name, report in SIDES.items():
+        params = Parameters(workload, dtype, device)
+        params.refill(values)  # a step leaves gradients as they are
+        side = Side(name, fusedopt.AdamW(params.groups, report=report).step)
+        for _ in range(CHECKED_STEPS):
+            side.step()
+        sides.append(side)
+        arrived.append(params.flat)
+    for one, other in zip(*arrived, strict=True):
+        assert torch.equal(one, other), "the sides did not arrive at the same parameters"
+    return sides
+
+
+def compare(workload: Workload, dtype: str, rounds: int, device: str) -> Record:
+    """Measures one workload: times with quartiles, and the ratios of a reporting step's to a plain one's.
+
+    Raises:
+        ValueError: it does not fit the memory.
+    """
+    memory.require(COPIES * workload.bytes_of(dtype), device)
+    sides = sides_of(workload, dtype, device)
+    with script.progress(f"{workload.name}, {rounds} rounds") as show:
+        measured = timing.run_rounds(
+            sides, timing.clock_for(device), Rules.on(device).exactly(rounds), sides[0].name, show
+        )
+    plain, report = (measured[name] for name in SIDES)
+    return {
+        "workload": workload.name,
+        "dtype": "mixed" if all(group.dtype for group in workload.groups) else dtype,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "seconds": {name: asdict(timing.spread([*measured[name].device.values()])) for name in SIDES},
+        "host_seconds": {name: asdict(timing.spread([*measured[name].host.values()])) for name in SIDES},
+        "ratio": asdict(timing.bootstrap(timing.paired(report.device, plain.device))),
+        "host_ratio": asdict(timing.bootstrap(timing.paired(report.host, plain.host))),
+    }
+
+
+def lines(found: Record) -> list[str]:
+    """What was found, in words."""
+    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    told = [f"{found['workload']}, {found['dtype']}, {found['device']}{threads}, {found['rounds']} rounds:"]
+    places = {"": ""} if found["device"] == "cpu" else {"": "on the device: ", "host_": "on the host: "}
+    for key, place in places.items():
+        plain, report = (present.seconds(found[f"{key}seconds"][name]["median"]) for name in SIDES)
+        told.append(f"  {place}a step {plain}, with a report {report}, ratio {present.interval(found[f'{key}ratio'])}")
+    return told
+
+
+def main(words: list[str] | None = None) -> None:
+    """The command line."""
+    parser = script.parser(__doc__, "bench.reported")
+    script.add_workload(parser, "gpt2-124m")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters (default: %(default)s)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    shapes = [shape for group in load(arguments.workload).groups for shape in group.shapes()]
-    sides = [stepping_side(shapes, DTYPES[arguments.dtype], report=report) for report in (False, True)]
-    grads = [torch.randn_like(param) for param in sides[0].params]
-    taken = measure(sides, grads, arguments.rounds)
-    for one, other in zip(sides[0].params, sides[1].params, strict=True):
-        if not torch.equal(one, other):
-            raise SystemExit("the sides did not arrive at the same parameters")
-    low, ratio, high = statistics.quantiles([row[1] / row[0] for row in taken], n=4)
-    plain, reported = (statistics.median(column) for column in zip(*taken, strict=True))
-    print(f"{arguments.workload}, {arguments.dtype}, {arguments.threads} threads, {arguments.rounds} rounds:")
-    print(f"  a step {plain * 1e3:.1f} ms, with a report {reported * 1e3:.1f} ms")
-    print(f"  ratio {ratio:.3f} ({low:.3f} to {high:.3f})")
+    script.add_device(parser)
+    script.add_rounds(parser, 31)
+    script.add_out(parser)
+    options = script.parsed(parser, words)
+    with script.refusals(parser):
+        found = compare(options.workload, options.dtype, options.rounds, options.device)
+    print("\n".join(lines(found)))
+    script.keep(options, found, "reported")
 
 
 if __name__ == "__main__":

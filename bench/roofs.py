@@ -6,13 +6,14 @@ and a kernel that moves the same streams as the optimizer without its math.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from bench.peers import STATES
+from bench.timing import Measured
 
 ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 """float32 elements of each buffer: far beyond any cache."""
@@ -92,6 +93,15 @@ def roofs_for(device: str, optimizer: str) -> list[Roof]:
     if device == "cpu":
         return [Add("add", buffers)]
     return [Copy("copy", buffers), Add("add", buffers), SameStreams(states, buffers)]
+
+
+def best_by_round(roofs: Sequence[Roof], measured: Mapping[str, Measured]) -> dict[int, float]:
+    """Bytes a second of the best roof in each round."""
+    best: dict[int, float] = {}
+    for roof in roofs:
+        for round_, seconds in measured[roof.name].device.items():
+            best[round_] = max(best.get(round_, 0.0), roof.bytes / seconds)
+    return best
 
 
 def bytes_of_buffers(device: str, optimizer: str) -> int:

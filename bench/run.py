@@ -11,11 +11,11 @@ import torch
 
 from bench import memory, records, timing, trace
 from bench.case import Case
-from bench.check import Accuracy, Check, WorkloadCheck
+from bench.check import Accuracy, WorkloadCheck
 from bench.contender import Contender, Gradients
 from bench.peers import BASELINE, REFERENCE, Peer, is_ours
 from bench.records import Record
-from bench.roofs import Roof, bytes_of_buffers, roofs_for
+from bench.roofs import Roof, best_by_round, bytes_of_buffers, roofs_for
 from bench.timing import Clock, Measured, Rules
 
 Progress = Callable[[str, float], None]
@@ -104,22 +104,26 @@ class _CaseRun:
     def _is_right(self, contender: Contender, check: WorkloadCheck) -> bool:
         """Checks a contender and notes the outcome; a peer that raises is noted as failed."""
         peer, case = contender.peer, self.case
-        dtype = case.shapes.groups[0].torch_dtype(case.dtype)
+        dtypes = dict.fromkeys(group.torch_dtype(case.dtype) for group in case.shapes.groups)
         try:
             contender.build()
             on_workload = check.run(contender)
-            after_100 = self.runner.accuracy.run(peer, case.optimizer, dtype, case.device)
+            after_100 = {
+                f"after 100 steps in {str(dtype).removeprefix('torch.')}": self.runner.accuracy.run(
+                    peer, case.optimizer, dtype, case.device
+                )
+                for dtype in dtypes
+            }
             self._note(peer, **self._costs(contender))
         except Exception as error:  # whatever a peer raises is its result
             self._note(peer, status="failed", reason=f"{type(error).__name__}: {error}".splitlines()[0][:300])
             return False
         if not contender.resident:
             contender.free()
-        self._note(peer, ulps_after_100=_finite(after_100.error), note=on_workload.note)
-        wrong = next(
-            (text for text in map(_wrong, ("on this workload", "after 100 steps"), (on_workload, after_100)) if text),
-            None,
-        )
+        worst = max(check.error for check in after_100.values())
+        self._note(peer, ulps_after_100=_finite(worst), note=on_workload.note)
+        checks = {"on this workload": on_workload, **after_100}
+        wrong = next((f"{where} {check.fault}" for where, check in checks.items() if not check.right), None)
         self._note(peer, status="wrong" if wrong else "ok", reason=wrong)
         return wrong is None
 
@@ -151,7 +155,7 @@ class _CaseRun:
             BASELINE,
             lambda share: self.progress("timing", 0.3 + 0.7 * share),
         )
-        roof = _roof_by_round(roofs, measured)
+        roof = best_by_round(roofs, measured)
         names = [contender.name for contender in contenders]
         best = best_peer({name: measured[name] for name in names})
         for contender in contenders:
@@ -166,8 +170,9 @@ class _CaseRun:
         moved = self.case.bytes_moved
         found: Record = {
             "cache": "cold" if self.case.device == "cuda" else "as left by the step before",
-            "kernel_durations": bool(getattr(self.runner.clock, "kernel_durations", False)),
-            "steps_per_block": mine.steps,
+            "kernel_durations": mine.by_kernels,
+            "exposed_rounds": mine.exposed,
+            "steps_per_block": mine.steps_per_block,
             "samples": [_short(seconds) for seconds in mine.device.values()],
             "seconds": asdict(timing.spread(list(mine.device.values()))),
             "host_seconds": asdict(timing.spread(list(mine.host.values()))),
@@ -208,21 +213,6 @@ def best_peer(measured: dict[str, Measured]) -> str | None:
     """The fastest contender that is not fusedopt, by median device time."""
     times = {name: timing.spread(list(m.device.values())).median for name, m in measured.items() if not is_ours(name)}
     return min(times, key=times.__getitem__) if times else None
-
-
-def _roof_by_round(roofs: Sequence[Roof], measured: dict[str, Measured]) -> dict[int, float]:
-    """Bytes a second of the best roof in each round."""
-    best: dict[int, float] = {}
-    for roof in roofs:
-        for round_, seconds in measured[roof.name].device.items():
-            best[round_] = max(best.get(round_, 0.0), roof.bytes / seconds)
-    return best
-
-
-def _wrong(where: str, check: Check) -> str | None:
-    if check.right:
-        return None
-    return f"{where} off by {check.error:.3g} ulp, allowed {check.allowed:.3g}"
 
 
 def _short(value: float) -> float:

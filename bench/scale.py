@@ -13,11 +13,9 @@ Assumed of a step on every rank, each of which a measurement may refute:
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -26,8 +24,11 @@ from typing import Any
 import torch
 
 import fusedopt
+from bench import script, timing
 from bench.records import RESULTS, machine
 from bench.roofline import LAUNCH_S, MACHINES, predict
+from bench.side import Side
+from bench.timing import Rules
 
 Shape = tuple[int, ...]
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
@@ -256,27 +257,30 @@ def measure(rounds: int) -> dict[str, Host]:
         destroy_process_group()
 
 
+def side_of(name: str, bag: Any) -> Side:
+    """An optimizer's step on a bag, whose gradients are made anew before each."""
+    optimizer = OPTIMIZERS[name](bag.parameters())
+
+    def before() -> None:
+        optimizer.zero_grad()
+        bag().backward()
+
+    return Side(name, optimizer.step, before)
+
+
 def step_times(prepare: Callable[[Bag], Any], count: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a step of so many tensors, by optimizer, in turns."""
-    bags = {name: prepare(Bag(count)) for name in OPTIMIZERS}
-    optimizers = {name: OPTIMIZERS[name](bags[name].parameters()) for name in OPTIMIZERS}
-    times: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    for _ in range(rounds + 2):
-        for name, optimizer in optimizers.items():
-            optimizer.zero_grad()
-            bags[name]().backward()
-            start = time.perf_counter()
-            optimizer.step()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[2:]) for name, found in times.items()}  # the first two build and warm up
+    """Median seconds of a step of so many tensors, by optimizer, in turns, one step each."""
+    sides = [side_of(name, prepare(Bag(count))) for name in OPTIMIZERS]
+    found = timing.run_rounds(sides, timing.CpuClock(), Rules(block_s=0.0).exactly(rounds), None)
+    return {name: timing.spread([*measured.device.values()]).median for name, measured in found.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> None:
     """Measures unless told otherwise, and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.parser(__doc__, "bench.scale", threads=False)
     parser.add_argument("--page", action="store_true", help="write the page from the record, and measure nothing")
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each optimizer")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--rounds", type=script.count, default=15, metavar="N", help="measured steps of each optimizer")
+    options = script.parsed(parser, words)
     if not options.page:
         torch.set_num_threads(1)
         hosts = {name: asdict(host) for name, host in measure(options.rounds).items()}

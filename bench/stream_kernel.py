@@ -31,6 +31,7 @@ def launch(states: int, buffers: list[Tensor]) -> None:
     if states not in (1, 2) or len(buffers) < 2 + states:
         raise ValueError(f"needs 1 or 2 states and 2 buffers more; got states={states}, {len(buffers)} buffers")
     param, grad, state0 = buffers[:3]
-    state1 = buffers[2 + states - 1]
+    state1 = buffers[1 + states]  # with one state it is not touched
     numel = param.numel()
-    stream_kernel[(triton.cdiv(numel, BLOCK),)](param, grad, state0, state1, numel, states, BLOCK, num_warps=WARPS)
+    grid = (triton.cdiv(numel, BLOCK),)
+    stream_kernel[grid](param, grad, state0, state1, numel, states == 2, BLOCK, num_warps=WARPS)

@@ -84,14 +84,12 @@ def thread_counts(device: str, wanted: Sequence[str] = ("1", "all")) -> list[int
         ValueError: a count is neither `all` nor a number from 1 up to the machine's cores.
     """
     everything = torch.get_num_threads()
-    if device == "cuda":
-        return [everything]
     counts = []
     for text in wanted:
         if text != "all" and not (text.isdecimal() and 1 <= int(text) <= everything):
             raise ValueError(f"threads must be `all` or a number from 1 to {everything}, got {text!r}")
         counts.append(everything if text == "all" else int(text))
-    return sorted(set(counts))
+    return [everything] if device == "cuda" else sorted(set(counts))
 
 
 def cases_of(rows: Sequence[Rows], device: str, threads: Sequence[int]) -> list[Case]:

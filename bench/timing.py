@@ -1,5 +1,7 @@
 """Every timing rule of the benchmark. Nothing else in this package reads a clock for a result.
 
+`bench train` alone takes its times from the training loop of `examples/`, which has a clock for each part of a step.
+
 The rules, each with its reason:
 
 * **Rounds.** All contenders of a case are timed in turns, one block of steps each per round; the order
@@ -21,19 +23,23 @@ The rules, each with its reason:
   instead.
 * **On a GPU** host time is what `step()` takes to return with an idle device. Device time is the span between
   two events with the launches queued behind a spinning kernel, so that a slow host does not show in it, and
-  with the L2 cache flushed before (cold). Below `small_device_s` an event is too coarse: there the sum of
-  kernel durations from the profiler (CUPTI) is taken for every contender of the case. The slope over graph
-  replays is recorded beside it (warm).
+  with the L2 cache flushed before (cold). The spin is counted in clock cycles of a device that was kept busy
+  before: an idle one is clocked several times lower. Below `small_device_s` an event is too coarse: there the
+  sum of kernel durations from the profiler (CUPTI) is taken for every contender of the case. It is also taken
+  for a contender that the spin cannot hide, and the table says so: one whose host is slower than the longest
+  spin, that launches more than the device's queue holds, or that waits for the device. That it was hidden is
+  not assumed but seen: the spin still runs when `step()` returns. The slope over graph replays is recorded
+  beside it (warm).
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from typing import Protocol
 
 import numpy as np
@@ -82,6 +88,10 @@ class Rules:
     def on(device: str) -> Rules:
         """The rules for a device type: a GPU's times vary less, and its profiler takes long to start."""
         return Rules(budget_s=5.0, min_rounds=5, max_steps=20) if device == "cuda" else Rules()
+
+    def exactly(self, rounds: int) -> Rules:
+        """The same rules with so many rounds, and everyone in each: for programs that compare a few sides."""
+        return replace(self, budget_s=0.0, min_rounds=rounds, max_rounds=rounds, slow_factor=inf)
 
     def quick(self) -> Rules:
         """The same rules with fewer rounds, for a first look: intervals get wide."""
@@ -171,17 +181,31 @@ class Timed(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one step, averaged over a block: on the device, and on the host until the call returned."""
+    """Seconds of one step, averaged over a block: on the device, and on the host until the call returned.
+
+    Attributes:
+        seconds: On the device.
+        host_seconds: On the host.
+        hidden: Whether no time that the device waited for the host is in `seconds`.
+    """
 
     seconds: float
     host_seconds: float
+    hidden: bool = True
 
 
 class Clock(Protocol):
     """Times blocks of steps on one kind of device."""
 
-    def measure(self, timed: Timed, steps: int) -> Sample:
-        """Average seconds of `steps` steps."""
+    @property
+    def sums_kernels(self) -> bool:
+        """Whether it can take the sum of kernel durations for device time."""
+
+    def begin(self) -> None:
+        """Called before the contenders of a case are timed."""
+
+    def measure(self, timed: Timed, steps: int, by_kernels: bool) -> Sample:
+        """Average seconds of `steps` steps; `by_kernels`: device time is the sum of kernel durations."""
 
 
 @contextmanager
@@ -211,7 +235,12 @@ def _host_seconds(timed: Timed, steps: int, settle: Callable[[], None] = lambda:
 class CpuClock:
     """Wall time. A CPU step has ended when it returns, so device and host time are the same."""
 
-    def measure(self, timed: Timed, steps: int) -> Sample:
+    sums_kernels = False
+
+    def begin(self) -> None:
+        """Nothing to do."""
+
+    def measure(self, timed: Timed, steps: int, by_kernels: bool = False) -> Sample:
         """Average seconds of `steps` steps; in one piece where nothing has to be prepared between them."""
         if timed.prepares:
             seconds = _host_seconds(timed, steps)
@@ -234,45 +263,76 @@ def event_seconds(work: Callable[[], None]) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-class CudaClock:
-    """Device time by events, or by kernel durations where `kernel_durations` is set; host time beside it."""
+LONGEST_SPIN_S = 0.1
+"""What takes the host longer is not worth hiding: the device would spin longer than it works."""
 
-    LONGEST_SPIN_S = 0.1
+
+def hidden_span(span: Callable[[float], tuple[float, bool]], host_s: float, tries: int = 3) -> tuple[float, bool]:
+    """Device seconds of a step that is queued behind a spin, and whether the spin outlasted the host's work.
+
+    Args:
+        span: Given the seconds to spin, steps once and returns both.
+        host_s: What the host needs, as measured; now and then it is held up and needs more.
+        tries: How often to try, with longer and longer spins.
+    """
+    spin_s = 2 * host_s + 50e-6
+    for _ in range(tries):
+        seconds, hidden = span(min(spin_s, LONGEST_SPIN_S))
+        if hidden or spin_s >= LONGEST_SPIN_S:
+            break
+        spin_s *= 4
+    return seconds, hidden
+
+
+class CudaClock:
+    """Device time by events or by kernel durations; host time beside it."""
+
+    sums_kernels = True
+
+    BUSY_S = 0.5
+    """How long the device is kept busy before its clock rate is taken."""
 
     def __init__(self) -> None:
-        self.kernel_durations = False
         l2_bytes = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
         self._flush = torch.empty(max(4 * l2_bytes, 2**28), dtype=torch.int8, device="cuda")
-        self._cycles_per_s = self._calibrate_spin()
+        self._cycles_per_s = 1e9
 
-    @staticmethod
-    def _calibrate_spin(cycles: int = 10_000_000) -> float:
-        torch.cuda._sleep(cycles)
-        return cycles / event_seconds(lambda: torch.cuda._sleep(cycles))
+    def begin(self) -> None:
+        """Brings the device to the clock rate that it has under load, and finds how long a cycle lasts there."""
+        start = time.perf_counter()
+        while time.perf_counter() - start < self.BUSY_S:
+            for _ in range(20):
+                self.flush()
+            torch.cuda.synchronize()
+        cycles = 10_000_000
+        self._cycles_per_s = max(cycles / event_seconds(lambda: torch.cuda._sleep(cycles)) for _ in range(3))
 
     def flush(self) -> None:
         """Overwrites the L2 cache."""
         self._flush.zero_()
 
-    def measure(self, timed: Timed, steps: int) -> Sample:
+    def measure(self, timed: Timed, steps: int, by_kernels: bool) -> Sample:
         """Average host seconds of `steps` steps, then device seconds of as many more."""
         host = _host_seconds(timed, steps, torch.cuda.synchronize)
         torch.cuda.synchronize()
-        if self.kernel_durations:
+        if by_kernels:
             return Sample(kernels_of(timed, steps, self.flush).seconds, host)
-        return Sample(self._span(timed, steps, host), host)
-
-    def _span(self, timed: Timed, steps: int, host: float) -> float:
-        """Seconds between events around a step, queued behind a spin that outlasts the host's work."""
-        spin = int(min(2 * host + 50e-6, self.LONGEST_SPIN_S) * self._cycles_per_s)
-        total = 0.0
         with _no_garbage_collection():
-            for _ in range(steps):
-                timed.prepare()
-                self.flush()
-                torch.cuda._sleep(spin)
-                total += event_seconds(timed.step)
-        return total / steps
+            spans = [hidden_span(lambda spin_s: self._span(timed, spin_s), host) for _ in range(steps)]
+        return Sample(sum(seconds for seconds, _ in spans) / steps, host, all(hidden for _, hidden in spans))
+
+    def _span(self, timed: Timed, spin_s: float) -> tuple[float, bool]:
+        """Seconds between events around a step behind a spin, and whether the spin still ran when it was queued."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        timed.prepare()
+        self.flush()
+        torch.cuda._sleep(int(spin_s * self._cycles_per_s))
+        start.record()
+        timed.step()
+        hidden = not start.query()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3, hidden
 
 
 def clock_for(device: str) -> Clock:
@@ -309,10 +369,21 @@ def graph_replay_seconds(step: Callable[[], None], replays: int = 20) -> float:
 
 @dataclass
 class Measured:
-    """What the rounds gave for one contender: seconds per step by number of round."""
+    """What the rounds gave for one contender.
 
-    steps: int
+    Attributes:
+        steps_per_block: Steps that each time is the mean of.
+        stride: It is in every so many rounds.
+        by_kernels: Whether its device time is the sum of kernel durations.
+        exposed: Rounds in which its device time holds time that the device waited for the host.
+        device: Seconds of a step on the device, by number of round.
+        host: Seconds of a step on the host, by number of round.
+    """
+
+    steps_per_block: int
     stride: int
+    by_kernels: bool = False
+    exposed: int = 0
     device: dict[int, float] = field(default_factory=dict)
     host: dict[int, float] = field(default_factory=dict)
 
@@ -342,6 +413,7 @@ def run_rounds(
     """
     if not contenders:
         return {}
+    clock.begin()
     plans = _plan(contenders, clock, rules, baseline)
     rounds_needed = max(1 + (plan.needed(rules) - 1) * plan.stride for plan in plans.values())
     start = time.perf_counter()
@@ -364,23 +436,34 @@ def _plan(contenders: Sequence[Timed], clock: Clock, rules: Rules, baseline: str
     first: dict[str, Sample] = {}
     for timed in contenders:
         with timed.present():
-            first[timed.name] = clock.measure(timed, 1)
+            first[timed.name] = clock.measure(timed, 1, False)
             if first[timed.name].host_seconds < LONG_STEP_S:
                 for _ in range(rules.warmup):
                     timed.prepare()
                     timed.step()
-                first[timed.name] = clock.measure(timed, 1)
-    if isinstance(clock, CudaClock):
-        clock.kernel_durations = min(sample.seconds for sample in first.values()) < rules.small_device_s
+                first[timed.name] = clock.measure(timed, 1, False)
+    by_kernels = told_by_kernels(first, rules) if clock.sums_kernels else set()
     longest = {name: max(sample.seconds, sample.host_seconds) for name, sample in first.items()}
     reference = longest.get(baseline or "", longest[contenders[0].name])
     return {
         name: Measured(
-            steps=max(1, min(rules.max_steps, ceil(rules.block_s / seconds))),
+            steps_per_block=max(1, min(rules.max_steps, ceil(rules.block_s / seconds))),
             stride=max(1, min(rules.max_stride, ceil(seconds / (rules.slow_factor * reference)))),
+            by_kernels=name in by_kernels,
         )
         for name, seconds in longest.items()
     }
+
+
+def told_by_kernels(first: Mapping[str, Sample], rules: Rules) -> set[str]:
+    """Contenders whose device time is the sum of kernel durations.
+
+    All of them where an event is too coarse for the fastest, as only like is to be compared with like; else those
+    whose host cannot be hidden.
+    """
+    if min(sample.seconds for sample in first.values()) < rules.small_device_s:
+        return set(first)
+    return {name for name, sample in first.items() if not sample.hidden}
 
 
 def _order(contenders: Sequence[Timed], round_: int) -> list[Timed]:
@@ -392,9 +475,10 @@ def _order(contenders: Sequence[Timed], round_: int) -> list[Timed]:
 
 def _time_block(timed: Timed, clock: Clock, round_: int, plan: Measured) -> None:
     with timed.present():
-        if plan.steps > 1:
+        if plan.steps_per_block > 1:
             timed.prepare()
             timed.step()
-        sample = clock.measure(timed, plan.steps)
+        sample = clock.measure(timed, plan.steps_per_block, plan.by_kernels)
     plan.device[round_] = sample.seconds
     plan.host[round_] = sample.host_seconds
+    plan.exposed += not sample.hidden

@@ -173,7 +173,9 @@ def train(options: argparse.Namespace, console: Console) -> int:
         console.print(result_table(plan, goal, rows))
         drawn[name] = (goal, results, rows)
         threads = torch.get_num_threads()
-        lines.append({**records.head(options.device), "model": name, "goal": goal, "threads": threads, "runs": rows})
+        lines.append(
+            {**records.head(options.device, "train"), "model": name, "goal": goal, "threads": threads, "runs": rows}
+        )
     label = "train-" + "-".join(options.model)
     stem = options.out / f"bench-{label}" if options.out else records.default_stem(options.device, label)
     written = [

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import permutations
@@ -21,7 +26,6 @@ from bench import (
     commands,
     digits,
     ncu,
-    phase,
     plots,
     present,
     records,
@@ -115,7 +119,7 @@ def test_the_hard_lists_are_hard_in_the_way_they_say() -> None:
     assert len(list(workloads.load("moe-2b").groups[0].shapes())) > 24 * 8 * 3
 
 
-@pytest.mark.parametrize("name", ["nonsense", "0x16", "12x"])
+@pytest.mark.parametrize("name", ["nonsense", "0x16", "5x0", "12x"])
 def test_an_unknown_workload_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name))):
         workloads.load(name)
@@ -149,10 +153,11 @@ def test_the_main_suite_is_the_main_job() -> None:
     assert not SUITES["main"].invites("bitsandbytes")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("wanted", ["0", "-1", "many", "100000"])
-def test_a_bad_thread_count_is_refused(wanted: str) -> None:
+def test_a_bad_thread_count_is_refused(wanted: str, device: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(wanted))):
-        thread_counts("cpu", [wanted])
+        thread_counts(device, [wanted])
 
 
 # ---- statistics -------------------------------------------------------------------------------------------
@@ -217,19 +222,27 @@ class Scripted:
 
 
 class ScriptedClock:
-    def __init__(self) -> None:
-        self.order: list[str] = []
+    sums_kernels = True
 
-    def measure(self, timed: Any, steps: int) -> Sample:
+    def __init__(self, exposed: tuple[str, ...] = ()) -> None:
+        self.order: list[str] = []
+        self.by_kernels: set[str] = set()
+        self.exposed = exposed
+
+    def begin(self) -> None:
+        self.order.clear()
+
+    def measure(self, timed: Any, steps: int, by_kernels: bool) -> Sample:
         self.order.append(timed.name)
-        return Sample(timed.seconds, timed.seconds / 2)
+        self.by_kernels |= {timed.name} if by_kernels else set()
+        return Sample(timed.seconds, timed.seconds / 2, by_kernels or timed.name not in self.exposed)
 
 
 def test_rounds_time_everyone_in_turns_and_slow_ones_less_often() -> None:
     clock = ScriptedClock()
     contenders = [Scripted("base", 1.0), Scripted("fast", 0.1), Scripted("slow", 7.0)]
     rules = Rules(budget_s=0.0, min_rounds=6, max_rounds=40, slow_factor=3.0)
-    found = timing.run_rounds(contenders, clock, rules, "base")  # type: ignore[arg-type]
+    found = timing.run_rounds(contenders, clock, rules, "base")
     assert (found["base"].stride, found["fast"].stride, found["slow"].stride) == (1, 1, 3)
     assert len(found["base"].device) == len(found["fast"].device) == 6
     assert list(found["slow"].device) == [0, 3]
@@ -240,16 +253,178 @@ def test_everyone_is_first_in_some_rounds_and_last_in_others() -> None:
     clock = ScriptedClock()
     names = ["a", "b", "c"]
     rules = Rules(budget_s=0.0, min_rounds=6)
-    timing.run_rounds([Scripted(name, 1.0) for name in names], clock, rules, None)  # type: ignore[arg-type]
+    timing.run_rounds([Scripted(name, 1.0) for name in names], clock, rules, None)
     rounds = [clock.order[start : start + 3] for start in range(3, 21, 3)]  # after one each to plan by
     assert sorted(rounds) == sorted(map(list, permutations(names)))
 
 
 def test_blocks_are_long_enough_and_warmed() -> None:
     fast = Scripted("fast", 0.001)
-    found = timing.run_rounds([fast], ScriptedClock(), Rules(budget_s=0, min_rounds=2, block_s=0.02), None)  # type: ignore[arg-type]
-    assert found["fast"].steps == 20
+    found = timing.run_rounds([fast], ScriptedClock(), Rules(budget_s=0, min_rounds=2, block_s=0.02), None)
+    assert found["fast"].steps_per_block == 20
     assert fast.log.count("step") == 1 + 2, "one warm-up, and one step before each of the two blocks"
+
+
+@pytest.mark.parametrize(
+    ("fast", "exposed", "expected"),
+    [
+        (1e-3, (), set()),
+        (1e-3, ("slow",), {"slow"}),
+        (50e-6, (), {"fast", "slow"}),
+        (50e-6, ("slow",), {"fast", "slow"}),
+    ],
+)
+def test_kernel_durations_are_taken_where_events_are_too_coarse_or_a_host_shows(
+    fast: float, exposed: tuple[str, ...], expected: set[str]
+) -> None:
+    clock = ScriptedClock(exposed)
+    contenders = [Scripted("fast", fast), Scripted("slow", 2e-3)]
+    found = timing.run_rounds(contenders, clock, SHORT, None)
+    assert {name for name, measured in found.items() if measured.by_kernels} == clock.by_kernels == expected
+    assert not any(measured.exposed for measured in found.values())
+
+
+def test_a_clock_without_kernels_takes_none() -> None:
+    clock = ScriptedClock(("slow",))
+    clock.sums_kernels = False
+    found = timing.run_rounds([Scripted("slow", 1e-6)], clock, SHORT, None)["slow"]
+    assert not found.by_kernels
+    assert found.exposed == len(found.device) == 2
+
+
+SPANS = {
+    "a host as fast as it was": ([True], [2.05e-3]),
+    "held up once": ([False, True], [2.05e-3, 8.2e-3]),
+    "held up until the spin is the longest": ([False, False, False], [2.05e-3, 8.2e-3, 32.8e-3]),
+}
+
+
+@pytest.mark.parametrize("what", SPANS)
+def test_a_span_is_tried_again_behind_a_longer_spin(what: str) -> None:
+    outcomes, spins = SPANS[what]
+    seen: list[float] = []
+
+    def span(spin_s: float) -> tuple[float, bool]:
+        seen.append(spin_s)
+        return float(len(seen)), outcomes[len(seen) - 1]
+
+    assert timing.hidden_span(span, 1e-3) == (float(len(spins)), outcomes[-1])
+    assert seen == pytest.approx(spins)
+
+
+class FakeGpu:
+    """A GPU in virtual time, which does what is queued in order, and a host beside it.
+
+    Clocked at 345 MHz until it has worked for 0.2 s, then at 1,980.
+    """
+
+    QUEUE = 1000
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.device = self.worked = 0.0
+        self.spun = 0.0
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.spin)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda at: SimpleNamespace(L2_cache_size=50 * 2**20))
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(zero_=lambda: self.work(100e-6)))
+
+    def work(self, seconds: float) -> None:
+        self.device = max(self.device, self.host) + seconds
+        self.worked += seconds
+
+    def spin(self, cycles: int) -> None:
+        self.work(cycles / (345e6 if self.worked < 0.2 else 1980e6))
+        self.spun = self.device
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+
+class FakeEvent:
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at = max(self.gpu.device, self.gpu.host)
+
+    def query(self) -> bool:
+        return self.gpu.host >= self.at
+
+    def synchronize(self) -> None:
+        self.gpu.wait()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class OnFakeGpu(Scripted):
+    """Launches 1 µs of work each, the host between them taking its time; a full queue makes it wait."""
+
+    def __init__(self, gpu: FakeGpu, launches: int, host_s: float) -> None:
+        super().__init__("fake", 0.0)
+        self.gpu, self.launches, self.host_s = gpu, launches, host_s
+
+    def step(self) -> None:
+        for launch in range(self.launches):
+            if launch >= self.gpu.QUEUE:
+                self.gpu.host = max(self.gpu.host, self.gpu.spun)
+            self.gpu.host += self.host_s / self.launches
+            self.gpu.work(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("launches", "host_s", "hidden"),
+    [(1, 5e-6, True), (500, 10e-3, True), (500, 45e-3, True), (500, 200e-3, False), (5000, 10e-3, False)],
+)
+def test_a_span_on_a_gpu_has_no_host_time_in_it_or_is_known_to(
+    launches: int, host_s: float, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a short step, one near the longest spin, one beyond it, and one of more launches than are queued."""
+    gpu = FakeGpu(monkeypatch)
+    clock = timing.CudaClock()
+    clock.begin()
+    found = clock.measure(OnFakeGpu(gpu, launches, host_s), 3, by_kernels=False)
+    assert found.host_seconds == pytest.approx(host_s)
+    assert found.hidden is hidden
+    assert (found.seconds == pytest.approx(launches * 1e-6)) == hidden
+
+
+def test_a_spin_is_measured_out_by_the_clock_of_a_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    clock = timing.CudaClock()
+    clock.begin()
+    before = gpu.host
+    gpu.spin(int(0.01 * clock._cycles_per_s))
+    gpu.wait()
+    assert gpu.host - before == pytest.approx(0.01)
+
+
+def test_a_host_slower_than_the_longest_spin_is_not_tried_again() -> None:
+    seen: list[float] = []
+    assert timing.hidden_span(lambda spin_s: seen.append(spin_s) or (1.0, False), 1.0) == (1.0, False)
+    assert seen == [timing.LONGEST_SPIN_S]
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ([{"kernel_durations": True}, {}], "sum of kernel durations"),
+        ([{"exposed_rounds": 2}, {}], "in 2 of 5 rounds the device waited for it"),
+        ([{"kernel_durations": True}] * 2, ""),
+        ([{}, {}], ""),
+    ],
+)
+def test_a_table_says_how_device_time_was_taken(fields: list[Record], word: str) -> None:
+    timed = [record for record in CANNED if record["status"] == "ok"][:2]
+    found = [{**record, **more} for record, more in zip(timed, fields, strict=True)]
+    lines = [line for _, line in present.remarks(found)]
+    assert all(line.startswith(f"{timed[0]['peer']}: ") and word in line for line in lines)
+    assert bool(lines) == bool(word)
+    both = all(field.get("kernel_durations") for field in fields)
+    assert present.title(records.case_of(timed[0]), found).endswith("; sums of kernel durations") == both
 
 
 def test_the_cpu_clock_leaves_preparation_out() -> None:
@@ -426,6 +601,32 @@ def test_groups_with_their_own_rates_and_dtypes_are_checked_each_by_its_own(
     assert WorkloadCheck(case).run(made).right
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_peer_that_is_wrong_in_one_dtype_of_a_mixed_workload_is_wrong(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 100 steps, of which three on the workload itself show nothing."""
+    small = replace(workloads.load("mixed-dtypes"), groups=tuple(
+        replace(group, runs=((2, (50,)),)) for group in workloads.load("mixed-dtypes").groups
+    ))  # fmt: skip
+    monkeypatch.setattr(workloads, "load", lambda name: small)
+
+    class LateFault(Spoiled):
+        """Off from the 50th step on, in one dtype."""
+
+        def step(self) -> None:
+            self.taken = getattr(self, "taken", 0) + 1
+            self.optimizer.step()
+            for param in self.params:
+                if self.taken == 50 and param.dtype == workloads.DTYPES[dtype]:
+                    param.data += 1.0
+
+    peer = Peer("late", lambda groups, hyper: LateFault(groups, hyper, lambda params: None))
+    found = run_case(Case("mixed-dtypes", "adamw", "mixed"), peer)["late"]
+    assert found["status"] == "wrong"
+    assert found["reason"].startswith(f"after 100 steps in {dtype} off by ")
+
+
 def test_writing_into_the_gradients_is_noticed_and_not_held_against_the_result() -> None:
     peer = spoiled(lambda params: [p.grad.mul_(0.5) for p in params if p.grad is not None] and None)
     found = run_case(Case("3x50", "adamw"), peer)["spoiled"]
@@ -497,6 +698,19 @@ def test_every_peer_is_either_here_or_has_a_reason(name: str) -> None:
     assert reason is None or reason.strip()
 
 
+def test_versions_are_noted_of_every_peers_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the names that it is installed by: a new peer needs no second place to be named in."""
+    monkeypatch.setitem(PEERS, "new", Peer("new", make, package="yaml", distribution="numpy"))
+    records.versions.cache_clear()
+    try:
+        found = records.versions()
+    finally:
+        records.versions.cache_clear()
+    assert list(found)[:2] == ["python", "torch"]
+    assert "numpy" in found
+    assert PEERS["optimi"].distribution == "torch-optimi"
+
+
 def test_choosing_peers_names_the_unknown() -> None:
     with pytest.raises(ValueError, match="'nobody'"):
         commands.choose_peers(["nobody"], "cpu")
@@ -544,6 +758,15 @@ def test_compare_fails_when_a_result_became_wrong(tmp_path: Path) -> None:
     records.write(CANNED, old)
     records.write(broken, new)
     assert main(["compare", str(old), str(new)]) == 1
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-0.1", "1", "inf"])
+def test_a_tolerance_that_lets_everything_pass_is_bad_input(
+    tolerance: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = records.write(CANNED, tmp_path / "run.jsonl")
+    assert main(["compare", str(path), str(path), "--tolerance", tolerance]) == 2
+    assert f"--tolerance must be at least 0 and below 1, got {float(tolerance)}" in capsys.readouterr().err
 
 
 def test_compare_of_runs_without_common_cases_is_bad_input(tmp_path: Path) -> None:
@@ -609,6 +832,25 @@ def test_a_gate_that_cannot_run_is_bad_input() -> None:
     assert main(["gate", "--backend", "triton", "--device", "cpu"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "device", "backend"),
+    [
+        ([], "cpu", "cpu"),
+        (["--device", "cuda"], "cuda", "cuda"),
+        (["--device", "cuda", "--backend", "triton"], "cuda", "triton"),
+    ],
+)
+def test_the_gate_is_on_the_cpu_unless_told_and_its_backend_is_the_devices(
+    words: list[str], device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is a GPU."""
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(commands, "gate", lambda *found: seen.append(found[:2]) or 0)
+    assert main(["gate", *words]) == 0
+    assert seen == [(device, backend)]
+
+
 # ---- showing ----------------------------------------------------------------------------------------------
 
 
@@ -655,6 +897,14 @@ def curve_records() -> list[Record]:
     return found
 
 
+def test_every_peer_has_a_colour_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {name: plots.colour(name) for name in PEERS}
+    for number in range(20):
+        monkeypatch.setitem(PEERS, f"new-{number}", Peer(f"new-{number}", make))
+    assert {name: plots.colour(name) for name in known} == known
+    assert plots.colour("new-19") in plots.PALETTE
+
+
 @pytest.mark.parametrize("heading", plots.FIGURES)
 def test_every_figure_can_be_drawn(heading: str) -> None:
     figure = plots.FIGURES[heading](records.by_case(curve_records()))
@@ -664,7 +914,7 @@ def test_every_figure_can_be_drawn(heading: str) -> None:
 
 
 def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
-    kept = [{**record, "run": "x"} for record in CANNED]
+    kept = [{**record, "kind": "step", "run": "x"} for record in CANNED]
     assert records.read([records.write(CANNED, tmp_path / "deep" / "x.jsonl")]) == kept
     assert records.read([tmp_path]) == kept
 
@@ -679,10 +929,75 @@ def test_a_case_has_the_peers_of_one_run_the_newest() -> None:
     assert [record["run"] for record in records.runs_of(found)] == list(runs)
 
 
-def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
-    path = records.write([{**CANNED[0], "schema": 99}], tmp_path / "x.jsonl")
-    with pytest.raises(ValueError, match="99"):
+SECOND_LINES = {
+    "no JSON": ("a step 3.5 ms", "no JSON: Expecting value"),
+    "half a line": ('{"schema": 1, "date"', "no JSON: Expecting"),
+    "another schema": (json.dumps({**CANNED[0], "schema": 99}), "the record has schema 99, this program reads 1"),
+    "no object": ("[1, 2]", "no record of this benchmark: it has no schema"),
+    "another program's": ('{"step": 3}', "no record of this benchmark: it has no schema"),
+    "no step": (
+        '{"schema": 1, "model": "charlm"}',
+        "no step record: it has no date, commit, versions, machine, workload",
+    ),
+    "a part of a phase": ('{"schema": 1, "kind": "phase", "date": ""}', "no phase record: it has no commit"),
+}
+
+
+@pytest.mark.parametrize("what", SECOND_LINES)
+def test_a_line_that_is_no_record_is_refused_by_file_and_number(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line, message = SECOND_LINES[what]
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(CANNED[0]) + "\n" + line + "\n")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert f"python -m bench: {path}, line 2: {message}" in capsys.readouterr().err
+
+
+def test_what_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match=r"x\.jsonl is no text"):
         records.read([path])
+
+
+def test_records_of_other_kinds_lie_beside_without_being_read(tmp_path: Path) -> None:
+    records.write(CANNED, tmp_path / "run.jsonl")
+    quality = records.write([{**records.head("cpu", "quality"), "model": "charlm"}], tmp_path / "quality.jsonl")
+    assert len(records.read([tmp_path])) == len(CANNED)
+    assert len(records.read([tmp_path], "quality")) == 1
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    with pytest.raises(ValueError, match=r"no step records in .*, only quality"):
+        records.read([quality])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_no_run_takes_the_name_of_another(keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "ELSEWHERE", tmp_path / "elsewhere")
+    names = []
+    for suffix in (".jsonl", ".png", ".jsonl"):
+        stem = records.default_stem("cpu", "main", keep)
+        records.write([], stem.with_suffix(suffix))
+        names.append(stem.name[10:])
+    assert names == ["-main", "-main-2", "-main-3"]
+    assert records.default_stem("cpu", "main-2", keep).name[10:] == "-main-2-2"
+    assert (stem.parent == tmp_path / "elsewhere") == (not keep)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"), [(["--suite", "main"], True), (["--quick"], False), (["--workload", "2x2"], False)]
+)
+def test_only_whole_runs_of_suites_go_to_the_kept_results(
+    words: list[str], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(records, "ELSEWHERE", tmp_path)
+    monkeypatch.setattr(commands, "measure", lambda *given: written.append(given[4]) or CANNED)
+    monkeypatch.setattr(commands, "show_all", lambda found, stem: [])
+    assert main([*words, "--device", "cpu"]) == 0
+    assert records.RESULTS in written[0].parents or not kept
+    assert tmp_path in written[0].parents or kept
 
 
 @pytest.mark.parametrize(
@@ -691,6 +1006,16 @@ def test_results_of_another_schema_are_refused(tmp_path: Path) -> None:
 )
 def test_times_are_worded_with_a_fitting_unit(value: float | None, text: str) -> None:
     assert present.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1"), (1.5, "1.5"), (10, "10"), (12.5, "12.5"), (100, "100"), (1000, "1,000"), (12000, "12,000")],
+)
+def test_launches_are_worded_as_whole_numbers_where_they_are(value: float, text: str) -> None:
+    assert present.count(value) == text
+    record = next(record for record in CANNED if record["status"] == "ok")
+    assert present.cells({**record, "launches": value})[present.HEADINGS.index("launches")] == text
 
 
 # ---- the model and the traces -----------------------------------------------------------------------------
@@ -754,6 +1079,36 @@ def test_ncus_counters_are_read_with_their_units() -> None:
     assert ncu.parse("==ERROR== no permission") == []
 
 
+STREAMS_PROGRAM = """
+import sys, torch
+from triton.runtime.interpreter import interpreter_builder as builder
+from bench.roofs import SameStreams
+
+moved = []
+for name in ("create_masked_load", "create_masked_store", "create_load", "create_store"):
+    def counted(*args, inner=getattr(builder, name), **kwargs):
+        moved.append(inner)
+        return inner(*args, **kwargs)
+    setattr(builder, name, counted)
+states = int(sys.argv[1])
+roof = SameStreams(states, [torch.ones(7) for _ in range(4)])
+roof.step()
+print(roof.streams, len(moved), *(int(buffer.sum()) for buffer in roof.buffers))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize(("states", "sums"), [(1, (14, 7, 14, 7)), (2, (14, 7, 14, 14))])
+def test_the_stream_kernel_moves_the_streams_that_are_counted(states: int, sums: tuple[int, ...]) -> None:
+    """One program of it in Triton's interpreter: each load and store moves a block of one stream, once."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", STREAMS_PROGRAM, str(states)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    streams = 3 + 2 * states
+    assert tuple(map(int, done.stdout.split())) == (streams, streams, *sums)
+
+
 def test_the_stream_kernel_refuses_what_it_cannot_move() -> None:
     with pytest.raises(ValueError, match="states=3"):
         stream_kernel.launch(3, [torch.zeros(4)] * 5)
@@ -792,11 +1147,14 @@ BAD_INPUT = {
     "both ways to choose": ["--workload", "2x2", "--suite", "main"],
     "an option that a suite fixes": ["--dtype", "bfloat16"],
     "a bad thread count": ["--workload", "2x2", "--threads", "0"],
-    "a bad budget": ["--workload", "2x2", "--budget", "0"],
+    "no budget": ["--workload", "2x2", "--budget", "0"],
+    "a budget that is no number": ["--workload", "2x2", "--budget", "nan"],
+    "a workload without elements": ["--workload", "5x0"],
     "no peer that is here": ["--workload", "2x2", "--peer", "apex"],
     "an unknown GPU": ["roofline", "--gpu", "abacus"],
     "no steps to profile": ["profile", "--workload", "2x2", "--steps", "0"],
     "no steps to train": ["train", "--steps", "0"],
+    "too much to profile": ["profile", "--workload", "1x999999999999"],
 }
 
 
@@ -852,23 +1210,35 @@ def test_training_reports_time_to_a_goal(monkeypatch: pytest.MonkeyPatch) -> Non
     assert SimpleNamespace(**rows["fusedopt"]).optimizer_share > 0
 
 
-# ---- the optimizer phase ----------------------------------------------------------------------------------
+# ---- on a machine with a GPU ------------------------------------------------------------------------------
+
+MAKEFILE = Path(__file__).parent.parent / "Makefile"
+GPU_PARTS = re.findall(r"^GPU_PARTS \?= (.*)$", MAKEFILE.read_text(), re.MULTILINE)[0].split()
 
 
-def test_the_phase_is_compared_on_the_same_gradients_beside_the_floor() -> None:
-    threads = torch.get_num_threads()
-    try:
-        found = phase.compare("10x1000", 1, 3, "cpu")
-    finally:
-        torch.set_num_threads(threads)
-    assert found["floor_bytes"] == 44 * 10_000
-    assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
-    assert found["bytes_per_s"] == found["floor_bytes"] / found["seconds"]["fusedopt"]
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize("part", GPU_PARTS)
+def test_every_part_for_a_gpu_ends_within_ten_minutes_and_is_interrupted_not_killed(part: str) -> None:
+    """At an interrupt pytest writes its summary and its XML; when it is terminated it writes neither."""
+    command = ["make", "-n", f"gpu-{part}", f"PYTHON={sys.executable}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(command, cwd=MAKEFILE.parent, env=environment, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if sys.executable in line]
+    assert lines
+    for line in lines:
+        limit = re.search(r"\btimeout -s INT -k (\d+) (\d+) ", line)
+        assert limit, line
+        assert int(limit[1]) + int(limit[2]) <= 600
+        spreads = " -n " in line
+        assert spreads == (part == "tests" and importlib.util.find_spec("xdist") is not None), line
 
 
-def test_a_phase_that_arrives_elsewhere_is_not_ranked() -> None:
-    sides = [phase.Side("one", lambda: None, phase.make_params([(5,)], "cpu")) for _ in range(2)]
-    phase.check_equal(sides, 1)
-    sides[1].params[0].data[3] += 1e-3
-    with pytest.raises(AssertionError, match="not close"):
-        phase.check_equal(sides, 1)
+def test_an_interrupted_run_says_so_and_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*given: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "list", interrupted)
+    assert main(["list", "--device", "cpu"]) == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
 
 
-def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
-    """The optimizer of apex; FusedAdam has a flag for decoupled decay."""
-    from apex.optimizers import FusedAdam, FusedSGD
-
+def make(groups: ParamGroups, hyper: Hyper, module: str = "apex.optimizers") -> Optimizer:
+    """FusedAdam, which has a flag for decoupled decay, or FusedSGD, of a module that has apex's."""
+    optimizers = import_module(module)
+    made: Optimizer
     if hyper.is_adam:
-        optimizer: Optimizer = FusedAdam(groups, **hyper.keywords(), adam_w_mode=hyper.optimizer == "adamw")
+        made = optimizers.FusedAdam(groups, **hyper.keywords(), adam_w_mode=hyper.optimizer == "adamw")
     else:
-        optimizer = FusedSGD(groups, **hyper.keywords())
-    return optimizer
+        made = optimizers.FusedSGD(groups, **hyper.keywords())
+    return made
 
 
 def make_lean(groups: ParamGroups, hyper: Hyper) -> Optimizer:

@@ -24,7 +24,7 @@ def make_lean(groups: ParamGroups, hyper: Hyper, kahan: bool) -> Optimizer:
     return optimizer
 
 
-PEERS = [Peer("optimi", make, package="optimi")]
+PEERS = [Peer("optimi", make, package="optimi", distribution="torch-optimi")]
 LEAN = [
     Peer(name, partial(make_lean, kahan=kahan), optimizers=("adamw",), package="optimi")
     for name, kahan in (("optimi", False), ("optimi, kahan", True))

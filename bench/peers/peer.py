@@ -61,6 +61,7 @@ class Peer:
         devices: Device types it runs on.
         optimizers: Names from `HYPER` it has.
         package: Module that has to be installed; None for torch itself.
+        distribution: Name it is installed by, where that is not the module's; its version goes into the records.
         unavailable: Given the device type, says why it cannot run here, or None.
         default_devices: Device types on which it takes part without being asked for; those left out need long
             to compile there.
@@ -74,6 +75,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     optimizers: tuple[str, ...] = tuple(HYPER)
     package: str | None = None
+    distribution: str | None = None
     unavailable: Callable[[str], str | None] = lambda device: None
     default_devices: tuple[str, ...] = ("cpu", "cuda")
     static_gradients: bool = False

@@ -1,19 +1,12 @@
-"""NVIDIA TransformerEngine: FusedAdam and FusedSGD."""
+"""NVIDIA TransformerEngine: FusedAdam and FusedSGD, which have come from apex with names and arguments."""
 
 from __future__ import annotations
 
-from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
+from functools import partial
 
+from bench.peers import apex
+from bench.peers.peer import Peer
 
-def make(groups: ParamGroups, hyper: Hyper) -> Optimizer:
-    """TransformerEngine's optimizer; its FusedAdam has a flag for decoupled decay."""
-    from transformer_engine.pytorch.optimizers import FusedAdam, FusedSGD
-
-    if hyper.is_adam:
-        optimizer: Optimizer = FusedAdam(groups, **hyper.keywords(), adam_w_mode=hyper.optimizer == "adamw")
-    else:
-        optimizer = FusedSGD(groups, **hyper.keywords())
-    return optimizer
-
+make = partial(apex.make, module="transformer_engine.pytorch.optimizers")
 
 PEERS = [Peer("transformer-engine", make, devices=("cuda",), package="transformer_engine")]

@@ -94,13 +94,13 @@ def load(name: str) -> Workload:
     """The workload called `name`.
 
     Raises:
-        ValueError: no file has that name and it is not of the form COUNTxNUMEL.
+        ValueError: no file has that name and it is not of the form COUNTxNUMEL with both at least 1.
     """
     grid = GRID_NAME.fullmatch(name)
     if grid:
         count, numel = int(grid[1]), int(grid[2])
-        if count < 1:
-            raise ValueError(f"workload {name!r} has {count} tensors; at least 1 is needed")
+        if count < 1 or numel < 1:
+            raise ValueError(f"workload {name!r} has {count} tensors of {numel} elements; at least 1 of each is needed")
         return Workload(name, f"{count:,} tensors of {numel:,} elements", "synthetic", (Group(((count, (numel,)),)),))
     path = FOLDER / f"{name}.json"
     if not path.exists():
