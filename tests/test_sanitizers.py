@@ -108,6 +108,8 @@ def require_sanitizers(compiler: host.HostCompiler, flags: list[str]) -> None:
 
 SWEEPS = Program("check_sweeps", "address,undefined", (*CPU_SOURCES, *EMULATOR_SOURCES))
 BYTES = Program("check_bytes", "address,undefined", (*CPU_SOURCES, *EMULATOR_SOURCES))
+LAUNCHER_SOURCES = ("csrc/cuda/emulator.cpp", "csrc/cuda/launcher.cpp", "tests/native/host_driver.cpp")
+LAUNCHER = Program("check_launcher", "address,undefined", (*CPU_SOURCES, *LAUNCHER_SOURCES))
 GRID = Program("check_grid", "address,undefined", ("csrc/cuda/emulator.cpp",))
 TEAM = Program("check_team", "thread", CPU_SOURCES)
 
@@ -116,6 +118,12 @@ def test_random_tables_plans_and_grids_agree_under_address_and_undefined_behavio
     record_property: Any,
 ) -> None:
     record_property("figure", f"address and undefined-behaviour sanitizers: {SWEEPS.run(1, 120).strip()}")
+
+
+def test_the_launcher_gives_the_bits_of_the_cpu_whatever_changes_between_launches_and_replays(
+    record_property: Any,
+) -> None:
+    record_property("figure", f"the launcher over a driver that works late: {LAUNCHER.run(1, 60).strip()}")
 
 
 def test_a_kernel_moves_each_slot_once_in_the_widest_accesses(record_property: Any) -> None:

@@ -54,7 +54,7 @@ class Gpu {
  public:
   static Gpu& get(int index) {
     static std::mutex mutex;
-    static std::map<int, Gpu*> all;  // never freed: contexts live as long as the process
+    static auto& all = *new std::map<int, Gpu*>;  // never freed: contexts live as long as the process
     const std::lock_guard<std::mutex> lock(mutex);
     Gpu*& gpu = all[index];
     if (gpu == nullptr) gpu = new Gpu(index);

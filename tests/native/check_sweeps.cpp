@@ -46,22 +46,6 @@ std::string describe_emulated(Random& random, RandomTable& table) {
          variant_names()[size_t(variant)] + (inline_columns ? ", inline" : "");
 }
 
-// One thread, plain code, one chunk per tensor: nothing to go wrong between elements.
-void run_plainly(RandomTable& table) {
-  std::vector<Chunk> chunks;
-  i64 largest = 1;
-  for (u64 t = 0; t < table.host.rows(); ++t) {
-    if (table.host.numel(t) > 0) chunks.push_back({u32(t), 0});
-    largest = std::max(largest, table.host.numel(t));
-  }
-  LaunchParams launch = table.launch();
-  launch.chunks = chunks.data();
-  launch.chunk_count = u32(chunks.size());
-  launch.chunk_elements = (largest + kLeaf - 1) / kLeaf * kLeaf;
-  const int full = full_variant();
-  launch_cpu(launch, table.host.rule(), full, 1, cpu_instruction_sets().back());
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {

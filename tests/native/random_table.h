@@ -293,6 +293,22 @@ inline int full_variant() {
 // The variant that a launch would take, or the one that covers everything.
 inline int any_variant(Random& random, HostTable& host) { return random.chance(70) ? host.variant() : full_variant(); }
 
+// One thread, plain code, one chunk per tensor: nothing to go wrong between elements.
+inline void run_plainly(RandomTable& table) {
+  std::vector<Chunk> chunks;
+  i64 largest = 1;
+  for (u64 t = 0; t < table.host.rows(); ++t) {
+    if (table.host.numel(t) > 0) chunks.push_back({u32(t), 0});
+    largest = std::max(largest, table.host.numel(t));
+  }
+  LaunchParams launch = table.launch();
+  launch.chunks = chunks.data();
+  launch.chunk_count = u32(chunks.size());
+  launch.chunk_elements = (largest + kLeaf - 1) / kLeaf * kLeaf;
+  const int full = full_variant();
+  launch_cpu(launch, table.host.rule(), full, 1, cpu_instruction_sets().back());
+}
+
 [[noreturn]] inline void fail(const std::string& words) {
   std::fprintf(stderr, "FAILED: %s\n", words.c_str());
   std::exit(1);

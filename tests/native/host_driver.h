@@ -1,0 +1,32 @@
+// What a test may do with the driver of host_driver.cpp beside what the launcher asks of it. Work is queued on streams
+// and done whenever the driver likes, in the order of each stream, or when somebody waits for it; while a stream is
+// captured, what CUDA forbids then is refused.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "cuda/driver.h"
+
+namespace fusedopt {
+namespace driver {
+struct Work;
+}
+namespace host {
+
+using Graph = std::vector<std::shared_ptr<driver::Work>>;  // the kernels that were captured, with their parameters
+
+driver::Stream make_stream();
+void begin_capture(driver::Stream stream);
+Graph end_capture(driver::Stream stream);
+void replay(const Graph& graph, driver::Stream stream);
+
+// All streams have done what was queued.
+void synchronize();
+
+// How many blocks of device memory there are.
+std::size_t blocks_of_memory();
+
+}  // namespace host
+}  // namespace fusedopt
