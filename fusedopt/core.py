@@ -58,7 +58,7 @@ class Core(Protocol):
     def watch_states(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """From now on ``refresh`` reports the rows to which the optimizer's state gives another dict."""
 
-    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
+    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Any]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
     def set_phase(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .check import (
     real_dtype,
 )
 from .core import Core, are_apart, make_core
-from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
+from .layout import crossings, is_same_memory, may_share_memory, neighbours, strided_layout
 from .memory import is_wrapper
 from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
@@ -304,7 +304,11 @@ class Table:
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
         adopted = {row.index for row in rows}
         others = [row for row in self.rows if row.index not in adopted] if rows else []
-        _check_apart([*rows, *others], [*everything, *(row.states for row in others)])
+        steps = [*map(self._found_step, rows), *(row.step for row in others)]
+        settled_steps = [
+            step if isinstance(step, Tensor) and is_settled_step(step, self.device) else None for step in steps
+        ]
+        _check_apart([*rows, *others], [*everything, *(row.states for row in others)], settled_steps)
         for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
             self._code(row)
@@ -423,7 +427,10 @@ class Table:
                 self._check_row(row, row.param.grad)
         if self.phase.zero_grads:
             self._check_cleared(rows)
-        self._adopt([row for row in others if not self._holds(row)])
+        strange = [row for row in others if not self._holds(row)]
+        if plain or strange or any(row.leaves == 0 and row.param.grad is not None for row in others):
+            self._check_gradients_apart()
+        self._adopt(strange)
         self._create_states([row for row in others if row.param.grad is not None])
         leaves = [row.leaves for row in rows]
         self._begin(plain)
@@ -444,6 +451,40 @@ class Table:
         if has_modes(group):
             wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
             check_no_double(self.rule, row.name, row.param, group, [grad, row.copy, *wanted])
+
+    def _check_gradients_apart(self) -> None:
+        """Refuses gradients that lie where a launch writes: it reads them while it writes everything else.
+
+        An element of the parameter itself is read before it is written, and what overlaps it otherwise is copied.
+        """
+        live = list(self.live_rows())
+        grads = [local(row.param.grad) for row in live if row.param.grad is not None]
+        written = [(row, name, local(tensor)) for row in live for name, tensor in self._written(row)]
+        if are_apart([*grads, *(tensor for _, _, tensor in written)]):
+            return
+        readers = [(row, grad) for row, grad in zip(live, grads, strict=True) if _storage_address(grad)]
+        written = [each for each in written if _storage_address(each[2])]
+        for one, other in crossings([grad for _, grad in readers], [tensor for *_, tensor in written]):
+            (reader, grad), (writer, name, tensor) = readers[one], written[other]
+            is_own = reader is writer and not name and not self.phase.zero_grads
+            if not is_own and may_share_memory(grad, tensor):
+                what = f"{name} of {writer.name}" if name else writer.name
+                raise ValueError(
+                    f"gradient of {reader.name} (shape {tuple(grad.shape)}) and {what} (shape {tuple(tensor.shape)}) "
+                    "share memory: a step would write to the gradient while it is read"
+                )
+
+    def _written(self, row: Row) -> Iterator[tuple[str, Tensor]]:
+        """What a launch writes of a row besides the gradient: name, "" for the parameter, and tensor."""
+        yield "", row.param
+        if row.copy is not None:
+            yield "copy_to", row.copy
+        if not self._state.get(row.param):
+            return  # what is made for it lies apart, as new memory does
+        yield from (*self._present(row).items(), *self._kept(row).items())
+        step = self._found_step(row)
+        if isinstance(step, Tensor) and is_settled_step(step, self.device):
+            yield "step", step
 
     def _plain_rows(self, rows: list[Row]) -> list[Row]:
         """Rows that are new and of tensors that need no closer look: almost all of a first step."""
@@ -540,7 +581,9 @@ class Table:
         """From now on a refresh sees where the optimizer's state is no longer that of the row."""
         state = self._state.get(row.param)
         if state is not None:
-            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
+            entries: dict[str, Any] = {name: row.states.get(name) for name in self._names(row)}
+            if rounds_at_random(row.param, self.groups[row.group]):
+                entries[ROUNDING_KEY] = state.get(ROUNDING_KEY)  # the row holds its bits
             if self._counts_in_state(row):
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
@@ -663,17 +706,24 @@ def _check_same(one: Row, other: Row) -> None:
         )
 
 
-def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]]) -> None:
-    """Refuses states that share memory with each other or with a parameter: one launch writes them all."""
-    members: list[tuple[str, bool, Tensor]] = []  # name, whether it is a parameter, tensor
-    for row, present in zip(rows, states, strict=True):
-        members.append((row.name, True, local(row.param)))
-        members += ((f"{name} of {row.name}", False, local(tensor)) for name, tensor in present.items())
+def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]], steps: Sequence[Tensor | None]) -> None:
+    """Refuses states and steps that share memory with each other or a parameter: one launch writes them all."""
+    members: list[tuple[Row, str, Tensor]] = []  # row, name within it, tensor
+    for row, present, step in zip(rows, states, steps, strict=True):
+        members.append((row, "", local(row.param)))
+        members += ((row, name, local(tensor)) for name, tensor in present.items())
+        if step is not None:
+            members.append((row, "step", step))
+    if are_apart([tensor for *_, tensor in members]):
+        return
     members = [member for member in members if _storage_address(member[2])]
-    for first, second in neighbours([tensor for _, _, tensor in members]):
-        (name, is_param, tensor), (other, is_other_param, other_tensor) = members[first], members[second]
-        if not (is_param and is_other_param) and may_share_memory(tensor, other_tensor):
-            raise ValueError(f"{name} and {other} share memory: an element would be written twice")
+    for first, second in neighbours([tensor for *_, tensor in members]):
+        (row, name, tensor), (other_row, other, other_tensor) = members[first], members[second]
+        if name == other == "" or (name == other == "step" and is_same_memory(tensor, other_tensor)):
+            continue  # parameters are compared by `separate`, and a step that is another's comes to be its own
+        if may_share_memory(tensor, other_tensor):
+            one, two = (f"{key} of {r.name}" if key else r.name for key, r in ((name, row), (other, other_row)))
+            raise ValueError(f"{one} and {two} share memory: an element would be written twice")
 
 
 def _storage_address(tensor: Tensor) -> int:
