@@ -541,6 +541,7 @@ class FusedOptimizer(Optimizer):
                     device,
                     self.param_groups,
                     part,
+                    device_rows,
                     self.state,
                     self._hidden_steps,
                     launcher,

@@ -83,6 +83,7 @@ class Row:
         is_dense: whether all slots are dense and in the same order.
         leaves: that its elements make; 0: it never had a gradient.
         lies: where the parameter lay when it was last compared with the others; 0: it has no memory.
+        part: which of the tables of its device it is in, in the order of their launches: see ``separate``.
     """
 
     index: int
@@ -98,6 +99,12 @@ class Row:
     is_dense: bool = True
     leaves: int = 0
     lies: int = 0
+    part: int = 0
+
+    def is_at_odds_with(self, other: Row) -> bool:
+        """Whether the two are not stepped one after the other, the earlier first, as torch's for-loop does."""
+        is_first = (self.group, self.place) < (other.group, other.place)
+        return self.part == other.part or is_first != (self.part < other.part)
 
     @property
     def name(self) -> str:
@@ -125,7 +132,8 @@ class Table:
         rule: the optimizer's rule.
         device: where all of these parameters are.
         groups: the optimizer's ``param_groups``.
-        rows: parameters on this device, in order.
+        rows: the table's parameters, in order.
+        beside: the rows of all tables of the device, this one's among them.
         state: the optimizer's ``state``.
         hidden_steps: counts of rules that keep none in their state.
         launcher: what the backend kept for the table that this one takes the place of: device memory, which a
@@ -142,6 +150,7 @@ class Table:
         device: torch.device,
         groups: list[dict[str, Any]],
         rows: list[Row],
+        beside: Sequence[Row],
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
         launcher: Any = None,
@@ -154,6 +163,7 @@ class Table:
         self.device = device
         self.groups = groups
         self.rows = rows
+        self._beside = beside
         self.launcher = launcher
         self.phase = phase
         self.results = results
@@ -302,8 +312,8 @@ class Table:
             if self._counts_in_state(row):
                 check_step(row.name, self._found(row), self.rule.states if self.rule.keeps_step else ())
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
-        adopted = {row.index for row in rows}
-        others = [row for row in self.rows if row.index not in adopted] if rows else []
+        adopted = set(rows)
+        others = [row for row in self._beside if row not in adopted]
         steps = [*map(self._found_step, rows), *(row.step for row in others)]
         settled_steps = [
             step if isinstance(step, Tensor) and is_settled_step(step, self.device) else None for step in steps
@@ -457,7 +467,7 @@ class Table:
 
         An element of the parameter itself is read before it is written, and what overlaps it otherwise is copied.
         """
-        live = list(self.live_rows())
+        live = [row for row in self._beside if row.param.grad is not None]
         grads = [local(row.param.grad) for row in live if row.param.grad is not None]
         written = [(row, name, local(tensor)) for row in live for name, tensor in self._written(row)]
         if are_apart([*grads, *(tensor for _, _, tensor in written)]):
@@ -467,7 +477,10 @@ class Table:
         for one, other in crossings([grad for _, grad in readers], [tensor for *_, tensor in written]):
             (reader, grad), (writer, name, tensor) = readers[one], written[other]
             is_own = reader is writer and not name and not self.phase.zero_grads
-            if not is_own and may_share_memory(grad, tensor):
+            if is_own or not may_share_memory(grad, tensor):
+                continue
+            is_copied = _stand_in(reader.param) is not None  # before all launches of a step
+            if is_copied or reader.is_at_odds_with(writer):
                 what = f"{name} of {writer.name}" if name else writer.name
                 raise ValueError(
                     f"gradient of {reader.name} (shape {tuple(grad.shape)}) and {what} (shape {tuple(tensor.shape)}) "
@@ -661,7 +674,7 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     earlier = _sharers(rows) if len(rows) > 1 else {}
     if not earlier:
         for k, row in enumerate(rows):
-            row.index = k
+            row.index, row.part = k, 0
         return [list(rows)]
     levels: dict[int, int] = {}
     for k in range(len(rows)):
@@ -669,7 +682,7 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     parts: list[list[Row]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
     for k, row in enumerate(rows):
         part = parts[levels[k]]
-        row.index = len(part)
+        row.index, row.part = len(part), levels[k]
         part.append(row)
     return parts
 
@@ -721,7 +734,7 @@ def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]], steps
         (row, name, tensor), (other_row, other, other_tensor) = members[first], members[second]
         if name == other == "" or (name == other == "step" and is_same_memory(tensor, other_tensor)):
             continue  # parameters are compared by `separate`, and a step that is another's comes to be its own
-        if may_share_memory(tensor, other_tensor):
+        if row.is_at_odds_with(other_row) and may_share_memory(tensor, other_tensor):
             one, two = (f"{key} of {r.name}" if key else r.name for key, r in ((name, row), (other, other_row)))
             raise ValueError(f"{one} and {two} share memory: an element would be written twice")
 
