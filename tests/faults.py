@@ -32,7 +32,7 @@ INTERPRETER = {"TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
 # What `make test` runs of the longest modules under Triton's interpreter; all of them are among the long tests.
 INTERPRETED_PARTS = {
     "blocks": "torch.float32 or finite_inverse or 256",
-    "precision": "bit_for_bit or SGD",
+    "precision": "bit_for_bit or SGD or kahan",
     "phase": "not all_side_outputs or AdamW-bf16 or SGD-f64",
     "norm": "not bits_of_the_reference or Adam-all",
     "report": "f32-dense or split or fp32 or counted",
