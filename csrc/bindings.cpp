@@ -30,7 +30,8 @@ std::atomic<u64> launches{0};
 // Where a hyperparameter stands in a group: group[key], or group[key][item].
 struct HyperKey {
   py::str key;
-  int item;  // −1: the value itself
+  int item;          // −1: the value itself
+  Py_ssize_t items;  // that the value has, where it is not meant itself
 };
 
 struct FlagKey {
@@ -45,7 +46,12 @@ struct Schema {
          const std::vector<std::string>& state_names, bool counts_always)
       : rule(rule_index(stem)), keeps_step(counts_always) {
     if (hyper_keys.size() > size_t(kHypers)) throw std::invalid_argument("a rule names at most 8 hyperparameters");
-    for (const auto& [key, item] : hyper_keys) hypers.push_back({py::str(key), item});
+    for (const auto& [key, item] : hyper_keys) {
+      Py_ssize_t items = 0;
+      for (const auto& [other, last] : hyper_keys)
+        if (other == key) items = std::max<Py_ssize_t>(items, last + 1);
+      hypers.push_back({py::str(key), item, items});
+    }
     for (const auto& [key, bit] : flag_keys) flags.push_back({py::str(key), bit});
     for (const std::string& key : mode_keys) modes.push_back(py::str(key));
     for (const std::string& name : state_names) states.push_back(py::str(name));
@@ -550,8 +556,9 @@ class Table {
     std::vector<u64> addresses;
     for (const DictWatch::Entry& entry : watch.state.entries()) {
       u64 address = 0;
-      const bool unwrap = watch.unwrap && entry.second && py::hasattr(entry.second, "_local_tensor");
-      if (entry.second && !reader.read_address(local_tensor(entry.second, unwrap).ptr(), address)) fail();
+      const bool has_memory = entry.second && reader.is_tensor(entry.second.ptr());  // a key of random bits has none
+      const bool unwrap = watch.unwrap && has_memory && py::hasattr(entry.second, "_local_tensor");
+      if (has_memory && !reader.read_address(local_tensor(entry.second, unwrap).ptr(), address)) fail();
       addresses.push_back(address);
     }
     return addresses;
@@ -707,8 +714,13 @@ class Table {
 
   void read_values(u64 g, py::handle group) {
     for (size_t h = 0; h < schema_->hypers.size(); ++h) {
-      py::object now = py::reinterpret_borrow<py::object>(lookup(group, schema_->hypers[h].key));
-      if (schema_->hypers[h].item >= 0) now = now[py::int_(schema_->hypers[h].item)];
+      const HyperKey& hyper = schema_->hypers[h];
+      py::object now = py::reinterpret_borrow<py::object>(lookup(group, hyper.key));
+      if (hyper.item >= 0) {
+        // Python names the group whose value has one too many: it is none of those that are read.
+        if (Py_ssize_t(py::len(now)) != hyper.items) throw py::value_error("a value has another number of items");
+        now = now[py::int_(hyper.item)];
+      }
       py::object& before = value(g, h);
       const bool is_tensor = reader.is_tensor(now.ptr());
       const bool is_constant = PyFloat_CheckExact(now.ptr()) || PyLong_CheckExact(now.ptr());

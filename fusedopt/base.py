@@ -223,6 +223,8 @@ class FusedOptimizer(Optimizer):
         ``tensor.resize_`` and a freed storage are otherwise noticed within 64 steps for a state or for a copy of
         ``copy_to``. A storage that is shrunk without being moved is not noticed, nor is that of a gradient whose shape
         and strides stay. Resizing a storage between steps frees memory that the next step may use: call this after it.
+        A gradient that lies where a step writes, in another parameter or a state, is refused when a parameter has its
+        first gradient or new states, and after this; one that comes to lie there later is not noticed.
         """
         self._forget_tables()
 
@@ -286,7 +288,11 @@ class FusedOptimizer(Optimizer):
             self.state.update(held)
 
     def state_dict_torch(self) -> dict[str, Any]:
-        """The state as ``torch.optim`` keeps it, to leave a precision mode by: no state below float32, no mode."""
+        """The state as ``torch.optim`` keeps it, to leave a precision mode by: no state below float32, no mode.
+
+        With ``rounding="stochastic"`` the ``rounding_key`` and, for SGD, the ``step`` stay in it, which torch carries
+        along unread: an optimizer that rounds at random again goes on with the next random bits.
+        """
         return checkpoint.without_modes(self._rule, self.state_dict())
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -551,6 +557,7 @@ class FusedOptimizer(Optimizer):
                     device,
                     self.param_groups,
                     part,
+                    device_rows,
                     self.state,
                     self._hidden_steps,
                     lasting,

@@ -117,9 +117,10 @@ def check_hyperparameters(rule: Rule, groups: Sequence[Group]) -> None:
                 raise KeyError(f"group {index} has no '{key}'")
         for key, item in rule.hypers:
             _check_hyperparameter(f"'{key}'", f"of group {index}", group[key], item)
-        for key, count in {key: item + 1 for key, item in rule.hypers if item > 0}.items():
-            if len(group[key]) != count:
-                raise ValueError(f"'{key}' of group {index} must be {count} numbers, but there are {len(group[key])}")
+        for key in dict.fromkeys(key for key, item in rule.hypers if item >= 0):
+            if len(group[key]) != rule.items_of(key):
+                wanted = f"must be {rule.items_of(key)} numbers"
+                raise ValueError(f"'{key}' of group {index} {wanted}, but there are {len(group[key])}")
         for key, _ in rule.flags:
             check_truth(f"'{key}' of group {index}", group[key])
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
 from .precision import (
     MASTER_KEYS,
-    ROUNDING_KEY,
     STATE_DTYPES,
     check_codes,
     check_master,
@@ -197,14 +196,20 @@ def _fitted(
 
 
 def widened_state(rule: Rule, state: Any, group: Mapping[str, Any]) -> Any:
-    """The state of a parameter as ``torch.optim`` keeps it, in float32 at least."""
+    """The state of a parameter as ``torch.optim`` keeps it, in float32 at least.
+
+    Which random bits come next stays in it: ``rounding_key``, and the count of steps of a rule that torch counts none
+    for. torch carries both along and reads neither. A count of 0 is left out: torch would never raise it, and what it
+    has stepped would come back as not stepped yet.
+    """
     if not isinstance(state, dict):
         return state
     known = (*STATE_DTYPES, *CODE_STORAGES)
     wide = {
         name: widened(state, name, group) for name in rule.states if getattr(state.get(name), "dtype", None) in known
     }
-    left_out = (*MASTER_KEYS, ROUNDING_KEY, *map(scale_key, rule.states), *(() if rule.keeps_step else ("step",)))
+    is_unstepped = not rule.keeps_step and "step" in state and float(state["step"]) == 0.0
+    left_out = (*MASTER_KEYS, *map(scale_key, rule.states), *(("step",) if is_unstepped else ()))
     return {key: value for key, value in {**state, **wide}.items() if key not in left_out}
 
 

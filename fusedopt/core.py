@@ -49,7 +49,7 @@ class Core(Protocol):
     def variant(self) -> str:
         """Name of the smallest variant that covers all rows."""
 
-    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
+    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Any]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects."""
 
     def set_phase(

@@ -17,6 +17,7 @@ from .check import check_flags
 from .checkpoint import widened_state
 from .optimizers.adam import Adam, AdamW
 from .optimizers.sgd import SGD
+from .precision import ROUNDING_KEY
 from .rules import MODE_KEYS
 from .table import local
 
@@ -213,7 +214,10 @@ def _leave_modes(optimizer: FusedOptimizer) -> None:
             if param in optimizer.state:
                 state = widened_state(optimizer._rule, optimizer.state[param], group)
                 kept = {name: state[name].to(param.dtype) for name in optimizer._rule.states if name in state}
-                optimizer.state[param] = {**state, **kept}
+                random = {ROUNDING_KEY} if optimizer._rule.keeps_step else {ROUNDING_KEY, "step"}
+                optimizer.state[param] = {
+                    key: kept.get(key, value) for key, value in state.items() if key not in random
+                }
         for key in MODE_KEYS:
             group.pop(key, None)
     for key in MODE_KEYS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -142,6 +143,31 @@ def neighbours(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
         for _, other in open_spans:
             yield min(index, other), max(index, other)
         open_spans.append((end, index))
+
+
+def crossings(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Pairs of an index of each list, among them all of tensors whose spans of memory meet.
+
+    Those of one list may meet at will: a gradient that all parameters share makes no pair by itself.
+    """
+    stretches: list[tuple[int, int, list[int]]] = []  # apart from each other, in order: start, end, who is there
+    for start, end, index in sorted((*span(tensor), index) for index, tensor in enumerate(ones)):
+        if start == end:
+            continue
+        if stretches and start < stretches[-1][1]:
+            first, last, members = stretches[-1]
+            members.append(index)
+            stretches[-1] = first, max(last, end), members
+        else:
+            stretches.append((start, end, [index]))
+    starts = [start for start, _, _ in stretches]
+    for other, tensor in enumerate(others):
+        start, end = span(tensor)
+        at = max(bisect_right(starts, start) - 1, 0)
+        while start < end and at < len(stretches) and starts[at] < end:
+            if start < stretches[at][1]:
+                yield from ((one, other) for one in stretches[at][2])
+            at += 1
 
 
 def strided_layout(shape: Sequence[int], slots: Sequence[Strides | None], *, row_major: bool = False) -> list[int]:

@@ -131,7 +131,7 @@ def check_rounding(name: str, param: Tensor, group: Group, state: Mapping[str, A
         return
     check_in_order(f"rounding={group['rounding']!r}: {name}", param)
     key = state.get(ROUNDING_KEY, 0)
-    if not isinstance(key, int) or not 0 <= key < ROUNDING_KEYS:
+    if not isinstance(key, int) or isinstance(key, bool) or not 0 <= key < ROUNDING_KEYS:
         raise ValueError(f"{ROUNDING_KEY} of {name} is {key!r}; it must be a count below {ROUNDING_KEYS}")
 
 

@@ -179,7 +179,7 @@ class PyTable:
         self._watches: list[Watch | None] = [Watch(param) for *_, param in places]
         self._places = [(group, place) for group, place, _ in places]
         self._states = states
-        self._state: list[tuple[dict[str, Any], dict[str, Tensor | None]] | None] = [None] * rows
+        self._state: list[tuple[dict[str, Any], dict[str, Any]] | None] = [None] * rows
         self._state_addresses: list[list[int]] = [[] for _ in range(rows)]
         self._live = [False] * rows
         self._live_params: list[Tensor] | None = None
@@ -236,7 +236,7 @@ class PyTable:
         """How many chunks the plan has."""
         return len(self._chunks) // 2
 
-    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Tensor | None]) -> None:
+    def watch_state(self, row: int, state: dict[str, Any], entries: dict[str, Any]) -> None:
         """From now on ``refresh`` reports the row when ``state`` no longer holds these very objects.
 
         Args:
@@ -488,6 +488,8 @@ class PyTable:
 
     def _read_group(self, row: GroupRow, group: dict[str, Any]) -> None:
         for index, (key, item) in enumerate(self._rule.hypers):
+            if item >= 0 and len(group[key]) != self._rule.items_of(key):
+                raise ValueError(f"{key} has {len(group[key])} items")
             value = group[key] if item < 0 else group[key][item]
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"a tensor of 1 element is wanted, not one of {value.numel()}")
@@ -543,8 +545,8 @@ class PyTable:
         return layout, layouts
 
 
-def _addresses(entries: dict[str, Tensor | None]) -> list[int]:
-    tensors = (tensor for tensor in entries.values() if tensor is not None)
+def _addresses(entries: dict[str, Any]) -> list[int]:
+    tensors = (value for value in entries.values() if isinstance(value, Tensor))
     return [_local(tensor, hasattr(tensor, "_local_tensor")).data_ptr() for tensor in tensors]
 
 

@@ -47,6 +47,10 @@ class Rule:
         """Whether the state of a group's tensors has a ``step``: always, or because random bits are of the step."""
         return self.keeps_step or group.get("rounding") is not None
 
+    def items_of(self, key: str) -> int:
+        """How many numbers a group's key holds, of which each is a hyperparameter."""
+        return max(item for name, item in self.hypers if name == key) + 1
+
     def states_of(self, group: Group) -> tuple[str, ...]:
         """Names of the states that a group's tensors need."""
         return tuple(name for name in self.states if self.needs(name, group))

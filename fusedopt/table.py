@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from .check import (
 )
 from .core import Core, are_apart, make_core
 from .lasting import Lasting
-from .layout import is_same_memory, may_share_memory, neighbours, strided_layout
+from .layout import crossings, is_same_memory, may_share_memory, neighbours, strided_layout
 from .memory import is_wrapper
 from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
@@ -84,6 +84,7 @@ class Row:
         is_dense: whether all slots are dense and in the same order.
         leaves: that its elements make; 0: it never had a gradient.
         lies: where the parameter lay when it was last compared with the others; 0: it has no memory.
+        part: which of the tables of its device it is in, in the order of their launches: see ``separate``.
     """
 
     index: int
@@ -99,6 +100,12 @@ class Row:
     is_dense: bool = True
     leaves: int = 0
     lies: int = 0
+    part: int = 0
+
+    def is_at_odds_with(self, other: Row) -> bool:
+        """Whether the two are not stepped one after the other, the earlier first, as torch's for-loop does."""
+        is_first = (self.group, self.place) < (other.group, other.place)
+        return self.part == other.part or is_first != (self.part < other.part)
 
     @property
     def name(self) -> str:
@@ -126,7 +133,8 @@ class Table:
         rule: the optimizer's rule.
         device: where all of these parameters are.
         groups: the optimizer's ``param_groups``.
-        rows: parameters on this device, in order.
+        rows: the table's parameters, in order.
+        beside: the rows of all tables of the device, this one's among them.
         state: the optimizer's ``state``.
         hidden_steps: counts of rules that keep none in their state.
         lasting: what it takes over from the table that it takes the place of.
@@ -142,6 +150,7 @@ class Table:
         device: torch.device,
         groups: list[dict[str, Any]],
         rows: list[Row],
+        beside: Sequence[Row],
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: dict[Tensor, Tensor],
         lasting: Lasting,
@@ -154,6 +163,7 @@ class Table:
         self.device = device
         self.groups = groups
         self.rows = rows
+        self._beside = beside
         self.lasting = lasting
         self.phase = phase
         self.results = results
@@ -293,9 +303,13 @@ class Table:
             if self._counts_in_state(row):
                 check_step(row.name, self._found(row), self.rule.states if self.rule.keeps_step else ())
         everything = [{**present, **master} for present, master in zip(found, kept, strict=True)]
-        adopted = {row.index for row in rows}
-        others = [row for row in self.rows if row.index not in adopted] if rows else []
-        _check_apart([*rows, *others], [*everything, *(row.states for row in others)])
+        adopted = set(rows)
+        others = [row for row in self._beside if row not in adopted]
+        steps = [*map(self._found_step, rows), *(row.step for row in others)]
+        settled_steps = [
+            step if isinstance(step, Tensor) and is_settled_step(step, self.device) else None for step in steps
+        ]
+        _check_apart([*rows, *others], [*everything, *(row.states for row in others)], settled_steps)
         for row, present in zip(rows, everything, strict=True):
             row.states = {name: self._settle(row, name, tensor) for name, tensor in present.items()}
             self._code(row)
@@ -410,27 +424,31 @@ class Table:
         plain = self._plain_rows(rows)
         begun = set(plain)
         others = [row for row in rows if row not in begun]
+        strange = self._check_rows(others)
+        if plain or strange or any(row.leaves == 0 and row.param.grad is not None for row in others):
+            self._check_gradients_apart()
         if others:
-            self._prepare(others)
+            self._describe(others, strange)
         self._begin(plain)
-        if others:
-            self._describe(others)
         if self.phase.report and leaves != [row.leaves for row in rows]:
             self.reported = []  # what was kept is by leaves that no longer are these
 
-    @torch.no_grad()
-    def _prepare(self, rows: list[Row]) -> None:
-        """Checks rows; then makes the states that they lack."""
+    def _check_rows(self, rows: list[Row]) -> list[Row]:
+        """Refuses what does not fit together; returns the rows whose state is not what they hold."""
+        if not rows:
+            return []
         for row in rows:
             if row.param.grad is not None:
                 self._check_row(row, row.param.grad)
         if self.phase.zero_grads:
             self._check_cleared(rows)
-        self._adopt([row for row in rows if not self._holds(row)])
-        self._create_states([row for row in rows if row.param.grad is not None])
+        return [row for row in rows if not self._holds(row)]
 
     @torch.no_grad()
-    def _describe(self, rows: list[Row]) -> None:
+    def _describe(self, rows: list[Row], strange: list[Row]) -> None:
+        """Takes over or makes the states of rows, and describes them."""
+        self._adopt(strange)
+        self._create_states([row for row in rows if row.param.grad is not None])
         for row in rows:
             row.stand_in = _stand_in(row.param)
             self._set_row(row)
@@ -446,6 +464,43 @@ class Table:
         if has_modes(group):
             wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
             check_no_double(self.rule, row.name, row.param, group, [grad, row.copy, *wanted])
+
+    def _check_gradients_apart(self) -> None:
+        """Refuses gradients that lie where a launch writes: it reads them while it writes everything else.
+
+        An element of the parameter itself is read before it is written, and what overlaps it otherwise is copied.
+        """
+        live = [row for row in self._beside if row.param.grad is not None]
+        grads = [local(row.param.grad) for row in live if row.param.grad is not None]
+        written = [(row, name, local(tensor)) for row in live for name, tensor in self._written(row)]
+        if are_apart([*grads, *(tensor for _, _, tensor in written)]):
+            return
+        readers = [(row, grad) for row, grad in zip(live, grads, strict=True) if _storage_address(grad)]
+        written = [each for each in written if _storage_address(each[2])]
+        for one, other in crossings([grad for _, grad in readers], [tensor for *_, tensor in written]):
+            (reader, grad), (writer, name, tensor) = readers[one], written[other]
+            is_own = reader is writer and not name and not self.phase.zero_grads
+            if is_own or not may_share_memory(grad, tensor):
+                continue
+            is_copied = _stand_in(reader.param) is not None  # before all launches of a step
+            if is_copied or reader.is_at_odds_with(writer):
+                what = f"{name} of {writer.name}" if name else writer.name
+                raise ValueError(
+                    f"gradient of {reader.name} (shape {tuple(grad.shape)}) and {what} (shape {tuple(tensor.shape)}) "
+                    "share memory: a step would write to the gradient while it is read"
+                )
+
+    def _written(self, row: Row) -> Iterator[tuple[str, Tensor]]:
+        """What a launch writes of a row besides the gradient: name, "" for the parameter, and tensor."""
+        yield "", row.param
+        if row.copy is not None:
+            yield "copy_to", row.copy
+        if not self._state.get(row.param):
+            return  # what is made for it lies apart, as new memory does
+        yield from (*self._present(row).items(), *self._kept(row).items())
+        step = self._found_step(row)
+        if isinstance(step, Tensor) and is_settled_step(step, self.device):
+            yield "step", step
 
     def _plain_rows(self, rows: list[Row]) -> list[Row]:
         """Rows that are new and of tensors that need no closer look: almost all of a first step."""
@@ -538,7 +593,9 @@ class Table:
         """From now on a refresh sees where the optimizer's state is no longer that of the row."""
         state = self._state.get(row.param)
         if state is not None:
-            entries: dict[str, Tensor | None] = {name: row.states.get(name) for name in self._names(row)}
+            entries: dict[str, Any] = {name: row.states.get(name) for name in self._names(row)}
+            if rounds_at_random(row.param, self.groups[row.group]):
+                entries[ROUNDING_KEY] = state.get(ROUNDING_KEY)  # the row holds its bits
             if self._counts_in_state(row):
                 entries["step"] = row.step
             self.core.watch_state(row.index, state, entries)
@@ -616,7 +673,7 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     earlier = _sharers(rows) if len(rows) > 1 else {}
     if not earlier:
         for k, row in enumerate(rows):
-            row.index = k
+            row.index, row.part = k, 0
         return [list(rows)]
     levels: dict[int, int] = {}
     for k in range(len(rows)):
@@ -624,7 +681,7 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
     parts: list[list[Row]] = [[] for _ in range(max(levels.values(), default=-1) + 1)]
     for k, row in enumerate(rows):
         part = parts[levels[k]]
-        row.index = len(part)
+        row.index, row.part = len(part), levels[k]
         part.append(row)
     return parts
 
@@ -661,17 +718,24 @@ def _check_same(one: Row, other: Row) -> None:
         )
 
 
-def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]]) -> None:
-    """Refuses states that share memory with each other or with a parameter: one launch writes them all."""
-    members: list[tuple[str, bool, Tensor]] = []  # name, whether it is a parameter, tensor
-    for row, present in zip(rows, states, strict=True):
-        members.append((row.name, True, local(row.param)))
-        members += ((f"{name} of {row.name}", False, local(tensor)) for name, tensor in present.items())
+def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]], steps: Sequence[Tensor | None]) -> None:
+    """Refuses states and steps that share memory with each other or a parameter: one launch writes them all."""
+    members: list[tuple[Row, str, Tensor]] = []  # row, name within it, tensor
+    for row, present, step in zip(rows, states, steps, strict=True):
+        members.append((row, "", local(row.param)))
+        members += ((row, name, local(tensor)) for name, tensor in present.items())
+        if step is not None:
+            members.append((row, "step", step))
+    if are_apart([tensor for *_, tensor in members]):
+        return
     members = [member for member in members if _storage_address(member[2])]
-    for first, second in neighbours([tensor for _, _, tensor in members]):
-        (name, is_param, tensor), (other, is_other_param, other_tensor) = members[first], members[second]
-        if not (is_param and is_other_param) and may_share_memory(tensor, other_tensor):
-            raise ValueError(f"{name} and {other} share memory: an element would be written twice")
+    for first, second in neighbours([tensor for *_, tensor in members]):
+        (row, name, tensor), (other_row, other, other_tensor) = members[first], members[second]
+        if name == other == "" or (name == other == "step" and is_same_memory(tensor, other_tensor)):
+            continue  # parameters are compared by `separate`, and a step that is another's comes to be its own
+        if row.is_at_odds_with(other_row) and may_share_memory(tensor, other_tensor):
+            one, two = (f"{key} of {r.name}" if key else r.name for key, r in ((name, row), (other, other_row)))
+            raise ValueError(f"{one} and {two} share memory: an element would be written twice")
 
 
 def _storage_address(tensor: Tensor) -> int:

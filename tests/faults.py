@@ -29,6 +29,20 @@ class Suite:
 
 
 INTERPRETER = {"TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
+# What `make test` runs of the longest modules under Triton's interpreter; all of them are among the long tests.
+INTERPRETED_PARTS = {
+    "blocks": "torch.float32 or finite_inverse or 256",
+    "precision": "bit_for_bit or SGD or kahan",
+    "phase": "not all_side_outputs or AdamW-bf16 or SGD-f64",
+    "norm": "not bits_of_the_reference or Adam-all",
+    "report": "f32-dense or split or fp32 or counted",
+}
+
+
+def interpreted_part(module: str) -> Suite:
+    """The part of a module's tests that `make test` runs under Triton's interpreter."""
+    return Suite(f"interpreted {module}", (f"tests/test_{module}.py", "-k", INTERPRETED_PARTS[module]), INTERPRETER)
+
 
 BITS = Suite("bits", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (emulated-3x64 or cpu-baseline-2)"))
 USUAL = Suite("usual branches", ("tests/test_bits.py", "-k", "not unscaled and not chunks and (cpu-Adam or cpu-SGD)"))
@@ -56,12 +70,12 @@ INTERPRETED_UNSCALED = Suite("interpreted, unscaled", ("tests/test_bits.py", "-k
 INTERPRETED_SIZES = Suite("interpreted sizes", ("tests/test_sizes.py", "-k", "f32 or programs"), INTERPRETER)
 INTERPRETED_LAYOUTS = Suite("interpreted layouts", ("tests/test_layouts.py",), INTERPRETER)
 INTERPRETED_STEP = Suite("interpreted step", ("tests/test_step.py", "-k", "found_inf or without_gradient"), INTERPRETER)
-INTERPRETED_BLOCKS = Suite("interpreted blocks", ("tests/test_blocks.py", "-k", "triton"), INTERPRETER)
 INTERPRETED_RANDOM = Suite("interpreted random words", ("tests/test_random.py",), INTERPRETER)
-INTERPRETED_PRECISION = Suite("interpreted precision", ("tests/test_precision.py", "-k", "triton"), INTERPRETER)
-INTERPRETED_PHASE = Suite("interpreted phase", ("tests/test_phase.py", "-k", "triton"), INTERPRETER)
-INTERPRETED_NORM = Suite("interpreted norm", ("tests/test_norm.py", "-k", "triton"), INTERPRETER)
-INTERPRETED_REPORT = Suite("interpreted report", ("tests/test_report.py", "-k", "triton"), INTERPRETER)
+INTERPRETED_BLOCKS = interpreted_part("blocks")
+INTERPRETED_PRECISION = interpreted_part("precision")
+INTERPRETED_PHASE = interpreted_part("phase")
+INTERPRETED_NORM = interpreted_part("norm")
+INTERPRETED_REPORT = interpreted_part("report")
 TRITON_CODE = Suite("Triton's code", ("tests/test_triton_aot.py", "-k", "sm_90 and f32 and adam"))
 CUDA_CODE = Suite("CUDA's code", ("tests/test_cubins.py", "-k", "90 or contracted"), cuda=True)
 

@@ -316,6 +316,54 @@ def test_a_checkpoint_of_each_mode_goes_on_bit_for_bit(
         assert all(int(resumed.state[param]["step"]) == 5 for param in copies)
 
 
+@needs_no_backend
+@pytest.mark.parametrize(
+    ("name", "options"), [("SGD", {}), ("SGD", {"momentum": 0.9, "dampening": 0.5}), ("AdamW", {})]
+)
+@pytest.mark.parametrize("way", ["fused", "for-loop", "none"])
+def test_random_bits_go_on_by_way_of_torch(name: str, options: dict[str, Any], way: str) -> None:
+    """What torch does not know is carried along by it, and what it has not stepped goes on bit for bit."""
+    params = make_params(BF16)
+    optimizer = getattr(fusedopt, name)(params, lr=0.01, rounding="stochastic", state_dtype=F32, **options)
+    for place, param in enumerate(params):
+        optimizer.state[param]["rounding_key"] = 7000 + place  # not what their places would give them
+    take_steps(optimizer, params, 3)
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    form = copy.deepcopy(optimizer.state_dict_torch())
+    if way != "none":
+        wide = [torch.nn.Parameter(param.detach().to(F32)) for param in params]
+        stepped, carrier = (getattr(torch.optim, name)(wide, lr=0.01, fused=way == "fused", **options) for _ in "12")
+        stepped.load_state_dict(copy.deepcopy(form))
+        take_steps(stepped, wide, 1)
+        for place, state in stepped.state_dict()["state"].items():
+            assert state["rounding_key"] == 7000 + place
+            assert int(state["step"]) == (4 if name == "AdamW" else 3)
+        carrier.load_state_dict(form)
+        form = copy.deepcopy(carrier.state_dict())
+    resumed = getattr(fusedopt, name)(copies, lr=0.01, rounding="stochastic", state_dtype=F32, **options)
+    resumed.load_state_dict(form)
+    for one, some in ((optimizer, params), (resumed, copies)):
+        take_steps(one, some, 2, seed=9)
+    assert_all_same(all_bits(resumed, copies), all_bits(optimizer, params))
+
+
+@needs_no_backend
+def test_a_velocity_that_torch_began_is_no_first_one_when_it_comes_back() -> None:
+    params = [torch.nn.Parameter(torch.ones(4, dtype=BF16))]
+    options: dict[str, Any] = {"lr": 0.25, "momentum": 0.5, "dampening": 0.5}
+    optimizer = fusedopt.SGD(params, **options, rounding="stochastic", state_dtype=F32, skip_nonfinite=True)
+    params[0].grad = torch.full((4,), torch.nan, dtype=BF16)
+    optimizer.step()
+    theirs = torch.optim.SGD([torch.nn.Parameter(params[0].detach().to(F32))], **options)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict_torch()))
+    take_steps(theirs, theirs.param_groups[0]["params"], 1)
+    began = theirs.state_dict()["state"][0]["momentum_buffer"].clone()
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    params[0].grad = torch.ones(4, dtype=BF16)
+    optimizer.step()
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], 0.5 * began + 0.5)
+
+
 CODED: list[dict[str, Any]] = [{"state_dtype": I8}, {"state_dtype": F8}, {"state_dtype": {"exp_avg": F8}}]
 NOT_CODED: list[dict[str, Any]] = [{}, {"state_dtype": F32}, {"state_dtype": {"exp_avg_sq": BF16}}]
 

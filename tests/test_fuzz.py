@@ -167,6 +167,86 @@ def test_many_steps_over_any_tensors_are_done_or_refused(name: str) -> None:
     fuzz(MANY)(step_strategy(name)(lambda things, backend: check_step(name, things, backend)))()
 
 
+# ---- tensors that are views of one memory ------------------------------------------------------------------
+
+SHARED_ELEMENTS = 400  # so many that most tensors are apart
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the memory that all share."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+
+    def of(self, memory: Tensor) -> Tensor:
+        return memory.as_strided(self.sizes, self.strides, self.start)
+
+
+@st.composite
+def places_of(draw: st.DrawFn, sizes: tuple[int, ...]) -> Place:
+    """Dense, in either order, or every so many elements; anywhere."""
+    dense = torch.empty(sizes, device="meta").stride()
+    backwards = torch.empty(sizes[::-1], device="meta").stride()[::-1]
+    strides = draw(st.sampled_from((dense, backwards, tuple(2 * stride for stride in dense))))
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return Place(sizes, strides, draw(st.integers(0, SHARED_ELEMENTS - reach)))
+
+
+@st.composite
+def rows_of_one_memory(draw: st.DrawFn) -> list[tuple[Place, ...]]:
+    """Places of each parameter, its gradient and its velocity: of a parameter again, or of anything."""
+    rows: list[tuple[Place, ...]] = []
+    for _ in range(draw(st.integers(1, 4))):
+        sizes = draw(st.sampled_from(((), (1,), (3,), (2, 3), (4, 2))))
+        known = [place for row in rows for place in row if place.sizes == sizes]
+        again = [known and draw(st.integers(0, 5)) == 0 for _ in range(3)]
+        rows.append(tuple(draw(st.sampled_from(known) if is_known else places_of(sizes)) for is_known in again))
+    return rows
+
+
+def step_in(memory: Tensor, rows: list[tuple[Place, ...]], package: Any, **options: Any) -> None:
+    """A step of SGD in small integers and halves of them: every order of operations has the same bits."""
+    params = [Parameter(row[0].of(memory)) for row in rows]
+    optimizer = package.SGD(params, lr=0.5, momentum=0.5, **options)
+    for param, (_, grad, velocity) in zip(params, rows, strict=True):
+        param.grad = grad.of(memory)
+        optimizer.state[param]["momentum_buffer"] = velocity.of(memory)
+    optimizer.step()
+
+
+def check_one_memory(rows: list[tuple[Place, ...]], backend: str) -> None:
+    """What torch's for-loop does, tensor after tensor; or an exception, and nothing was written."""
+    before = torch.arange(SHARED_ELEMENTS, dtype=torch.float32) % 13 - 6
+    ours, theirs = before.clone(), before.clone()
+    refusal = ""
+    try:
+        step_in(ours, rows, fusedopt, backend=backend)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert "share memory" in refusal or "share some of their elements" in refusal
+        assert torch.equal(ours, before)
+    else:
+        step_in(theirs, rows, torch.optim, foreach=False)
+        assert torch.equal(ours, theirs)
+
+
+one_memory = given(rows=rows_of_one_memory(), backend=st.sampled_from(BACKENDS))
+
+
+@needs_extension
+def test_tensors_of_one_memory_are_stepped_as_torch_does_or_refused() -> None:
+    fuzz(EXAMPLES)(one_memory(check_one_memory))()
+
+
+@needs_extension
+@pytest.mark.slow
+def test_many_tensors_of_one_memory_are_stepped_as_torch_does_or_refused() -> None:
+    fuzz(MANY)(one_memory(check_one_memory))()
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import weakref
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt import reference
 
 from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
 from .tensors import same_bits
@@ -158,7 +160,7 @@ def test_threads_and_grids_change_no_bit_of_the_norm(run: Run, settings: Run) ->
     assert all(torch.equal(one, other) for one, other in zip(norms[0][1], norms[1][1], strict=True))
 
 
-# 2,048 leaves are one group; Triton's interpreter takes long over so many tensors.
+# 2,048 leaves are one group; Triton's interpreter takes long over so many tensors: see the test after this one.
 @pytest.mark.parametrize("run", as_params([run for run in ONE_RUN_EACH if not INTERPRETED or run.backend != "triton"]))
 def test_more_leaves_than_one_group_have_the_bits_of_the_reference(run: Run, settings: Run) -> None:
     norms = []
@@ -172,6 +174,25 @@ def test_more_leaves_than_one_group_have_the_bits_of_the_reference(run: Run, set
         norms.append([optimizer.grad_norm.cpu(), torch.stack([param.detach().cpu() for param in params])])
     for mine, expected in zip(*norms, strict=True):
         assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("run", as_params((Run("triton"), Run("triton", "cuda"))))
+@pytest.mark.parametrize("largest", [False, True])
+def test_groups_of_leaves_join_in_triton_as_they_should(largest: bool, run: Run, settings: Run) -> None:
+    """The kernel that measures, without a chunk to measure: its last program joins what the leaves are said to be."""
+    from fusedopt.triton_kernels.reduce import LARGEST_NORM, measure
+
+    sizes = (3, 2048, 0, 2049, 3 * 2048 + 7)
+    leaves = torch.rand(sum(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(run.device)
+    part_leaf = torch.tensor([0, *itertools.accumulate(sizes)], device=run.device)
+    joined = torch.full((len(sizes),), math.nan, dtype=torch.float64, device=run.device)
+    nothing, arrivals = (torch.zeros(1, dtype=torch.int32, device=run.device) for _ in range(2))
+    table = (nothing,) * 6
+    flags = LARGEST_NORM.value if largest else 0
+    measure[(2,)](*table, 0, nothing, 0, 2048, 0, flags, nothing, leaves, part_leaf, len(sizes), joined, arrivals)
+    assert arrivals.item() == 0
+    for one, part in zip(joined, leaves.cpu().split(sizes), strict=True):
+        assert one.item() == reference.joined_leaves(part, largest=largest).item()
 
 
 @each_run

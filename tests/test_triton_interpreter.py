@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from .faults import INTERPRETED_PARTS
 from .running import INTERPRETED
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,18 +27,14 @@ MODULES = [
     pytest.param("test_step.py", "", id="test_step"),
     pytest.param("test_triton_capture.py", "", id="test_triton_capture"),
     pytest.param("test_phase.py", "", id="test_phase", marks=pytest.mark.slow),
-    pytest.param("test_phase.py", "not all_side_outputs or AdamW-bf16 or SGD-f64", id="test_phase, a part"),
     pytest.param("test_norm.py", "", id="test_norm", marks=pytest.mark.slow),
-    pytest.param("test_norm.py", "not bits_of_the_reference or Adam-all", id="test_norm, a part"),
     pytest.param("test_amp.py", "", id="test_amp", marks=pytest.mark.slow),
     pytest.param("test_amp.py", "with_everything or without_the_scaler", id="test_amp, a part"),
     pytest.param("test_report.py", "", id="test_report", marks=pytest.mark.slow),
-    pytest.param("test_report.py", "f32-dense or split or fp32 or counted", id="test_report, a part"),
     pytest.param("test_blocks.py", "", id="test_blocks", marks=pytest.mark.slow),
-    pytest.param("test_blocks.py", "torch.float32", id="test_blocks, a part"),
     pytest.param("test_random.py", "", id="test_random"),
     pytest.param("test_precision.py", "", id="test_precision", marks=pytest.mark.slow),
-    pytest.param("test_precision.py", "bit_for_bit or SGD", id="test_precision, a part"),
+    *(pytest.param(f"test_{stem}.py", some, id=f"test_{stem}, a part") for stem, some in INTERPRETED_PARTS.items()),
 ]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .behaviour import behaviour
-from .kit import CLASSES, FULL_OPTIONS, Kit, agree_with_truth, demand, identical, train, truth_kit
+from .kit import CLASSES, FULL_OPTIONS, Kit, agree, agree_with_truth, demand, identical, train, truth_kit
 
 AREA = "Layouts"
 STEPS = 3
@@ -258,6 +258,35 @@ def _(kit: Kit) -> None:
             one.grad = grad
             optimizer.step()
         identical(param, other, "the parameter")
+
+
+@behaviour(
+    AREA, "a gradient that is another parameter", refused="gradient of parameter 1 .* parameter 0 .* share memory"
+)
+def _(kit: Kit) -> None:
+    results = []
+    for maker in (kit.make, truth_kit(kit.device).make):
+        params = [kit.param([1.0, -2.0, 3.0]), kit.param([1.0, 1.0, 1.0])]
+        params[0].grad, params[1].grad = kit.random(3), params[0].detach()
+        maker("SGD", params, lr=0.5).step()
+        results.append(params[1].detach())
+    agree(results[0], results[1], "what was stepped by a parameter", 1)
+
+
+@behaviour(
+    AREA, "a gradient that is its own velocity", refused="gradient of parameter 0 .* momentum_buffer .* share memory"
+)
+def _(kit: Kit) -> None:
+    results = []
+    for maker in (kit.make, truth_kit(kit.device).make):
+        param = kit.param([1.0, -2.0, 3.0])
+        first, second = (maker("SGD", [param], lr=0.5, momentum=0.5) for _ in range(2))
+        train(first, [param], 1, lambda s, i: kit.random(3))
+        second.load_state_dict(first.state_dict())
+        param.grad = second.state[param]["momentum_buffer"]
+        second.step()
+        results.append(param.detach())
+    agree(results[0], results[1], "the parameter", 2)
 
 
 @behaviour(AREA, "a gradient that lies in the parameter's memory, in another order")

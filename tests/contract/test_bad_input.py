@@ -22,6 +22,7 @@ from .kit import CLASSES, FULL_OPTIONS
 from .memory_faults import FAULTS as MEMORY_FAULTS
 
 ROOT = Path(__file__).parents[2]
+BACKENDS = fusedopt.available_backends("cpu")
 
 Setup = Callable[[], tuple[Tensor, Tensor]]
 
@@ -359,6 +360,41 @@ MORE_STATES: dict[str, tuple[str, dict[str, Any], str, Any, type[Exception], str
         RuntimeError,
         "is an inference tensor; clone it",
     ),
+    "key of text": (
+        "SGD",
+        {"rounding": "stochastic"},
+        "rounding_key",
+        "x",
+        ValueError,
+        "is 'x'; it must be a count below 16777216",
+    ),
+    "key of truth": (
+        "Adam",
+        {"rounding": "stochastic"},
+        "rounding_key",
+        True,
+        ValueError,
+        "is True; it must be a count",
+    ),
+    "key below 0": ("Adam", {"rounding": "stochastic"}, "rounding_key", -1, ValueError, "is -1; it must be a count"),
+    "key of 25 bits": (
+        "Adam",
+        {"rounding": "stochastic"},
+        "rounding_key",
+        1 << 24,
+        ValueError,
+        "is 16777216; it must be a count below 16777216",
+    ),
+    "key of half": ("SGD", {"rounding": "stochastic"}, "rounding_key", 1.5, ValueError, "is 1.5; it must be a count"),
+    "keys of two": (
+        "SGD",
+        {"rounding": "stochastic"},
+        "rounding_key",
+        torch.tensor([3, 4]),
+        ValueError,
+        r"is tensor\(\[3, 4\]\); it must be a count",
+    ),
+    "no key": ("Adam", {"rounding": "stochastic"}, "rounding_key", None, ValueError, "is None; it must be a count"),
     "sparse scales": (
         "Adam",
         {"state_dtype": torch.int8},
@@ -370,11 +406,12 @@ MORE_STATES: dict[str, tuple[str, dict[str, Any], str, Any, type[Exception], str
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fault", MORE_STATES)
-def test_what_is_kept_beside_and_does_not_fit_is_refused_by_load_and_by_step(fault: str) -> None:
+def test_what_is_kept_beside_and_does_not_fit_is_refused_by_load_and_by_step(fault: str, backend: str) -> None:
     cls, options, key, value, error, message = MORE_STATES[fault]
     param = _param(3, dtype=torch.bfloat16)
-    optimizer = getattr(fusedopt, cls)([param], **options)
+    optimizer = getattr(fusedopt, cls)([param], **options, backend=backend)
     param.grad = torch.ones_like(param)
     optimizer.step()
     before = param.detach().clone()
@@ -382,21 +419,14 @@ def test_what_is_kept_beside_and_does_not_fit_is_refused_by_load_and_by_step(fau
     saved["state"][0][key] = value
     with pytest.raises(error, match=f"{key} of parameter 0 of group 0 {message}"):
         optimizer.load_state_dict(saved)
+    sane = optimizer.state[param][key]
     optimizer.state[param][key] = value
-    with pytest.raises(error, match=f"{key} of parameter 0 of group 0 {message}"):
-        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(error, match=f"{key} of parameter 0 of group 0 {message}"):
+            optimizer.step()
     assert torch.equal(param, before)
-
-
-def test_a_state_that_is_another_parameter_is_refused() -> None:
-    params = [_param(3), _param(3)]
-    optimizer = fusedopt.Adam(params)
-    for param in params:
-        param.grad = torch.ones(3)
+    optimizer.state[param][key] = sane
     optimizer.step()
-    optimizer.state[params[0]]["exp_avg"] = params[1].data
-    with pytest.raises(ValueError, match="exp_avg of parameter 0 of group 0 and parameter 1 of group 0 share memory"):
-        optimizer.step()
 
 
 def test_parameters_over_one_memory_of_numpy_are_refused() -> None:
@@ -420,15 +450,140 @@ def test_a_parameter_that_has_no_shape_yet_is_passed_over() -> None:
     assert param.tolist() == [0.5, 0.5, 0.5]
 
 
-def test_states_that_share_memory_are_refused() -> None:
-    param = _param(3)
-    optimizer = fusedopt.Adam([param])
-    param.grad = torch.ones(3)
+def _at(tensor: Tensor, index: int, value: float) -> Tensor:
+    """An element of a tensor, set to a value."""
+    element = tensor.detach().flatten()[index]
+    element.fill_(value)
+    return element
+
+
+Spoil = Callable[[list[nn.Parameter], list[dict[str, Any]]], Any]
+
+# Memory that is shared within one launch: what is done to parameters and their states, what the message names.
+SHARED: dict[str, tuple[Spoil, str, str]] = {
+    "two moments": (
+        lambda params, states: states[0].update(exp_avg=(both := torch.zeros(5))[:3], exp_avg_sq=both[2:]),
+        "exp_avg of parameter 0 of group 0",
+        "exp_avg_sq of parameter 0 of group 0",
+    ),
+    "a moment and another parameter": (
+        lambda params, states: states[0].update(exp_avg=params[1].data),
+        "exp_avg of parameter 0 of group 0",
+        "parameter 1 of group 0",
+    ),
+    "a step in its own moment": (
+        lambda params, states: states[0].update(step=_at(states[0]["exp_avg"], 2, 2.0)),
+        "exp_avg of parameter 0 of group 0",
+        "step of parameter 0 of group 0",
+    ),
+    "a step in another's moment": (
+        lambda params, states: states[1].update(step=_at(states[0]["exp_avg_sq"], 1, 2.0)),
+        "exp_avg_sq of parameter 0 of group 0",
+        "step of parameter 1 of group 0",
+    ),
+    "a step in another parameter": (
+        lambda params, states: states[0].update(step=_at(params[1], 0, 2.0)),
+        "step of parameter 0 of group 0",
+        "parameter 1 of group 0",
+    ),
+    "a step in its own parameter": (
+        lambda params, states: states[1].update(step=_at(params[1], 2, 2.0)),
+        "parameter 1 of group 0",
+        "step of parameter 1 of group 0",
+    ),
+    "a gradient and another parameter": (
+        lambda params, states: setattr(params[0], "grad", params[1].data),
+        r"gradient of parameter 0 of group 0 \(shape \(3,\)\)",
+        r"parameter 1 of group 0 \(shape \(3,\)\)",
+    ),
+    "a gradient and a part of another parameter, turned round": (
+        lambda params, states: setattr(params[0], "grad", params[1].data[::2].expand(3, 2)[:, 0]),
+        "gradient of parameter 0 of group 0",
+        "parameter 1 of group 0",
+    ),
+    "a gradient and its own moment": (
+        lambda params, states: setattr(params[1], "grad", states[1]["exp_avg"]),
+        "gradient of parameter 1 of group 0",
+        "exp_avg of parameter 1 of group 0",
+    ),
+    "a gradient and another's moment": (
+        lambda params, states: setattr(params[0], "grad", states[1]["exp_avg_sq"]),
+        "gradient of parameter 0 of group 0",
+        "exp_avg_sq of parameter 1 of group 0",
+    ),
+    "a gradient and a step": (
+        lambda params, states: setattr(params[0], "grad", states[1]["step"].expand(3)),
+        "gradient of parameter 0 of group 0",
+        "step of parameter 1 of group 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", SHARED)
+def test_memory_that_a_launch_would_write_twice_or_read_as_it_is_written_is_refused(fault: str, backend: str) -> None:
+    spoil, one, other = SHARED[fault]
+    params = [_param(3), _param(3)]
+    optimizer = fusedopt.Adam(params, backend=backend)
+    for param in params:
+        param.grad = torch.ones(3)
     optimizer.step()
-    both = torch.zeros(5)
-    optimizer.state[param].update(exp_avg=both[:3], exp_avg_sq=both[2:])
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .* and exp_avg_sq of parameter 0 .* share memory"):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # the tables are built anew
+    spoil(params, [optimizer.state[param] for param in params])
+    before = [param.detach().clone() for param in params]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{one}.* and {other}.* share memory"):
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    for key, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[key][name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_first_gradient_that_is_another_parameter_is_refused_whenever_it_comes(backend: str) -> None:
+    params = [_param(3), _param(3), _param(3)]
+    optimizer = fusedopt.SGD(params, lr=0.5, backend=backend)
+    params[0].grad = torch.ones(3)
+    for step in range(2):
+        params[1].grad = params[0].data
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"gradient of parameter 1 of .* and parameter 0 of .* share memory"):
+                optimizer.step()
+        params[1].grad = None
         optimizer.step()
+        assert params[0].tolist() == [0.5 - 0.5 * step] * 3
+    params[1].grad = params[2].data  # which takes no step itself
+    optimizer.step()
+    assert params[1].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_gradients_that_share_memory_with_each_other_are_taken() -> None:
+    params = [_param(3) for _ in range(5)]
+    optimizer = fusedopt.SGD(params, lr=0.5)
+    shared = torch.ones(7)
+    for k, param in enumerate(params):
+        param.grad = shared[k % 3 : k % 3 + 3]
+    optimizer.step()
+    assert all(param.tolist() == [0.5, 0.5, 0.5] for param in params)
+
+
+def test_a_gradient_that_is_its_parameter_is_not_cleared() -> None:
+    param = _param(3)
+    optimizer = fusedopt.SGD([param], lr=0.5, zero_grads=True)
+    param.grad = param.data
+    with pytest.raises(ValueError, match=r"gradient of parameter 0 of group 0 .* and parameter 0 of group 0 .* share"):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_gradient_that_is_a_copy_of_a_parameter_is_refused() -> None:
+    params, copies = [_param(3), _param(3)], [torch.zeros(3), torch.zeros(3)]
+    optimizer = fusedopt.SGD(params, lr=0.5, copy_to=copies)
+    params[0].grad, params[1].grad = torch.ones(3), copies[0]
+    with pytest.raises(ValueError, match=r"gradient of parameter 1 .* and copy_to of parameter 0 .* share memory"):
+        optimizer.step()
+    assert params[0].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -578,6 +733,11 @@ def test_options(fault: str) -> None:
 # What a group is given later, the error, its message.
 GROUP_CHANGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text": ({"lr": "fast"}, TypeError, "'lr' of group 1 must be a number or a tensor of 1 element, but it is 'fast'"),
+    "a third beta": (
+        {"betas": (0.9, 0.99, 0.999)},
+        ValueError,
+        "'betas' of group 1 must be 2 numbers, but there are 3",
+    ),
     "none": ({"weight_decay": None}, TypeError, "'weight_decay' of group 1 must be a number .* but it is None"),
     "two": ({"lr": torch.ones(2)}, ValueError, "'lr' of group 1 must have 1 element, but it has 2"),
     "one beta": ({"betas": (0.9,)}, TypeError, r"'betas'\[1\] of group 1 must be a number .* but it is \(0.9,\)"),
