@@ -181,6 +181,10 @@ struct HostAccess {
   template <class V>
   static constexpr bool kKeepsParam = V::kFixed && V::kBlocks && !V::kSide && V::kParamStorage != kFloat32;
 
+  // Whether the loop over blocks asks for memory ahead: it was slower by it where any slot is float32.
+  template <class V>
+  static constexpr bool kAsksAhead = kKeepsParam<V> && V::kStateStorage != kFloat32;
+
   // Updates block by block, and codes each when the next one has been updated.
   template <class V, class Update, class Scale, class Code>
   FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int, int, const Update& update, const Scale& scale,
@@ -203,7 +207,7 @@ struct HostAccess {
     const i32 end = part.first + part.count;
     if (V::kStrided && chunk.layout) return walk_part<1>(part.first, end, visit);
     walk_part<kPart<V>>(part.first, end, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-      if (V::kFixed && !V::kSide) prefetch<V, decltype(width)::value>(chunk, i + ahead<V>());
+      if (kAsksAhead<V>) prefetch<V>(chunk, i + kAheadBytes);
       visit(width, i, count);
     });
   }
@@ -324,7 +328,7 @@ struct HostAccess {
         Tally tally = {};
         report.tally = &tally;
         walk_quarter<V>(chunk, first, q, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-          if (V::kFixed) prefetch<V, decltype(width)::value>(chunk, i + kAhead);
+          if (V::kFixed) prefetch<V>(chunk, i + kAhead);
           visit(chunk, width, i, count);
         });
         quarters[q] = tally;
@@ -360,7 +364,7 @@ struct HostAccess {
       walk_part<1>(0, chunk.size, visit);
     else
       walk_part<kBlock<V>>(0, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-        if (V::kFixed && !V::kSide) prefetch<V, decltype(width)::value>(chunk, i + ahead<V>());
+        if (V::kFixed && !V::kSide) prefetch<V>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
         visit(width, i, count);
       });
   }
@@ -405,18 +409,11 @@ struct HostAccess {
   static constexpr i32 kAhead = 768;  // elements that are reported
   static constexpr u64 kLine = 64;    // bytes of a line of the cache
   template <class V>
-  FUSEDOPT_FN static i32 ahead() {
-    return kAheadBytes / storage_bytes(V::storage(kState0, 0));
-  }
-  // Asks for what the vectors of N elements from element i on need first.
-  template <class V, int N>
   FUSEDOPT_FN static void prefetch(const ChunkView& chunk, i32 i) {
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < kState0 + 2; ++s) {
-      const u64 size = u64(storage_bytes(V::storage(s, 0)));
-      const u64 at = u64(i) * size;
-      const bool begins = N * size % kLine == 0 || at % kLine == 0;
-      if (begins && chunk.has(s)) __builtin_prefetch(reinterpret_cast<const void*>(chunk.address[s] + at));
+      const u64 at = u64(i) * u64(storage_bytes(V::storage(s, 0)));
+      if (at % kLine == 0 && chunk.has(s)) __builtin_prefetch(reinterpret_cast<const void*>(chunk.address[s] + at));
     }
   }
 
