@@ -226,15 +226,15 @@ struct Master {
   template <class Index>
   FUSEDOPT_FN void fetch(const ChunkView& chunk, const Index& at) {
     if constexpr (kThere)
-      if (chunk.has(kMaster))
-        Access::template fetch<W>(packet, chunk.storage_of(kMaster), chunk.address[kMaster], at(kMaster),
+      if (V::keeps(chunk.has(kMaster)))
+        Access::template fetch<W>(packet, V::storage(kMaster, chunk.storage), chunk.address[kMaster], at(kMaster),
                                   chunk.is_aligned(kMaster));
   }
   template <class X, int M>
   FUSEDOPT_FN void join(const ChunkView& chunk, X (&p)[M], int count) const {
     if constexpr (kThere) {
-      if (!chunk.has(kMaster)) return;
-      const int storage = chunk.storage_of(kMaster);
+      if (!V::keeps(chunk.has(kMaster))) return;
+      const int storage = V::storage(kMaster, chunk.storage);
       X kept[M];
       if (storage == kLowBits)
         Access::template decode_low<W>(packet, kept, count);
@@ -249,8 +249,8 @@ struct Master {
   template <class X, int M, class Index>
   FUSEDOPT_FN static void keep(const ChunkView& chunk, X (&p)[M], const Index& at, int count) {
     if constexpr (kThere) {
-      if (!chunk.has(kMaster)) return;
-      const int storage = chunk.storage_of(kMaster);
+      if (!V::keeps(chunk.has(kMaster))) return;
+      const int storage = V::storage(kMaster, chunk.storage);
       X kept[M];
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
@@ -311,12 +311,12 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     seen.update[k] = rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   copy(seen.after, x[kParam]);
   master.keep(chunk, x[kParam], at, count);
-  if constexpr (V::kBlocks && !V::kFixed)
-    if (chunk.mode() & kRoundsAtRandom) {
+  if constexpr (V::kBlocks && (V::kRounds || !V::kFixed))
+    if (V::kRounds || (chunk.mode() & kRoundsAtRandom)) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
         x[kParam][k] = at_random_16(V::storage(kParam, chunk.storage), x[kParam][k],
-                                    block.rounding.bits(block.place, Access::template places<X>(k)));
+                                    block.rounding.bits(chunk.place + u64(place), Access::template places<X>(k)));
     }
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
@@ -325,7 +325,12 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
         if (V::codes(s, chunk.storage)) {
           FUSEDOPT_UNROLL
           for (int k = 0; k < M; ++k) x[s][k] = what_is_coded(V::storage(s, chunk.storage), x[s][k]);
-          block.take(state_of(s), x[s]);
+          block.template take<W>(state_of(s), place, x[s], count);
+          continue;
+        }
+      if constexpr (Access::template kKeepsParam<V>)
+        if (s == kParam) {
+          block.keep(place, x[s]);
           continue;
         }
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
@@ -358,31 +363,47 @@ FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gr
       });
 }
 
-// A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded.
+// A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded. Between the
+// two a CPU updates the next block: the scale of one, which all of its elements wait for, is found meanwhile.
 template <class Access, class V, class Rule, class S>
 FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gradient<float>& gradient, const S& side,
                               u64 step, int lane, int lanes) {
+  using Part = typename Access::template Part<V>;
   const RandomStream random(0, step), rounding(chunk.mode() >> kKeyShift, step);
+  const auto is_coded = [&](int s) FUSEDOPT_INLINE {
+    return Access::has(chunk, rule, kState0 + s) && V::codes(kState0 + s, chunk.storage);
+  };
   // All of it is inlined, so that on a CPU the rule's branches are known in the loops: a call would hide them.
-  Access::template walk_parts<V>(chunk, lane, lanes, [&](i32 first, int count) FUSEDOPT_INLINE {
-    typename Access::template Part<V> part;
+  const auto update = [&](Part& part) FUSEDOPT_INLINE {
+    const i32 first = part.first;
     part.rounding = rounding;
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < Rule::kRuleStates; ++s)
-      part.scale[s] = count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
-    Access::template walk_part<V>(chunk, part, first, count, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
+      part.scale[s] = part.count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
+    Access::template walk_part<V>(chunk, part, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
       using W = decltype(width);
       sweep_vector<Access, V, float, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, n, part);
     });
+  };
+  const auto code = [&](const Part& part) FUSEDOPT_INLINE {
+    if constexpr (Access::template kKeepsParam<V>) Access::template store_param<V>(chunk, part);
     FUSEDOPT_UNROLL_SLOTS
-    for (int s = 0; s < Rule::kRuleStates; ++s) {
-      if (!Access::has(chunk, rule, kState0 + s) || !V::codes(kState0 + s, chunk.storage)) continue;
-      const int storage = V::storage(kState0 + s, chunk.storage);
-      const BlockScale scale(storage, Access::template join_part<V>(part, s, count, chunk.block_bits));
-      if (count > 0 && (first & ((1 << chunk.block_bits) - 1)) == 0) *scale_at(chunk, s, first) = scale.scale;
-      Access::template store_part<V>(chunk, part, s, storage, scale.inverse, random, first, count);
-    }
-  });
+    for (int s = 0; s < Rule::kRuleStates; ++s)
+      if (is_coded(s))
+        Access::template store_part<V>(chunk, part, s, V::storage(kState0 + s, chunk.storage), part.inverse[s], random);
+  };
+  const auto scale = [&](Part& part) FUSEDOPT_INLINE {
+    int storage[kStates];  // of those that are in codes
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < kStates; ++s)
+      storage[s] = s < Rule::kRuleStates && is_coded(s) ? V::storage(kState0 + s, chunk.storage) : kAnyStorage;
+    part.find_scales(storage, chunk.block_bits);
+    const bool is_first = part.count > 0 && (part.first & ((1 << chunk.block_bits) - 1)) == 0;
+    FUSEDOPT_UNROLL_SLOTS
+    for (int s = 0; s < Rule::kRuleStates; ++s)
+      if (storage[s] != kAnyStorage && is_first) *scale_at(chunk, s, part.first) = part.scale[s];
+  };
+  Access::template walk_parts<V>(chunk, lane, lanes, update, scale, code);
 }
 
 template <class Access, class V, class C, class Rule, class S>

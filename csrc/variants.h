@@ -12,22 +12,28 @@ enum Feature : u32 {
   kMasterFeature = 1u << 3,   // 16-bit parameters that keep what rounding takes
   kBlockFeature = 1u << 4,    // states in 8 bits, parameters rounded at random
   kReportFeature = 1u << 5,   // numbers about every leaf: report.h; always with kSideFeature
+  kRoundFeature = 1u << 6,    // all parameters rounded at random, where the storages are fixed; else the table says it
   kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature | kReportFeature,  // without blocks
 };
 
-// kParamStorage holds for parameter and gradient, kStateStorage for the states; kAnyStorage is decided at run time.
-template <int kParamStorage_, int kStateStorage_, u32 kFeatures_>
+// kParamStorage holds for parameter and gradient, kStateStorage for the states, kMasterStorage for what is kept of the
+// parameter, if all tensors keep it; kAnyStorage is decided at run time.
+template <int kParamStorage_, int kStateStorage_, u32 kFeatures_, int kMasterStorage_ = kAnyStorage>
 struct Variant {
+  static constexpr int kParamStorage = kParamStorage_;
+  static constexpr int kStateStorage = kStateStorage_;
+  static constexpr int kMasterStorage = kMasterStorage_;
   static constexpr u32 kFeatures = kFeatures_;
-  static constexpr bool kFixed = kParamStorage_ != kAnyStorage;
+  static constexpr bool kFixed = kParamStorage != kAnyStorage;
   static constexpr bool kStrided = (kFeatures & kStridedFeature) != 0;
   static constexpr bool kSide = (kFeatures & kSideFeature) != 0;
   static constexpr bool kReports = (kFeatures & kReportFeature) != 0;
   static constexpr bool kDouble = (kFeatures & kDoubleFeature) != 0;
   static constexpr bool kMastered = (kFeatures & kMasterFeature) != 0;
   static constexpr bool kBlocks = (kFeatures & kBlockFeature) != 0;
+  static constexpr bool kRounds = (kFeatures & kRoundFeature) != 0;
   // Elements a GPU thread takes at a time: 16 bytes of the narrowest slot, 4 where that is float32.
-  static constexpr int kWidth = kParamStorage_ == kFloat32 ? 4 : 8;
+  static constexpr int kWidth = kParamStorage == kFloat32 ? 4 : 8;
   // Blocks of 256 threads that should fit on a multiprocessor at once: it bounds the registers (64, 80, 128, 255).
   // Two are enough to keep 16 KB of loads in flight where a thread loads 8 elements of four slots; a leaf that is
   // reported keeps more values than 128 registers hold.
@@ -35,9 +41,12 @@ struct Variant {
 
   // The storage of a slot: a constant in a fixed variant, else what the table says.
   FUSEDOPT_FN static int storage(int slot, u64 packed) {
+    if (slot == kMaster && kMasterStorage != kAnyStorage) return kMasterStorage;
     if (kFixed && slot != kCopy && slot != kMaster) {
-      if (slot < kState0) return kParamStorage_;
-      return kStateStorage_ != kCodes8 ? kStateStorage_ : slot == kState0 ? kSigned8 : kRoot8;
+      if (slot < kState0) return kParamStorage;
+      if (kStateStorage == kCodes8) return slot == kState0 ? kSigned8 : kRoot8;
+      if (kStateStorage == kFloatCodes8) return slot == kState0 ? kFloat8 : kFloat8Square;
+      return kStateStorage;
     }
     return int(packed >> (kStorageBits * slot)) & kStorageMask;
   }
@@ -45,9 +54,11 @@ struct Variant {
   FUSEDOPT_FN static bool codes(int slot, u64 packed) {
     return kBlocks && slot >= kState0 && is_code(storage(slot, packed));
   }
+  // Whether a tensor keeps something of its parameter, which has the slot for it or not.
+  FUSEDOPT_FN static bool keeps(bool has_master) { return kMastered && (kMasterStorage != kAnyStorage || has_master); }
   static bool covers(int param_storage, int state_storage, u32 features) {
     return (features & ~kFeatures) == 0 &&
-           (!kFixed || (param_storage == kParamStorage_ && state_storage == kStateStorage_));
+           (!kFixed || (param_storage == kParamStorage && state_storage == kStateStorage));
   }
 };
 

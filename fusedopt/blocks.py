@@ -19,6 +19,8 @@ from .reference import square_root
 SMALLEST = 2.0**-126  # scale: below, its inverse could overflow
 FLOAT8 = torch.float8_e4m3fn
 MOST_CODE = {torch.int8: 127.0, torch.uint8: 255.0, FLOAT8: 448.0}
+# What the largest magnitude of a block becomes where it is rounded at random: csrc/storage/block.h.
+BELOW_MOST = {torch.uint8: 2.0**-14, FLOAT8: 2.0**-13}
 _MASK = 0xFFFFFFFF
 
 
@@ -41,30 +43,24 @@ def coded(
     """
     rows = _in_blocks(values.contiguous().reshape(-1), block)
     rows = square_root(rows) if dtype == torch.uint8 else rows
+    is_random = dtype == torch.uint8 or (dtype == FLOAT8 and is_square)
     most = MOST_CODE[dtype]
     largest = rows.abs().amax(dim=1)
     reach = largest / most
     finite = largest.isfinite()
     used = finite & (reach >= SMALLEST)
     scales = torch.where(finite, torch.where(used, reach, 0.0), torch.nan)
-    y = rows * torch.where(used, torch.full_like(largest, most) / largest, 0.0).unsqueeze(1)
-    least = rows > 0.0
+    reached = most - BELOW_MOST[dtype] if is_random else most
+    y = rows * torch.where(used, torch.full_like(largest, reached) / largest, 0.0).unsqueeze(1)
     if dtype == torch.int8:
-        codes = (torch.where(y < most, y, most) + 1.5 * 2.0**23).view(torch.int32) & 0xFF
-        codes = (codes ^ 0x80) - 0x80
-    elif dtype == FLOAT8 and not is_square:
-        y = torch.where(y < most, y, most)
-        codes = torch.where(y > -most, y, -most).to(FLOAT8)
-    elif dtype == FLOAT8:
-        codes = _float8_at_random(torch.where(y < most, y, most), _halves(rows, step)).maximum(least)
-        codes = codes.to(torch.uint8).view(FLOAT8)
+        codes = (y + 1.5 * 2.0**23).view(torch.int32) & 0xFF
+    elif not is_random:
+        codes = y.to(FLOAT8).view(torch.uint8)
     else:
-        dither = ((_halves(rows, step) << 7) | 0x3F800000).to(torch.int32).view(torch.float32) - (1.5 - 2.0**-17)
-        y = y + dither
-        y = torch.where(y < most, y, most)
-        smallest = least.to(torch.float32)
-        codes = (torch.where(y > smallest, y, smallest) + 2.0**23).view(torch.int32) & 0xFF
-    return codes.reshape(-1)[: values.numel()].to(dtype).reshape(values.shape), scales
+        rounded = _float8_at_random if dtype == FLOAT8 else _whole_at_random
+        codes = rounded(y, _halves(rows, step)).maximum(rows > 0.0)
+    codes = torch.where(used.unsqueeze(1), codes, 0).to(torch.uint8).view(dtype)
+    return codes.reshape(-1)[: values.numel()].reshape(values.shape), scales
 
 
 def decoded(codes: Tensor, scales: Tensor, *, block: int) -> Tensor:
@@ -121,6 +117,11 @@ def _halves(rows: Tensor, step: int) -> Tensor:
     places = torch.arange(rows.numel(), device=rows.device).reshape(rows.shape)
     words = stream((places >> 5 << 4) | (places & 15), 0, step)
     return torch.where((places >> 4 & 1) == 1, words >> 16, words & 0xFFFF)
+
+
+def _whole_at_random(x: Tensor, random: Tensor) -> Tensor:
+    """One of the two whole numbers beside x, from 0 to 255: csrc/storage/block.h."""
+    return ((x + 256.0).view(torch.int32) + (random & 0x7FFF)) >> 15 & 0xFF
 
 
 def _float8_at_random(x: Tensor, random: Tensor) -> Tensor:

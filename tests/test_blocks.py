@@ -11,7 +11,7 @@ import torch
 import fusedopt
 from fusedopt import blocks
 
-from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
+from .running import INTERPRETED, ISAS, ONE_RUN_EACH, Run, as_params
 from .test_precision import BF16, F16, F32, make_params, take_steps
 
 I8, F8 = torch.int8, torch.float8_e4m3fn
@@ -26,9 +26,13 @@ MODES = [
     ("SGD", BF16, {"state_dtype": I8, "momentum": 0.9}),
     ("AdamW", BF16, {"state_dtype": F8, "master": "split"}),
     ("Adam", F32, {"state_dtype": {"exp_avg": I8, "exp_avg_sq": F8}, "state_block": 32, "amsgrad": True}),
+    ("AdamW", F32, {"state_dtype": F8, "weight_decay": 0.0}),
+    ("Adam", BF16, {"state_dtype": F8, "weight_decay": 0.1, "state_block": 64}),
     ("SGD", F32, {"state_dtype": F8, "momentum": 0.9, "state_block": 256}),
     ("AdamW", BF16, {"rounding": "stochastic"}),
+    ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": F32}),
     ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": I8}),
+    ("AdamW", BF16, {"rounding": "stochastic", "state_dtype": F8}),
     ("Adam", F16, {"rounding": "stochastic", "amsgrad": True}),
     ("SGD", F16, {"rounding": "stochastic"}),
     ("SGD", BF16, {"rounding": "stochastic", "momentum": 0.9, "state_dtype": F8}),
@@ -76,7 +80,7 @@ def assert_all_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(("name", "dtype", "options"), MODES, ids=str)
-@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+@pytest.mark.parametrize("run", as_params((*ONE_RUN_EACH, *(Run("cpu", isa=isa) for isa in ISAS[1:]))))
 def test_codes_scales_and_parameters_have_the_bits_of_the_reference(
     name: str, dtype: torch.dtype, options: dict[str, Any], run: Run, settings: Run
 ) -> None:

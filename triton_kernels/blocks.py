@@ -11,6 +11,7 @@ from .rules import square_root
 from .storage import (
     BFLOAT16,
     FLOAT8,
+    FLOAT8_SQUARE,
     ROOT8,
     SIGNED8,
     bits_float,
@@ -118,16 +119,13 @@ def random_halves(place, t):
 
 
 @triton.jit
-def encode(x, y, random, storage, most):
-    """The codes of x, of which y is scaled to the codes' range."""
-    capped = tl.where(y < most, y, most)
-    mean = float_bits(capped + 12582912.0)
-    float8 = f8_from_float(tl.where(capped > -most, capped, -most))
-    float8_square = tl.maximum(f8_at_random(capped, random), tl.where(x > 0.0, 1, 0).to(tl.uint32))
-    root = y + (bits_float((random << 7) | 0x3F800000) - 1.49999237060546875)  # 1.5 - 2^-17
-    root = tl.where(root < most, root, most)
-    least = tl.where(x > 0.0, 1.0, 0.0)
-    root = float_bits(tl.where(root > least, root, least) + 8388608.0)
+def encode(x, y, random, storage):
+    """The codes of x, of which y is the product with the inverse of its block."""
+    mean = float_bits(y + 12582912.0)
+    float8 = f8_from_float(y)
+    float8_square = tl.maximum(f8_at_random(y, random), tl.where(x > 0.0, 1, 0).to(tl.uint32))
+    root = (float_bits(y + 256.0) + (random & 0x7FFF)) >> 15
+    root = tl.maximum(root, tl.where(x > 0.0, 0x8701, 0).to(tl.uint32))
     coded = tl.where(storage == FLOAT8, float8, float8_square)
     return tl.where(storage == SIGNED8, mean, tl.where(storage == ROOT8, root, coded)) & 0xFF
 
@@ -144,8 +142,10 @@ def keep_codes(x, address, index, mask, storage, scales, blocks, place, LENGTH: 
         finite = largest < 0x7F800000
         used = finite & (reach >= 1.1754943508222875e-38)
         scale = tl.where(finite, tl.where(used, reach, 0.0), float("nan"))
+        most = tl.where(storage == ROOT8, 254.99993896484375, most)  # 255 - 2^-14
+        most = tl.where(storage == FLOAT8_SQUARE, 447.9998779296875, most)  # 448 - 2^-13
         y = x * tl.where(used, tl.div_rn(most, tl.where(used, bits_float(largest.to(tl.uint32)), 1.0)), 0.0)
-        codes = encode(x, y, random_halves(begin + place, t), storage, most)
+        codes = tl.where(used, encode(x, y, random_halves(begin + place, t), storage), 0)
         tl.store(pointer(address, tl.uint8, ALIGNED) + index, codes.to(tl.uint8), mask=mask)
         first = (place & ((1 << bits) - 1)) == 0
         tl.store(scale_pointer(scales, place, bits), scale, mask=mask & first)

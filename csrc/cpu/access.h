@@ -91,45 +91,75 @@ struct HostAccess {
     return one > other ? one : other;
   }
   // What all lanes of a vector join to. By halves, as reduce.h has it; one after the other would wait for each other.
-  template <class X, class Join>
+  template <int kLeft = 1, class X, class Join>
   FUSEDOPT_FN static auto join_lanes(const X& lanes, const Join& join) {
     using T = std::remove_cv_t<std::remove_reference_t<decltype(lanes[0])>>;
     constexpr int L = int(sizeof(X) / sizeof(T));
     if constexpr (L == 1) {
       return T(lanes[0]);
+    } else if constexpr (L == kLeft) {
+      return lanes;
     } else {
       Vector<T, L / 2> halves[2];
       __builtin_memcpy(halves, &lanes, sizeof(lanes));
-      return join_lanes(join(halves[0], halves[1]), join);
+      return join_lanes<kLeft>(join(halves[0], halves[1]), join);
     }
   }
 
   // A block of states in float: the elements of a block are updated, then coded, in vectors.
   using Floats = Vector<float, kLanes<float>>;
   using Words = Like<u32, Floats>;
+  using Quad = Vector<float, 4>;  // a lane for each state
   template <class V>
   struct Part {
+    float (*value)[kMostBlock];  // of each state, then of the parameter
+    i32 first;                   // element of the chunk
+    int count;
     float scale[kStates];
-    float value[kStates][kMostBlock];
-    Words most[kStates] = {};  // the largest magnitudes so far, by lane: of whole vectors, while they come
-    bool folds = false;
-    i32 folded = 0;  // elements of which that is
-    i32 at;          // where the next vector goes
-    u64 place;       // of its first element in the whole tensor
+    Quad inverse = {};
+    Words most[kStates] = {};  // the largest magnitudes so far, by lane
     RandomStream rounding;
 
-    FUSEDOPT_FN void move_to(const ChunkView& chunk, i32 first, i32 i) {
-      at = i;
-      place = chunk.place + u64(first + i);
+    FUSEDOPT_FN Part(float (*value)[kMostBlock], i32 first, int count) : value(value), first(first), count(count) {}
+
+    template <class W, class Y, int M>
+    FUSEDOPT_FN void take(int state, i32 i, const Y (&x)[M], int count) {
+      float* const to = value[state] + (i - first);
+      __builtin_memcpy(to, x, sizeof(x));
+      if constexpr (sizeof(Y) == sizeof(Floats)) {
+        FUSEDOPT_UNROLL
+        for (int k = 0; k < M; ++k) {
+          constexpr int L = kLanes<float>;
+          const Floats few = W::kPartial ? first_few(x[k], count - k * L) : x[k];
+          most[state] = larger(most[state], magnitude_bits<Words>(few));
+        }
+      } else {
+        most[state][0] = larger(most[state][0], magnitude_bits<u32>(*to));
+      }
     }
     template <class Y, int M>
-    FUSEDOPT_FN void take(int state, const Y (&x)[M]) {
-      __builtin_memcpy(value[state] + at, x, sizeof(x));
-      if constexpr (sizeof(Y) == sizeof(Floats)) {
-        if (!folds) return;
-        FUSEDOPT_UNROLL
-        for (int k = 0; k < M; ++k) most[state] = larger(most[state], magnitude_bits<Words>(x[k]));
+    FUSEDOPT_FN void keep(i32 i, const Y (&param)[M]) {
+      __builtin_memcpy(value[kStates] + (i - first), param, sizeof(param));
+    }
+    // The scales of all states from their largest magnitudes: at once, because everything waits for them.
+    FUSEDOPT_FN void find_scales(const int (&storage)[kStates], int) {
+      static_assert(kStates == 3, "a lane each, and one to spare");
+      using Bits = Like<u32, Quad>;
+      const auto join = [](auto one, auto other) FUSEDOPT_INLINE { return larger(one, other); };
+      const Bits a = join_lanes<4>(most[0], join), b = join_lanes<4>(most[1], join), c = join_lanes<4>(most[2], join);
+      const Bits ab = larger(Bits{a[0], b[0], a[1], b[1]}, Bits{a[2], b[2], a[3], b[3]});
+      const Bits cc = larger(Bits{c[0], c[0], c[1], c[1]}, Bits{c[2], c[2], c[3], c[3]});
+      const Bits abc = larger(Bits{ab[0], ab[1], cc[0], cc[1]}, Bits{ab[2], ab[3], cc[2], cc[3]});
+      Quad code = {}, coded = {};
+      FUSEDOPT_UNROLL
+      for (int s = 0; s < kStates; ++s) {
+        code[s] = most_code(storage[s]);
+        coded[s] = most_coded(storage[s]);
       }
+      const BlockScale<Quad> found(code, coded, abc);
+      inverse = found.inverse;
+      FUSEDOPT_UNROLL
+      for (int s = 0; s < kStates; ++s) scale[s] = found.scale[s];
     }
   };
 
@@ -142,54 +172,69 @@ struct HostAccess {
     return places;
   }
 
-  template <class V, class Visit>
-  FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int, int, const Visit& visit) {
-    const i32 block = 1 << chunk.block_bits;
-    for (i32 i = 0; i < chunk.size; i += block) visit(i, chunk.size - i < block ? int(chunk.size - i) : int(block));
-  }
-
-  template <class V, class Visit>
-  FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, i32 first, int count, const Visit& visit) {
-    i32 i = 0;
-    if (V::kStrided && chunk.layout) {
-      for (; i < count; ++i) {
-        part.move_to(chunk, first, i);
-        visit(Width<1>{}, first + i, 1);
-      }
-      return;
-    }
-    part.folds = true;
-    for (; i + kNarrow <= count; i += kNarrow) {
-      part.move_to(chunk, first, i);
-      visit(Width<kNarrow>{}, first + i, kNarrow);
-    }
-    part.folds = false;
-    part.folded = i;
-    part.move_to(chunk, first, i);
-    if (i < count) visit(Width<kNarrow, true, true>{}, first + i, count - i);
-  }
-
-  // The largest magnitude of a block, as bits. What the last vector has beyond the block becomes 0.
+  // Elements of a block that are updated at a time.
   template <class V>
-  FUSEDOPT_FN static u32 join_part(Part<V>& part, int state, int count, int) {
-    constexpr int L = kLanes<float>;
-    for (int k = count; k % L != 0; ++k) part.value[state][k] = 0.0f;
-    Words most = part.most[state];
-    for (int k = part.folded; k < count; k += L)
-      most = larger(most, magnitude_bits<Words>(*reinterpret_cast<const Unaligned<Floats>*>(part.value[state] + k)));
-    return join_lanes(most, [](auto one, auto other) FUSEDOPT_INLINE { return larger(one, other); });
+  static constexpr int kPart = V::kFixed ? 32 : 64;
+
+  // Whether a block's parameter is kept as a float until its states are coded: the shorter what waits for the division,
+  // the more elements the processor sees at once.
+  template <class V>
+  static constexpr bool kKeepsParam = V::kFixed && V::kBlocks && !V::kSide && V::kParamStorage != kFloat32;
+
+  // Whether the loop over blocks asks for memory ahead: it was slower by it where any slot is float32.
+  template <class V>
+  static constexpr bool kAsksAhead = kKeepsParam<V> && V::kStateStorage != kFloat32;
+
+  // Updates block by block, and codes each when the next one has been updated.
+  template <class V, class Update, class Scale, class Code>
+  FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int, int, const Update& update, const Scale& scale,
+                                     const Code& code) {
+    alignas(FUSEDOPT_VECTOR_BYTES) float values[2][kStates + 1][kMostBlock];
+    const i32 block = 1 << chunk.block_bits;
+    Part<V> last(values[1], 0, 0);
+    for (i32 i = 0; last.count > 0 || i < chunk.size; i += block) {
+      const i32 rest = i < chunk.size ? chunk.size - i : 0;
+      Part<V> part(values[i >> chunk.block_bits & 1], i, int(rest < block ? rest : block));
+      if (part.count > 0) update(part);
+      if (last.count > 0) code(last);
+      if (part.count > 0) scale(part);
+      last = part;
+    }
+  }
+
+  template <class V, class Visit>
+  FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, const Visit& visit) {
+    const i32 end = part.first + part.count;
+    if (V::kStrided && chunk.layout) return walk_part<1>(part.first, end, visit);
+    walk_part<kPart<V>>(part.first, end, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+      if (kAsksAhead<V>) prefetch<V>(chunk, i + kAheadBytes);
+      visit(width, i, count);
+    });
+  }
+
+  // The parameter of a block, where it is kept until then.
+  template <class V>
+  FUSEDOPT_FN static void store_param(const ChunkView& chunk, const Part<V>& part) {
+    walk_part<kNarrow>(0, part.count, [&](auto width, i32 k, int count) FUSEDOPT_INLINE {
+      using X = Lanes<float, kNarrow>;
+      X x[kNarrow * sizeof(float) / sizeof(X)];
+      __builtin_memcpy(x, part.value[kStates] + k, sizeof(x));
+      store<decltype(width)>(V::storage(kParam, chunk.storage), chunk.address[kParam], part.first + k, false, x, count);
+    });
   }
 
   template <class V>
   FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
-                                     const RandomStream& random, i32 first, int count) {
-    const u64 place = u64(chunk.begin + first);
-    const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
+                                     const RandomStream& random) {
+    const u64 place = u64(chunk.begin + part.first);
+    const u64 address = chunk.address[kState0 + state] + (V::kStrided && chunk.layout ? place : u64(part.first));
     const float* const x = part.value[state];
-    if (count % (2 * kShared) == 0)
-      encode<true>(x, address, storage, inverse, random, place, count);
+    if (inverse == 0.0f)
+      __builtin_memset(reinterpret_cast<void*>(address), 0, u64(part.count));
+    else if (part.count % (2 * kShared) == 0)
+      encode<true>(x, address, storage, inverse, random, place, part.count);
     else
-      encode<false>(x, address, storage, inverse, random, place, count);
+      encode<false>(x, address, storage, inverse, random, place, part.count);
   }
 
   // A number for each chain of a row of a leaf (reduce.h).
@@ -380,15 +425,17 @@ struct HostAccess {
     const auto put = [&](int k, const Words& bits) FUSEDOPT_INLINE {
       if (!kWhole && k >= count) return;
       const Floats x = *reinterpret_cast<const Unaligned<Floats>*>(from + k);
-      const Like<u8, Floats> codes = narrow8(code_from_float<Words>(storage, x, inverse, bits));
+      const Like<u8, Floats> codes = narrow8(code_from_float<Words>(storage, x, x * inverse, bits));
       const int bytes = kWhole || count - k > L ? L : count - k;
       __builtin_memcpy(reinterpret_cast<void*>(address + u64(k)), &codes, kWhole ? u64(L) : u64(bytes));
     };
+    // Their place is a multiple of those that share: so is that of their words.
+    const u64 word = RandomStream::word_of(place);
     for (int k = 0; k < count; k += 2 * kShared)
-      for (int j = k; j < k + kShared; j += L) {
-        const Words words = random.bits(RandomStream::word_of(place + u64(j)), places<Floats>(0));
-        put(j, words & 0xFFFFu);
-        put(j + kShared, words >> 16);
+      for (int j = 0; j < kShared; j += L) {
+        const Words words = random.bits(word, places<Floats>(0) + u32(k / 2 + j));
+        put(k + j, words & 0xFFFFu);
+        put(k + j + kShared, words >> 16);
       }
   }
 
@@ -410,7 +457,7 @@ struct HostAccess {
   }
   template <class Bits>
   FUSEDOPT_FN static Like<float, Bits> decode_16(int storage, Bits bits) {
-    return storage == kFloat16 ? float_from_half(bits) : float_from_bf16<Like<float, Bits>>(widen(bits));
+    return storage == kFloat16 ? float_from_half(bits) : float_from_brain(bits);
   }
 
   template <class W, class X, int M>
@@ -430,7 +477,7 @@ struct HostAccess {
   }
   template <class F>
   FUSEDOPT_FN static Like<u16, F> encode_16(int storage, F x) {
-    return storage == kFloat16 ? half_from_float(x) : narrow(bf16_from_float<Like<u32, F>>(x));
+    return storage == kFloat16 ? half_from_float(x) : brain_from_float(x);
   }
 
   // M vectors of T, each converted. A partial one goes through a buffer, so that nothing beyond the tensor is touched.

@@ -127,33 +127,72 @@ void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
   }
 }
 
+// What a loop fixes at compile time that a chunk's tensor has: see Variant.
+struct Kind {
+  int param, state, master;
+  u32 features;
+  bool operator==(const Kind& other) const {
+    return param == other.param && state == other.state && master == other.master && features == other.features;
+  }
+};
+
+// The kind of a tensor; of storage kAnyStorage where they differ.
+Kind kind_of(const TensorTable& table, u32 t) {
+  const u64 packed = table.storage[t];
+  const auto of = [&](int slot) { return int(packed >> (kStorageBits * slot)) & kStorageMask; };
+  const auto has = [&](int slot) { return table.slot(slot, t) != 0; };
+  Kind kind{of(kParam), of(kParam), kAnyStorage, 0};
+  if (of(kGrad) != of(kParam)) kind.param = kAnyStorage;
+  for (int s = kState0; s < kState0 + kStates; ++s) {
+    if (!has(s)) continue;
+    int storage = of(s);
+    if (storage == (s == kState0 ? kSigned8 : kRoot8)) storage = kCodes8;
+    if (storage == (s == kState0 ? kFloat8 : kFloat8Square)) storage = kFloatCodes8;
+    if (is_code(of(s))) kind.features |= kBlockFeature;
+    kind.state = s == kState0 || kind.state == storage ? storage : kAnyStorage;
+  }
+  if (has(kEma) && of(kEma) != kind.state) kind.state = kAnyStorage;  // see Variant::storage
+  if (has(kMaster)) {
+    kind.master = of(kMaster);
+    kind.features |= kMasterFeature;
+  }
+  if (u32(packed >> kModeShift) & kRoundsAtRandom) kind.features |= kBlockFeature | kRoundFeature;
+  return kind;
+}
+
 // The loop for a chunk whose storages have a variant of their own, which fixes them at compile time; null: it has none,
 // or is too short to gain by it. Some of these variants are here only, where they cost no GPU image.
-template <template <class> class Rule, u32 kFeatures>
+template <template <class> class Rule, u32 kBeside>
 SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
   const u32 t = chunk.tensor;
-  if (table.numel[t] < kLeaf || table.layout[t] != kDenseLayout || table.slot(kMaster, t) != 0) return nullptr;
-  const u64 storage = table.storage[t];
-  const auto of = [&](int slot) { return int(storage >> (kStorageBits * slot)) & kStorageMask; };
-  int states = of(kParam);
-  for (int s = kState0; s < kState0 + kStates; ++s) {
-    if (table.slot(s, t) == 0) continue;
-    if (s != kState0 && of(s) != states) return nullptr;
-    states = of(s);
-  }
-  if (of(kGrad) != of(kParam)) return nullptr;
-  if (table.slot(kEma, t) != 0 && of(kEma) != states) return nullptr;  // see Variant::storage
+  if (table.numel[t] < kLeaf || table.layout[t] != kDenseLayout) return nullptr;
+  const Kind kind = kind_of(table, t);
   SweepChunks found = nullptr;
   const auto look = [&](auto variant) {
-    using V = decltype(variant);
-    if (!found && V::kFixed && V::covers(of(kParam), states, kFeatures)) found = sweep_run<Rule, V>;
+    using V = Compiled<decltype(variant)>;
+    const Kind fixed{V::kParamStorage, V::kStateStorage, V::kMasterStorage, V::kFeatures & ~kBeside};
+    if (V::kFixed && kind == fixed) found = sweep_run<Rule, V>;
   };
-  look(Compiled<Variant<kFloat32, kFloat32, kFeatures>>{});
-  look(Compiled<Variant<kBFloat16, kBFloat16, kFeatures>>{});
-  look(Compiled<Variant<kBFloat16, kFloat32, kFeatures>>{});
-  if constexpr (kFeatures == 0) {
-    look(Compiled<Variant<kFloat16, kFloat16, 0>>{});
-    look(Compiled<Variant<kFloat16, kFloat32, 0>>{});
+  look(Variant<kFloat32, kFloat32, kBeside>{});
+  look(Variant<kBFloat16, kBFloat16, kBeside>{});
+  look(Variant<kBFloat16, kFloat32, kBeside>{});
+  if constexpr (kBeside == 0) {
+    constexpr u32 kRounds = kBlockFeature | kRoundFeature;
+    look(Variant<kFloat16, kFloat16, 0>{});
+    look(Variant<kFloat16, kFloat32, 0>{});
+    look(Variant<kBFloat16, kFloat32, kMasterFeature, kLowBits>{});
+    look(Variant<kBFloat16, kFloat32, kMasterFeature, kFloat32>{});
+    look(Variant<kBFloat16, kFloat32, kMasterFeature, kBFloat16>{});
+    look(Variant<kBFloat16, kFloat32, kRounds>{});
+    look(Variant<kBFloat16, kBFloat16, kRounds>{});
+    look(Variant<kFloat32, kCodes8, kBlockFeature>{});
+    look(Variant<kBFloat16, kCodes8, kBlockFeature>{});
+    look(Variant<kBFloat16, kCodes8, kRounds>{});
+    look(Variant<kBFloat16, kCodes8, kBlockFeature | kMasterFeature, kLowBits>{});
+    look(Variant<kFloat32, kFloatCodes8, kBlockFeature>{});
+    look(Variant<kBFloat16, kFloatCodes8, kBlockFeature>{});
+    look(Variant<kBFloat16, kFloatCodes8, kRounds>{});
+    look(Variant<kBFloat16, kFloatCodes8, kBlockFeature | kMasterFeature, kLowBits>{});
   }
   return found;
 }
@@ -172,7 +211,7 @@ void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
 
 template <template <class> class Rule, class V>
 void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
-  if constexpr (V::kFixed || V::kBlocks || (V::kMastered && !V::kSide))
+  if constexpr (V::kFixed && !V::kMastered)
     sweep_run<Rule, V>(launch, first, last);
   else
     sweep_mixed<Rule, V>(launch, first, last);

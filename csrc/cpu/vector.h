@@ -68,6 +68,35 @@ FUSEDOPT_FN Vector<u16, 8> narrow(Vector<u32, 8> bits) {
 }
 #endif
 
+// bfloat16 to float32 and back, as codec.h has it. With AVX-512 the shift is part of the one instruction that moves the
+// halves of words: shifts share the pipes of additions, which are busy.
+template <class Bits>
+FUSEDOPT_FN Like<float, Bits> float_from_brain(Bits bits) {
+  return float_from_bf16<Like<float, Bits>>(widen(bits));
+}
+template <class F>
+FUSEDOPT_FN Like<u16, F> brain_from_float(F x) {
+  return narrow(bf16_from_float<Like<u32, F>>(x));
+}
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+FUSEDOPT_FN Vector<float, 16> float_from_brain(Vector<u16, 16> bits) {
+  const Vector<u16, 32> place = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  const __m512i twice = _mm512_maskz_broadcast_i64x4(__mmask8(0xFF), (__m256i)bits);  // of memory: it costs nothing
+  return (Vector<float, 16>)_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, (__m512i)place, twice);
+}
+FUSEDOPT_FN Vector<u16, 16> brain_from_float(Vector<float, 16> x) {
+  const Vector<u16, 32> place = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const Vector<u32, 16> rounded = round_to_bf16((Vector<u32, 16>)x);
+  const __m512i nan = _mm512_set1_epi16(0x7FC0);
+  const __mmask32 numbers = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_EQ_OQ);
+  const __m512i halves = _mm512_mask_permutexvar_epi16(nan, numbers, (__m512i)place, (__m512i)rounded);
+  Vector<u16, 16> low;
+  __builtin_memcpy(&low, &halves, sizeof(low));  // no instruction
+  return low;
+}
+#endif
+
 // float16 to float32 and back, as codec.h has it: the instructions give the same bits, but for NaN, made canonical.
 template <class Bits>
 FUSEDOPT_FN Like<float, Bits> float_from_half(Bits bits) {
@@ -101,7 +130,7 @@ FUSEDOPT_FN Vector<u16, 8> half_from_float(Vector<float, 8> x) {
 }
 #endif
 
-// 8 bits to 32 and back.
+// 8 bits to 32, and back the low 8.
 template <class Bytes>
 FUSEDOPT_FN Like<u32, Bytes> widen8(Bytes bytes) {
   return convert<u32>(bytes);
@@ -122,7 +151,7 @@ FUSEDOPT_FN Vector<u32, 8> widen8(Vector<u8, 8> bytes) {
   return (Vector<u32, 8>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
 }
 FUSEDOPT_FN Vector<u8, 8> narrow8(Vector<u32, 8> bits) {
-  const __m128i words = (__m128i)narrow(bits);
+  const __m128i words = (__m128i)narrow(bits & 0xFFu);
   return (Vector<u8, 8>)_mm_cvtsi128_si64(_mm_packus_epi16(words, words));
 }
 #endif

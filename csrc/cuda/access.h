@@ -113,20 +113,47 @@ struct DeviceAccess {
   // What a thread has of a block: consecutive elements, in registers. The threads of a block are of one warp.
   static constexpr int kPart = 8;
   template <class V>
+  static constexpr bool kKeepsParam = false;
+  template <class V>
   struct Part {
-    float scale[kStates];
+    i32 first;  // element of the chunk
+    int count;
+    float scale[kStates] = {}, inverse[kStates] = {};
     float value[kStates][kPart] = {};
-    int at = 0;  // which element comes next, where they come one by one
-    u64 place;   // of it in the whole tensor
     RandomStream rounding;
 
-    FUSEDOPT_FN void take(int state, const float (&x)[kPart]) {
+    FUSEDOPT_FN Part(i32 first, int count) : first(first), count(count) {}
+
+    template <class W>
+    FUSEDOPT_FN void take(int state, i32 i, const float (&x)[W::value], int) {
       FUSEDOPT_UNROLL
-      for (int k = 0; k < kPart; ++k) value[state][k] = x[k];
+      for (int k = 0; k < kPart; ++k)
+        value[state][k] = W::value == kPart ? x[k % W::value] : k == i - first ? x[0] : value[state][k];
     }
-    FUSEDOPT_FN void take(int state, const float (&x)[1]) {
+    // The scales of those states that are in codes.
+    FUSEDOPT_FN void find_scales(const int (&storage)[kStates], int block_bits) {
       FUSEDOPT_UNROLL
-      for (int k = 0; k < kPart; ++k) value[state][k] = k == at ? x[0] : value[state][k];
+      for (int s = 0; s < kStates; ++s) {
+        if (storage[s] == kAnyStorage) continue;
+        const BlockScale<float> found(most_code(storage[s]), most_coded(storage[s]), join(s, block_bits));
+        scale[s] = found.scale;
+        inverse[s] = found.inverse;
+      }
+    }
+    // The largest magnitude of the block, as bits.
+    FUSEDOPT_FN u32 join(int state, int block_bits) const {
+      u32 largest = 0;
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kPart; ++k) {
+        const u32 bits = magnitude_bits<u32>(value[state][k]);
+        largest = bits > largest ? bits : largest;
+      }
+      FUSEDOPT_LOOP
+      for (int distance = (1 << block_bits) / kPart / 2; distance > 0; distance /= 2) {
+        const u32 other = device::shuffle_xor(largest, distance);
+        largest = other > largest ? other : largest;
+      }
+      return largest;
     }
   };
 
@@ -136,56 +163,46 @@ struct DeviceAccess {
   }
 
   // All lanes of a warp make as many visits, the last of which may find nothing: they shuffle.
-  template <class V, class Visit>
-  FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
+  template <class V, class Update, class Scale, class Code>
+  FUSEDOPT_FN static void walk_parts(const ChunkView& chunk, int lane, int lanes, const Update& update,
+                                     const Scale& scale, const Code& code) {
     const i32 last = (chunk.size + kMostBlock - 1) / kMostBlock * kMostBlock;
     FUSEDOPT_LOOP
     for (i32 i = lane * kPart; i < last; i += lanes * kPart) {
       const i32 left = chunk.size - i;
-      visit(i, int(left < 0 ? 0 : left < kPart ? left : kPart));
+      Part<V> part(i, int(left < 0 ? 0 : left < kPart ? left : kPart));
+      update(part);
+      scale(part);
+      code(part);
     }
   }
 
   template <class V, class Visit>
-  FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, i32 first, int count, const Visit& visit) {
-    part.place = chunk.place + u64(first);
-    if (count == kPart && !(V::kStrided && chunk.layout)) return visit(Width<kPart, false>{}, first, kPart);
+  FUSEDOPT_FN static void walk_part(const ChunkView& chunk, const Part<V>& part, const Visit& visit) {
+    const i32 first = part.first;
+    if (part.count == kPart && !(V::kStrided && chunk.layout)) return visit(Width<kPart, false>{}, first, kPart);
     FUSEDOPT_LOOP
-    for (part.at = 0; part.at < count; ++part.at, ++part.place) visit(Width<1>{}, first + part.at, 1);
-  }
-
-  template <class V>
-  FUSEDOPT_FN static u32 join_part(const Part<V>& part, int state, int, int block_bits) {
-    u32 largest = 0;
-    FUSEDOPT_UNROLL
-    for (int k = 0; k < kPart; ++k) {
-      const u32 bits = magnitude_bits<u32>(part.value[state][k]);
-      largest = bits > largest ? bits : largest;
-    }
-    FUSEDOPT_LOOP
-    for (int distance = (1 << block_bits) / kPart / 2; distance > 0; distance /= 2) {
-      const u32 other = device::shuffle_xor(largest, distance);
-      largest = other > largest ? other : largest;
-    }
-    return largest;
+    for (i32 i = first; i < first + part.count; ++i) visit(Width<1>{}, i, 1);
   }
 
   template <class V>
   FUSEDOPT_FN static void store_part(const ChunkView& chunk, const Part<V>& part, int state, int storage, float inverse,
-                                     const RandomStream& random, i32 first, int count) {
-    const u64 place = u64(chunk.begin + first);
+                                     const RandomStream& random) {
+    const u64 place = u64(chunk.begin + part.first);
     const u32 shift = RandomStream::has_high_half(place) ? 16u : 0u;
     u32 words[kPart / 4] = {};
     FUSEDOPT_UNROLL
     for (int k = 0; k < kPart; ++k) {
       const u32 bits = random.bits(RandomStream::word_of(place), u32(k)) >> shift & 0xFFFFu;
-      words[k / 4] |= code_from_float<u32>(storage, part.value[state][k], inverse, bits) << (8 * (k % 4));
+      const float x = part.value[state][k];
+      const u32 code = inverse == 0.0f ? 0u : code_from_float<u32>(storage, x, x * inverse, bits) & 0xFFu;
+      words[k / 4] |= code << (8 * (k % 4));
     }
-    const u64 address = chunk.address[kState0 + state] + (chunk.layout ? place : u64(first));
-    if (count == kPart && chunk.is_aligned(kState0 + state)) return device::store64(address, words);
+    const u64 address = chunk.address[kState0 + state] + (V::kStrided && chunk.layout ? place : u64(part.first));
+    if (part.count == kPart && chunk.is_aligned(kState0 + state)) return device::store64(address, words);
     FUSEDOPT_UNROLL
     for (int k = 0; k < kPart; ++k)
-      if (k < count) device::store8(address + u64(k), u8(words[k / 4] >> (8 * (k % 4))));
+      if (k < part.count) device::store8(address + u64(k), u8(words[k / 4] >> (8 * (k % 4))));
   }
 
   FUSEDOPT_FN static void barrier() { device::barrier(); }

@@ -13,26 +13,38 @@
 
 namespace fusedopt {
 
-// Small whole numbers as floats and back, by bits: an exact sum with a float whose last bit counts ones.
+// Small whole numbers as floats and back, by bits: an exact sum with a float whose last bit counts ones, or 2^-15.
 constexpr u32 kOnes = 0x4B000000u;  // 2^23
 constexpr float kOnesFloat = 8388608.0f;
+constexpr u32 kParts = 0x43800000u;  // 2^8
+constexpr float kPartsFloat = 256.0f;
 
 // The largest code, as a number.
 FUSEDOPT_FN constexpr float most_code(int storage) {
   return storage == kSigned8 ? 127.0f : storage == kRoot8 ? 255.0f : kMostFloat8;
 }
+// What the largest magnitude of a block becomes. Where it is rounded at random, so little less than the largest code
+// that no product with the inverse, which both are rounded, comes out above that.
+FUSEDOPT_FN constexpr float most_coded(int storage) {
+  return storage == kRoot8 ? 255.0f - 0x1p-14f : storage == kFloat8Square ? kMostFloat8 - 0x1p-13f : most_code(storage);
+}
 
-// What the codes of a block are multiplied by, and what values are multiplied by to become codes.
+// What the codes of a block are multiplied by, and what values are multiplied by to become codes: of one state, or of
+// several at once.
+template <class F>
 struct BlockScale {
-  float scale, inverse;
+  F scale, inverse;
 
   // `largest`: bits of the largest magnitude in the block. One that is not finite leaves no value of the block finite.
-  FUSEDOPT_FN BlockScale(int storage, u32 largest) {
-    const float reach = bit_cast<float>(largest) / most_code(storage);
-    const bool finite = largest < 0x7F800000u;
-    const bool normal = reach >= 1.17549435e-38f;  // below, the inverse could overflow: such a block is 0
-    scale = !finite ? bit_cast<float>(0x7FC00000u) : normal ? reach : 0.0f;
-    inverse = finite && normal ? most_code(storage) / bit_cast<float>(largest) : 0.0f;
+  template <class U>
+  FUSEDOPT_FN BlockScale(F code, F coded, U largest) {
+    const F none = F{}, nan = none + bit_cast<float>(0x7FC00000u);
+    const F magnitude = bit_cast<F>(largest);
+    const F reach = magnitude / code;
+    const auto finite = largest < 0x7F800000u;
+    const auto normal = reach >= 1.17549435e-38f;  // below, the inverse could overflow: such a block is 0
+    scale = finite ? (normal ? reach : none) : nan;
+    inverse = (finite & normal) ? coded / magnitude : none;
   }
 };
 
@@ -51,35 +63,23 @@ FUSEDOPT_FN F what_is_coded(int storage, F x) {
   return storage == kRoot8 ? square_root(x) : x;
 }
 
-// The code of it. `random`, 16 bits, decides which of two, where both are near. What is no number becomes some code.
+// The code of x, of which y is the product with the inverse: the low 8 bits, others may be above. `random`, 16 bits,
+// decides which of two, where both are near. Where the inverse is 0, all codes of the block are 0, and not found here.
 template <class U, class F>
-FUSEDOPT_FN U code_from_float(int storage, F x, float inverse, U random) {
-  const F none = F{};
-  const F most = none + most_code(storage);
-  F y = x * inverse;
-  if (storage == kSigned8) {
-    y = y < most ? y : most;
-    return bit_cast<U>(y + 1.5f * kOnesFloat) & 0xFFu;
-  }
-  if (storage == kFloat8) {
-    y = y < most ? y : most;
-    return f8_from_float<U>(y > -most ? y : -most);
-  }
+FUSEDOPT_FN U code_from_float(int storage, F x, F y, U random) {
+  if (storage == kSigned8) return bit_cast<U>(y + 1.5f * kOnesFloat);
+  if (storage == kFloat8) return f8_from_float<U>(y);
+  const U none = U{}, one = none + 1u;
   if (storage == kFloat8Square) {
-    const U zero = U{}, one = zero + 1u;
-    const U least = x > none ? one : zero;
-    y = y < most ? y : most;
-    const U code = f8_at_random(y, random);
+    const U code = f8_at_random(y, random), least = x > F{} ? one : none;
     return code > least ? code : least;
   }
-  // Between -0.5 and 0.5, and 0 on average.
-  const F dither = bit_cast<F>((random << 7) | 0x3F800000u) - (1.5f - 0x1p-17f);
-  y = y + dither;
-  y = y < most ? y : most;
-  const F one = none + 1.0f;
-  const F least = x > none ? one : none;
-  y = y > least ? y : least;
-  return bit_cast<U>(y + kOnesFloat) & 0xFFu;
+  // 15 bits behind the point, to which as many random ones are added. Above the code are bits of 2^8, the same for all;
+  // the bits of a root that is not 0 are a large number.
+  const U code = (bit_cast<U>(y + kPartsFloat) + (random & 0x7FFFu)) >> 15;
+  const U bits = bit_cast<U>(x), smallest = none + (kParts >> 15 | 1u);
+  const U least = bits < smallest ? bits : smallest;
+  return code > least ? code : least;
 }
 
 // The bits of a magnitude: they are in the order of the magnitudes, NaN above all.

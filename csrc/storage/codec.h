@@ -22,10 +22,15 @@ FUSEDOPT_FN F float_from_bf16(U bits) {
   return bit_cast<F>(bits << 16);
 }
 
+// The bits of a float32 number, rounded: the high 16 bits count.
+template <class U>
+FUSEDOPT_FN U round_to_bf16(U bits) {
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
 template <class U, class F>
 FUSEDOPT_FN U bf16_from_float(F x) {
-  const U bits = bit_cast<U>(x);
-  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const U rounded = round_to_bf16(bit_cast<U>(x)) >> 16;
   const U nan = U{} + 0x7FC0u;
   return x != x ? nan : rounded;
 }

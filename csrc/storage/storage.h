@@ -19,8 +19,9 @@ enum Storage : u8 {
   kStorages
 };
 
-constexpr int kAnyStorage = -1;  // a variant that reads the storage of each slot at run time
-constexpr int kCodes8 = 15;      // a variant whose first state is kSigned8 and whose others are kRoot8
+constexpr int kAnyStorage = -1;   // a variant that reads the storage of each slot at run time
+constexpr int kCodes8 = 15;       // a variant whose first state is kSigned8 and whose others are kRoot8
+constexpr int kFloatCodes8 = 14;  // the same of kFloat8 and kFloat8Square
 
 FUSEDOPT_FN constexpr bool is_code(int storage) { return storage >= kSigned8 && storage <= kFloat8Square; }
 
