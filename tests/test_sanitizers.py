@@ -52,7 +52,7 @@ class Program:
         folder = ROOT / "build" / f"native-{self.sanitizers.replace(',', '-')}"
         # -Og: twice as fast to compile as -O1, and nothing that a sanitizer could see is optimised away.
         optimised = [flag for flag in host.CXX_FLAGS if not flag.startswith("-O")]
-        flags = [*optimised, "-Og", "-g1", "-Icsrc", "-Itests/native", "-fno-omit-frame-pointer"]
+        flags = [*optimised, "-Og", "-g1", "-Icsrc", "-Itests/native", "-fno-omit-frame-pointer", "-DFUSEDOPT_NO_MODES"]
         link_flags = [flag for flag in host.LINK_FLAGS if flag != "-shared"]
         fatal = ["-fno-sanitize-recover=all"]
         ninja = NinjaFile(ROOT, folder, compiler, [*flags, *sanitize, *fatal], [*link_flags, *sanitize])
