@@ -126,6 +126,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # with what it was built for, which its package does not always say
     if "fusedopt" not in found and importlib.util.find_spec("fusedopt"):
         import fusedopt  # from a checkout that is not installed
 

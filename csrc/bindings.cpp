@@ -145,6 +145,9 @@ bool are_apart(const std::vector<py::object>& tensors) {
   return true;
 }
 
+// A name that is never given back: at the end of the process there is no interpreter left to give it to.
+const py::str& lasting_name(const char* name) { return *new py::str(name); }
+
 // tensor.method()
 py::object call(const py::object& tensor, PyObject* method) {
   py::object result = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
@@ -295,7 +298,7 @@ class Table {
   // replaced by others, or where a mode changed.
   py::object read_groups(const py::list& groups) {
     py::list changed;
-    static const py::str kParams("params");
+    static const py::str& kParams = lasting_name("params");
     if (groups.size() != host_.groups()) return py::int_(-1);
     for (u64 g = 0; g < host_.groups(); ++g) {
       const py::handle group = PyList_GET_ITEM(groups.ptr(), Py_ssize_t(g));
@@ -473,7 +476,7 @@ class Table {
 
   // Puts a row's states into the optimizer's, in torch's order, and watches them.
   void begin_state(u64 row, const std::vector<py::object>& states, const py::object& step) {
-    static const py::str kStepKey("step");
+    static const py::str& kStepKey = lasting_name("step");
     PyObject* const found = PyDict_SetDefault(states_.ptr(), watches_[row].param.ptr(), py::dict().ptr());  // borrowed
     if (found == nullptr) fail();
     const auto state = py::reinterpret_borrow<py::dict>(found);

@@ -161,6 +161,12 @@ def _reached(source: Path, seen: set[Path]) -> set[Path]:
     return seen
 
 
+def test_no_python_object_is_destroyed_at_the_end_of_the_process() -> None:
+    """A static one would be, after the interpreter is gone: from Python 3.12 on that ends in a crash."""
+    for path in (ROOT / "csrc").glob("*.*"):
+        assert not re.search(r"^\s*static (const )?py::\w+ \w+[({ ]*[\"=]", path.read_text(), re.MULTILINE), path
+
+
 @pytest.mark.parametrize("kernel", [path for path in SOURCES if path.suffix == ".cu"], ids=str)
 def test_device_code_includes_no_system_header(kernel: Path) -> None:
     reached = _reached(kernel, set()) - {Path("cuda/emulator.h")}  # the host's twin of the hardware
