@@ -11,8 +11,9 @@ The rules, each with its reason:
 0.98.
 * **Times** are medians over the rounds, with the quartiles as spread.
 * **Blocks** repeat a step until they last `block_s`; one untimed step before each block brings the
-  contender's data back after the others had the caches. Python's garbage collector is off inside a block, as
-  in `timeit`.
+  contender's data back after the others had the caches, and before that nothing runs for `IDLE_S`: threads of
+  the contender before go on looking for work for milliseconds, OpenMP's do, and would share the cores.
+  Python's garbage collector is off inside a block, as in `timeit`.
 * **Warm-up** steps come first, most of them in the check: state appears in the first step, and just-in-time
   compilers compile.
 * **Slow contenders** take part in fewer rounds, and the table says in how many each was.
@@ -50,6 +51,9 @@ from bench.trace import kernels_of
 
 TIE = 0.98
 """A ratio from here up to 1 counts as a tie."""
+
+IDLE_S = 0.01
+"""Rest before a block."""
 
 LONG_STEP_S = 0.5
 """A step that takes longer than this needs no more warm-up than the check has given it."""
@@ -475,6 +479,7 @@ def _order(contenders: Sequence[Timed], round_: int) -> list[Timed]:
 
 def _time_block(timed: Timed, clock: Clock, round_: int, plan: Measured) -> None:
     with timed.present():
+        time.sleep(IDLE_S)
         if plan.steps_per_block > 1:
             timed.prepare()
             timed.step()
