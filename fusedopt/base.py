@@ -456,8 +456,7 @@ class FusedOptimizer(Optimizer):
         if number not in self._results or before is None or before.device != device or before.numel() != size:
             made = torch.full((size,), math.nan, dtype=torch.float64, device=device)
             made[0] = 0.0 if before is None else before[0].to(device)
-            if (device, number) in self._lasting:
-                self._lasting[device, number].keep(self._results.get(number))
+            self._lasting[device, number].keep(self._results.get(number))
             self._results[number] = made
         return self._results[number]
 

@@ -80,26 +80,8 @@ SIGNATURE = {
 }
 
 
-MEASURE_SIGNATURE = {
-    "address": "*i64",
-    "grads": "*i64",
-    "numel": "*i64",
-    "storage": "*i64",
-    "layout": "*i32",
-    "layouts": "*i64",
-    "rows": "i64",
-    "chunks": "*i32",
-    "chunk_count": "i64",
-    "chunk_elements": "i64",
-    "grad_scale": "i64",
-    "phase_flags": "i32",
-    "first_leaf": "*i64",
-    "leaf_sums": "*fp64",
-    "part_leaf": "*i64",
-    "parts": "i64",
-    "joined": "*fp64",
-    "arrivals": "*i32",
-}
+JOINED_TYPES = {"leaf_sums": "*fp64", "part_leaf": "*i64", "parts": "i64"}  # what `measure` takes that `sweep` does not
+MEASURE_SIGNATURE = {name: kind for name, kind in {**SIGNATURE, **JOINED_TYPES}.items() if name in measure.arg_names}
 
 
 class Kernel(NamedTuple):
