@@ -78,8 +78,15 @@ struct Watch {
   bool stand_in = false;   // the row's gradient was made from the parameter's, and has to be made again each step
   py::object grad_spec{};  // of a DTensor's gradient: how it lies over the devices
   Hold hold;
-  std::vector<u64> state_addresses;  // of the entries that the state's watch has
+  std::vector<u64> state_addresses;  // of the entries that the state's watch has, and of the copy
+  py::object copy{};                 // what a launch copies the parameter to, if it does
   py::list keep{};                   // what else the row points into
+};
+
+// A tensor that must stay where it is, and can be asked without Python.
+struct Placed {
+  const TorchTensor* tensor;
+  u64 address;
 };
 
 // Where a row's parameter stands: in the list of a group, at an index of it.
@@ -214,17 +221,27 @@ class Table {
     holding_ = false;
   }
 
-  // Whether the watched state tensors are where they were: `tensor.data = ...` leaves no other trace.
-  bool states_in_place() const {
-    for (u64 row = 0; row < watches_.size(); ++row)
-      if (!state_in_place(row)) return false;
+  // Whether the watched states and copies are where they were: `tensor.data = ...` leaves no other trace, and after
+  // `tensor.share_memory_()` their old memory is gone. Of those that only Python can be asked of, some at a time.
+  bool states_in_place() {
+    if (!placed_is_known_) find_placed();
+    for (size_t k = 0; k < placed_.size(); ++k) {
+      if (k + 2 * kPlacedAhead < placed_.size()) {
+        __builtin_prefetch(placed_[k + 2 * kPlacedAhead].tensor);
+        gradients.prefetch(placed_[k + kPlacedAhead].tensor);
+      }
+      if (!gradients.lies_at(placed_[k].tensor, placed_[k].address)) return false;
+    }
+    const size_t count = std::min(asked_.size(), std::max(kAskedAtOnce, asked_.size() / kAskedAtOnce));
+    for (size_t k = 0; k < count; ++k)
+      if (!state_in_place(asked_[next_asked_++ % asked_.size()])) return false;
     return true;
   }
   bool state_in_place(u64 row) const { return watches_.at(row).state_addresses == addresses_of(watches_.at(row)); }
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
                u32 mode, i64 numel, u32 group, std::vector<i64> layout, py::object param, const py::object& grad,
-               bool unwrap, py::list keep) {
+               bool unwrap, const py::object& copy, py::list keep) {
     RowSpec spec;
     for (int s = 0; s < kSlots; ++s) spec.address[s] = addresses[size_t(s)];
     for (int s = 0; s < kElementSlots; ++s) spec.storage[s] = u8(storages[size_t(s)]);
@@ -234,6 +251,9 @@ class Table {
     spec.layout = std::move(layout);
     host_.set_row(row, spec);
     watch_tensors(row, std::move(param), grad, unwrap, std::move(keep));
+    Watch& watch = watches_[row];
+    watch.copy = copy.is_none() ? py::object() : copy;
+    watch.state_addresses = addresses_of(watch);
   }
 
   // Of these rows those that begin_rows() can describe: the parameter has no state, and needs no closer look. It and
@@ -395,6 +415,7 @@ class Table {
       if (const int stop = watch.traverse(visit, arg)) return stop;
     for (const Watch& watch : watches_) {
       Py_VISIT(watch.param.ptr());
+      Py_VISIT(watch.copy.ptr());
       Py_VISIT(watch.keep.ptr());
       Py_VISIT(watch.grad_spec.ptr());
       if (const int stop = watch.state.traverse(visit, arg)) return stop;
@@ -472,6 +493,7 @@ class Table {
     Watch& watch = watches_.at(row);
     watch.state.watch(state, std::move(entries));
     watch.state_addresses = addresses_of(watch);
+    placed_is_known_ = false;
   }
 
   // Puts a row's states into the optimizer's, in torch's order, and watches them.
@@ -518,6 +540,8 @@ class Table {
     places_[row].param = watch.param.ptr();
     watch.hold = Hold();
     holding_ = false;
+    placed_is_known_ = false;
+    watch.copy = py::object();
     watch.keep = std::move(keep);
     watch.unwrap = unwrap;
     watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
@@ -536,6 +560,8 @@ class Table {
 
   static constexpr i64 kCpuChunk = 32768;
   static constexpr u64 kBlockRows = 8;
+  static constexpr size_t kPlacedAhead = 8;
+  static constexpr size_t kAskedAtOnce = 64;  // or as small a share of all
   static constexpr size_t kMostExtents = size_t(1) << 24;
 
   // Tensors lie scattered over the heap: the next ones are asked for while this one is looked at.
@@ -555,16 +581,46 @@ class Table {
     holding_ = true;
   }
 
+  // Calls visit(tensor) for what a row's launches write beside its parameter.
+  template <class Visit>
+  static void each_placed(const Watch& watch, const Visit& visit) {
+    const auto look = [&](const py::object& found) {
+      if (!found || !reader.is_tensor(found.ptr())) return;  // such as a key of random bits
+      visit(local_tensor(found, watch.unwrap && py::hasattr(found, "_local_tensor")));
+    };
+    for (const DictWatch::Entry& entry : watch.state.entries()) look(entry.second);
+    look(watch.copy);
+  }
+
   static std::vector<u64> addresses_of(const Watch& watch) {
     std::vector<u64> addresses;
-    for (const DictWatch::Entry& entry : watch.state.entries()) {
-      u64 address = 0;
-      const bool has_memory = entry.second && reader.is_tensor(entry.second.ptr());  // a key of random bits has none
-      const bool unwrap = watch.unwrap && has_memory && py::hasattr(entry.second, "_local_tensor");
-      if (has_memory && !reader.read_address(local_tensor(entry.second, unwrap).ptr(), address)) fail();
-      addresses.push_back(address);
-    }
+    each_placed(watch, [&](const py::object& tensor) {
+      if (!reader.read_address(tensor.ptr(), addresses.emplace_back())) fail();
+    });
     return addresses;
+  }
+
+  void find_placed() {
+    placed_.clear();
+    asked_.clear();
+    for (u64 row = 0; row < watches_.size(); ++row) {
+      const Watch& watch = watches_[row];
+      bool is_asked = false;
+      size_t k = 0;
+      each_placed(watch, [&](const py::object& tensor) {
+        const u64 address = watch.state_addresses.at(k++);
+        const TorchTensor* const found = watch.unwrap ? nullptr : find_handle(tensor, address);
+        if (found != nullptr) placed_.push_back({found, address});
+        is_asked = is_asked || found == nullptr;
+      });
+      if (is_asked) asked_.push_back(row);
+    }
+    placed_is_known_ = true;
+  }
+
+  static const TorchTensor* find_handle(const py::object& tensor, u64 address) {
+    if (!gradients.is_connected() || !reader.is_plain(tensor.ptr())) return nullptr;
+    return gradients.within(tensor.ptr(), size_t(Py_TYPE(tensor.ptr())->tp_basicsize), impl_of(tensor), address);
   }
 
   // From now on this parameter's gradient is read without Python, if what is read so is what Python reads.
@@ -816,7 +872,11 @@ class Table {
   std::vector<int64_t> seen_;     // the same of tensors that are looked at and not kept
   std::vector<bool> live_;
   bool wants_holds_ = false;
-  bool holding_ = false;            // every live parameter that can be held
+  bool holding_ = false;  // every live parameter that can be held
+  bool placed_is_known_ = false;
+  std::vector<Placed> placed_;  // of all rows
+  std::vector<u64> asked_;      // rows of which Python has to be asked instead
+  size_t next_asked_ = 0;
   std::vector<py::object> values_;  // per group: hyperparameters and flags as last read
   std::vector<u64> shapes_;
   std::vector<Py_ssize_t> sizes_;
@@ -896,7 +956,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("first_rows"))
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
-           py::arg("keep"))
+           py::arg("copy"), py::arg("keep"))
       .def("plain_rows", &Table::plain_rows, py::arg("rows"))
       .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"), py::arg("mode"),
            py::arg("zeros_like"))

@@ -68,14 +68,33 @@ class GradientReader {
   // The gradient, perhaps undefined, of the parameter whose c10::TensorImpl is at `impl`. It is soon to be read.
   const TorchTensor* find(const void* impl) const {
     const TorchTensor* const grad = grad_(impl);
-    const char* const tensor = *reinterpret_cast<const char* const*>(grad);
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + 64 * line);
+    prefetch(grad);
     return grad;
+  }
+  static void prefetch(const TorchTensor* tensor) {
+    const char* const impl = *reinterpret_cast<const char* const*>(tensor);
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(impl + 64 * line);
   }
 
   // Whether a tensor's memory holds the negative or the conjugate of its values.
   bool is_lazy(const TorchTensor* tensor) const { return is_neg_(tensor) || is_conj_(tensor); }
   bool is_lazy(const void* impl) const { return is_lazy(reinterpret_cast<const TorchTensor*>(&impl)); }
+
+  // Where a tensor's Python object, of `size` bytes, refers to its c10::TensorImpl: the handle that C functions take,
+  // good as long as the object. Null where no such place is found, or what is read there is not where its memory is.
+  const TorchTensor* within(const void* object, size_t size, const void* impl, u64 address) const {
+    const auto* const words = static_cast<const void* const*>(object);
+    for (size_t k = 2; k < size / sizeof(void*); ++k) {  // behind the count of references and the type
+      if (words[k] != impl) continue;
+      const auto* const tensor = reinterpret_cast<const TorchTensor*>(words + k);
+      return lies_at(tensor, address) ? tensor : nullptr;
+    }
+    return nullptr;
+  }
+  bool lies_at(const TorchTensor* tensor, u64 address) const {
+    void* data = nullptr;
+    return get_data_ptr_(tensor, &data) == 0 && u64(reinterpret_cast<std::uintptr_t>(data)) == address;
+  }
 
   // Whether the memory of the tensor whose c10::TensorImpl is at `impl` holds its values: so many, of so many bytes.
   bool is_whole(const void* impl, i64 elements, i64 bytes_each) const {

@@ -105,7 +105,7 @@ int HostTable::variant() {
   if (phase_.has(kReports)) features |= kReportFeature;
   for (u64 t = 0; t < rows_; ++t) {
     if (slot(kParam, t) == 0) continue;  // never had a gradient
-    if (layout_[t] != kDenseLayout || !row_layouts_[t].empty()) features |= kStridedFeature;
+    if (layout_[t] != kDenseLayout || !row_layouts_[t].empty() || slot(kRun, t) != 0) features |= kStridedFeature;
     if (u32(storage_[t] >> kModeShift) & kRoundsAtRandom) {
       features |= kBlockFeature;
       param_storage = kAnyStorage;  // variants that fix it round to nearest
@@ -127,13 +127,8 @@ int HostTable::variant() {
   if (param_storage == kNone) param_storage = kFloat32;
   if (state_storage == kNone) state_storage = param_storage;
   variant_ = 0;
-  while (variant_ < kVariantCount && !kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
-  if (variant_ == kVariantCount) {
-    variant_ = -1;
-    throw std::invalid_argument(
-        "no variant has float64 with a mode of float32, nor a report with codes or random rounding");
-  }
-  return variant_;
+  while (!kVariants[variant_].covers(param_storage, state_storage, features)) ++variant_;
+  return variant_;  // the last one covers everything
 }
 
 u64 HostTable::leaves() { return first_leaf().back(); }

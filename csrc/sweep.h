@@ -30,7 +30,8 @@ struct ChunkView {
   i32 boundary;
   i32 block_bits;       // 2^this are the elements of a block of codes
   u64 scales[kStates];  // of the chunk's first block; 0: the state is not in codes
-  u64 place;            // of its first element in the whole tensor, over all devices
+  u64 place;       // in the whole tensor, over all devices: of its first element, or of the tensor's where it has runs
+  u64 run, pitch;  // see Slot
 
   FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk) {
     const TensorTable& table = launch.table;
@@ -47,7 +48,9 @@ struct ChunkView {
       const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(storage_of(s))) : 0;
       address[s] = start == 0 ? 0 : start + advance;
     }
-    place = table.slot(kPlace, chunk.tensor) + u64(begin);
+    run = table.slot(kRun, chunk.tensor);
+    pitch = table.slot(kPitch, chunk.tensor);
+    place = table.slot(kPlace, chunk.tensor) + (run == 0 ? u64(begin) : 0);
     block_bits = i32(mode() & kBlockBits);
     for (int s = 0; s < kStates; ++s) {
       const u64 start = table.slot(kScale0 + s, chunk.tensor);
@@ -59,12 +62,27 @@ struct ChunkView {
     ChunkView found = *this;
     const i32 rest = at < size ? size - at : 0;
     found.begin += at;
-    found.place += u64(at);
+    if (run == 0) found.place += u64(at);
     found.size = rest < count ? rest : count;
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < kElementSlots; ++s)
       if (layout == nullptr && has(s)) found.address[s] += u64(at) * u64(storage_bytes(storage_of(s)));
+    for (int s = 0; s < kStates; ++s)
+      if (scales[s] != 0) found.scales[s] += (u64(at) >> block_bits) * sizeof(float);
     return found;
+  }
+  // The place of element i in the whole tensor. Tensors with runs go through variants that admit strides.
+  template <class V>
+  FUSEDOPT_FN u64 place_at(i32 i) const {
+    if (!V::kStrided || run == 0) return place + u64(i);
+    const u64 element = u64(begin + i);
+    return place + element / run * pitch + element % run;
+  }
+  // Whether elements from i on follow each other there, with places of the same upper half: see RandomStream::bits.
+  FUSEDOPT_FN bool in_one_run(i32 i, i32 count) const {
+    if (run == 0 || count < 1) return true;
+    const u64 element = u64(begin + i), at = element % run, first = place + element / run * pitch + at;
+    return at + u64(count) <= run && first >> 32 == (first + u64(count) - 1) >> 32;
   }
   FUSEDOPT_FN int storage_of(int slot) const { return int(storage >> (kStorageBits * slot)) & kStorageMask; }
   FUSEDOPT_FN u32 mode() const { return u32(storage >> kModeShift); }
@@ -273,12 +291,13 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
   constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
   constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
+  constexpr bool kBlocks = V::kBlocks && sizeof(C) == 4;
   typename Access::template Packet<C, N> packet[kUsed] = {};
   X x[kElementSlots][M];
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (Access::has(chunk, rule, s)) {
-      if constexpr (V::kBlocks)
+      if constexpr (kBlocks)
         if (V::codes(s, chunk.storage)) {
           Access::template fetch_codes<W>(packet[s], chunk.address[s], at(s), chunk.is_aligned(s));
           continue;
@@ -290,7 +309,7 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (Access::has(chunk, rule, s)) {
-      if constexpr (V::kBlocks)
+      if constexpr (kBlocks)
         if (V::codes(s, chunk.storage)) {
           Access::template decode_codes<W>(packet[s], V::storage(s, chunk.storage), block.scale[state_of(s)], x[s],
                                            count);
@@ -311,17 +330,18 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
     seen.update[k] = rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   copy(seen.after, x[kParam]);
   master.keep(chunk, x[kParam], at, count);
-  if constexpr (V::kBlocks && (V::kRounds || !V::kFixed))
+  if constexpr (kBlocks && (V::kRounds || !V::kFixed))
     if (V::kRounds || (chunk.mode() & kRoundsAtRandom)) {
       FUSEDOPT_UNROLL
       for (int k = 0; k < M; ++k)
-        x[kParam][k] = at_random_16(V::storage(kParam, chunk.storage), x[kParam][k],
-                                    block.rounding.bits(chunk.place + u64(place), Access::template places<X>(k)));
+        x[kParam][k] =
+            at_random_16(V::storage(kParam, chunk.storage), x[kParam][k],
+                         block.rounding.bits(chunk.template place_at<V>(place), Access::template places<X>(k)));
     }
   FUSEDOPT_UNROLL_SLOTS
   for (int s = 0; s < kUsed; ++s)
     if (s != kGrad && Access::has(chunk, rule, s)) {
-      if constexpr (V::kBlocks)
+      if constexpr (kBlocks)
         if (V::codes(s, chunk.storage)) {
           FUSEDOPT_UNROLL
           for (int k = 0; k < M; ++k) x[s][k] = what_is_coded(V::storage(s, chunk.storage), x[s][k]);
@@ -342,26 +362,6 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
 // Element i of a chunk alone; a vector is walked where the chunk is dense only.
 template <class V, class W>
 using IndexOf = Either<V::kStrided && W::value == 1, StridedIndex, DenseIndex>;
-
-template <class Access, class V, class C, class Rule, class S>
-FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
-                            int lane, int lanes) {
-  Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-    using W = decltype(width);
-    sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
-  });
-}
-
-// A chunk of which leaves may be reported: in the order that suits the tally.
-template <class Access, class V, class C, class Rule, class S>
-FUSEDOPT_FN void report_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, int lane,
-                              int lanes) {
-  Access::template report_chunk<V, C>(
-      chunk, side.report, lane, lanes, [&](const ChunkView& view, auto width, i32 i, int count) FUSEDOPT_INLINE {
-        using W = decltype(width);
-        sweep_vector<Access, V, C, W>(view, rule, gradient, side, IndexOf<V, W>(view, i), i, count, NoBlock{});
-      });
-}
 
 // A chunk whose states are codes: blocks, or what a lane has of one, are updated as a whole, then coded. Between the
 // two a CPU updates the next block: the scale of one, which all of its elements wait for, is found meanwhile.
@@ -407,12 +407,27 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
 }
 
 template <class Access, class V, class C, class Rule, class S>
-FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
+FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
+                            u64 step, int lane, int lanes) {
+  if constexpr (V::kBlocks && sizeof(C) == 4)
+    sweep_blocks<Access, V>(chunk, rule, gradient, side, step, lane, lanes);
+  else
+    Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+      using W = decltype(width);
+      sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
+    });
+}
+
+// A chunk at the step `step` of its tensor: where its leaves are reported, in the order that suits the tally.
+template <class Access, class V, class C, class Rule, class S>
+FUSEDOPT_FN void sweep_chunk(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, S side, u64 step,
                              int lane, int lanes) {
   if constexpr (V::kReports)
-    report_chunk<Access, V>(chunk, rule, gradient, side, lane, lanes);
+    Access::template report_chunk<V, C>(chunk, side.report, lane, lanes, [&](const ChunkView& part) FUSEDOPT_INLINE {
+      sweep_part<Access, V>(part, rule, gradient, side, step, lane, lanes);
+    });
   else
-    sweep_part<Access, V>(chunk, rule, gradient, side, lane, lanes);
+    sweep_part<Access, V>(chunk, rule, gradient, side, step, lane, lanes);
 }
 
 // Sets a chunk's gradient to 0: what is left of a step that is skipped, where gradients are to be cleared.

@@ -21,7 +21,11 @@ enum Slot : int {
   kScale0,  // of the states that are codes: one float32 for each block
   kScale1,
   kScale2,
-  kPlace,  // no address: the place of element 0 in the whole of a tensor that lies over devices, for its random bits
+  // No addresses: where a tensor that lies over devices has its elements in the whole, in row-major order, for its
+  // random bits.
+  kPlace,  // of element 0
+  kRun,    // how many elements follow each other there; 0: all
+  kPitch,  // how far the first ones of two such runs are apart
   kSlots
 };
 

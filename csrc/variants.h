@@ -10,10 +10,10 @@ enum Feature : u32 {
   kDoubleFeature = 1u << 1,   // tensors with a float64 slot, computed in float64
   kSideFeature = 1u << 2,     // outputs beside the update: phase.h
   kMasterFeature = 1u << 3,   // 16-bit parameters that keep what rounding takes
-  kBlockFeature = 1u << 4,    // states in 8 bits, parameters rounded at random
+  kBlockFeature = 1u << 4,    // states in 8 bits, parameters rounded at random; never of a tensor in float64
   kReportFeature = 1u << 5,   // numbers about every leaf: report.h; always with kSideFeature
   kRoundFeature = 1u << 6,    // all parameters rounded at random, where the storages are fixed; else the table says it
-  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature | kReportFeature,  // without blocks
+  kEveryFeature = kStridedFeature | kDoubleFeature | kSideFeature | kMasterFeature | kBlockFeature | kReportFeature,
 };
 
 // kParamStorage holds for parameter and gradient, kStateStorage for the states, kMasterStorage for what is kept of the
@@ -63,24 +63,25 @@ struct Variant {
 };
 
 // name, storage of parameter and gradient, storage of states, features; smallest first.
-#define FUSEDOPT_VARIANTS(X)                                                                                    \
-  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                             \
-  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                          \
-  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                       \
-  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                       \
-  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                           \
-  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)   \
-  X(bf16_f32_master, fusedopt::kBFloat16, fusedopt::kFloat32, fusedopt::kMasterFeature)                         \
-  X(master, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kMasterFeature) \
-  X(bf16_8, fusedopt::kBFloat16, fusedopt::kCodes8, fusedopt::kMasterFeature | fusedopt::kBlockFeature)         \
-  X(blocks, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                       \
-    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature)                             \
-  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                   \
-  X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                    \
-    fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)                              \
-  X(blocks_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                  \
-    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature | fusedopt::kSideFeature)    \
-  X(f32_report, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature | fusedopt::kReportFeature)      \
+#define FUSEDOPT_VARIANTS(X)                                                                                       \
+  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                                \
+  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                             \
+  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                          \
+  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                          \
+  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                              \
+  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)      \
+  X(bf16_f32_master, fusedopt::kBFloat16, fusedopt::kFloat32, fusedopt::kMasterFeature)                            \
+  X(master, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kMasterFeature)    \
+  X(bf16_8, fusedopt::kBFloat16, fusedopt::kCodes8, fusedopt::kMasterFeature | fusedopt::kBlockFeature)            \
+  X(blocks, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                          \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature)                                \
+  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                      \
+  X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                       \
+    fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)                                 \
+  X(blocks_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                     \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature | fusedopt::kSideFeature)       \
+  X(f32_report, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature | fusedopt::kReportFeature)         \
+  X(full_report, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kEveryFeature & ~fusedopt::kBlockFeature) \
   X(everything, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kEveryFeature)
 
 }  // namespace fusedopt

@@ -15,7 +15,7 @@ from . import blocks, exact, reference
 from .core import compiled, why_not_compiled
 from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP
 from .precision import ROUNDING_KEY, coded_states, master_key, recoded, rounds_at_random, scale_key, widened
-from .sharded import first_place
+from .sharded import all_places
 from .table import Row, Table, local, real_view
 
 # Best first.
@@ -341,7 +341,7 @@ def _round_at_random(table: Table, row: Row, step: int, updates: dict[str, Tenso
     param = updates["param"]
     assert param is not None  # every rule updates it
     key = int(table.state_of(row)[ROUNDING_KEY])
-    updates["param"] = blocks.at_random(param, key, step, row.param.dtype, first_place(row.param))
+    updates["param"] = blocks.at_random(param, key, step, row.param.dtype, all_places(row.param))
 
 
 def _keep_codes(table: Table, row: Row, name: str, step: int, updates: dict[str, Tensor | None]) -> None:

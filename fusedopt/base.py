@@ -17,16 +17,13 @@ from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, check_groups, check_number, local
 from .lasting import Lasting
 from .phase import EMA, MEASURES, NOTHING, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
-from .precision import CODES, check_modes, scale_key, state_dtype_of
+from .precision import check_modes, scale_key
 from .report import Report, read_report
 from .rules import Rule
 from .sharded import Spread, is_sharded, spread_of
 from .table import Row, Table, name_of, part_of, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-# How many steps pass between looks at whether the tensors of the state still lie where the table points.
-ADDRESS_CHECK_PERIOD = 64
 
 _increment_version = torch.autograd.graph.increment_version
 
@@ -219,10 +216,11 @@ class FusedOptimizer(Optimizer):
     def refresh(self) -> None:
         """Looks at all tensors again.
 
-        Needed only where the tensor itself stays and its memory changes behind it. ``tensor.data = ...``,
-        ``tensor.resize_`` and a freed storage are otherwise noticed within 64 steps for a state or for a copy of
-        ``copy_to``. A storage that is shrunk without being moved is not noticed, nor is that of a gradient whose shape
-        and strides stay. Resizing a storage between steps frees memory that the next step may use: call this after it.
+        Needed only where a tensor stays where it is and something else about it changes. That a state, or a copy of
+        ``copy_to``, lies elsewhere, after ``tensor.data = ...``, ``tensor.resize_`` or ``tensor.share_memory_``, the
+        next step sees by itself; of states that are DTensors, of subclasses, and of all with torch before 2.10 some
+        step of the next 64 does. A state that is transposed in place, or whose storage is shrunk without being moved,
+        is not noticed, nor is such a storage of a gradient whose shape and strides stay: call this after it.
         A gradient that lies where a step writes, in another parameter or a state, is refused when a parameter has its
         first gradient or new states, and after this; one that comes to lie there later is not noticed.
         """
@@ -256,20 +254,9 @@ class FusedOptimizer(Optimizer):
             group = {**self.defaults, **param_group}
             self._phase.check_group(group)
             check_modes(self._rule, group)
-            if self._phase.report:
-                self._check_reportable(group)
         super().add_param_group(param_group)
         self._see_params(self.param_groups[-1]["params"])
         self._forget_tables()
-
-    def _check_reportable(self, group: dict[str, Any]) -> None:
-        asked = {"rounding": group.get("rounding")}
-        asked |= {f"state_dtype of {name}": state_dtype_of(group, name) for name in self._rule.states}
-        for name, mode in asked.items():
-            if mode in CODES or (name == "rounding" and mode is not None):
-                raise ValueError(
-                    f"{name}={mode!r} and report={self._phase.report!r} can not work together: no kernel has both"
-                )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
@@ -327,7 +314,7 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what pickle, deepcopy and ``load_state_dict`` bring, and adds what older torch left out."""
         self._hidden_steps = {}
-        self._number = traced.register(self)
+        self._number = traced.register(self, getattr(self, "_number", None))
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
         if not hasattr(self, "_phase"):
@@ -352,6 +339,15 @@ class FusedOptimizer(Optimizer):
         # DTensor's dispatch does not know the operator of a traced step: such a step breaks the graph.
         self._is_sharded = self._is_sharded or any(map(is_sharded, params))
 
+    def _forget_params(self, params: list[Tensor]) -> None:
+        """Lets go of parameters that are in no group any more. A graph that knows them is traced anew."""
+        before = self._traced_params
+        if len(before) != len(params) or any(one is not other for one, other in zip(before, params, strict=True)):
+            self._traced_params = params
+        if self._hidden_steps:
+            present = set(params)
+            self._hidden_steps = {param: step for param, step in self._hidden_steps.items() if param in present}
+
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             for key, value in self._group_defaults.items():
@@ -372,7 +368,6 @@ class FusedOptimizer(Optimizer):
             self._lasting: dict[tuple[torch.device, int], Lasting] = {}
         self._tables: list[tuple[Table, Backend]] | None = None
         self._built_from: tuple[Any, Any] = (None, None)
-        self._steps_until_check = ADDRESS_CHECK_PERIOD
 
     def _launch(self) -> None:
         if torch.is_inference_mode_enabled():
@@ -522,12 +517,7 @@ class FusedOptimizer(Optimizer):
         state, groups = self._built_from
         if state is not self.state or groups is not self.param_groups:
             return False
-        self._steps_until_check -= 1
-        if self._steps_until_check <= 0:
-            self._steps_until_check = ADDRESS_CHECK_PERIOD
-            if not all(table.is_current() for table, _ in tables):
-                return False
-        return all(table.refresh() for table, _ in tables)
+        return all(table.is_current() and table.refresh() for table, _ in tables)
 
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         rows: dict[torch.device, list[Row]] = {}
@@ -545,6 +535,7 @@ class FusedOptimizer(Optimizer):
                 on_device.append(Row(len(on_device), g, k, param, self.param_groups, copy=copies.get(param)))
         tables: list[tuple[Table, Backend]] = []
         params = traced.params_of(self)
+        self._forget_params(params)
         self._spreads = tuple(dict.fromkeys(map(spread_of, params))) if any(map(is_sharded, params)) else (None,)
         for device, device_rows in rows.items():
             if len(self._spreads) > 1 or self._phase.norm_by_group:

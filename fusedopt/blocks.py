@@ -85,10 +85,21 @@ def stream(places: Tensor, seed: int, step: int) -> Tensor:
     return random_bits(places, seed ^ (places >> 32), step_key)
 
 
-def at_random(values: Tensor, key: int, step: int, dtype: torch.dtype = torch.bfloat16, first_place: int = 0) -> Tensor:
-    """Rounds each float32 to one of the two bfloat16 or float16 beside it, so that the mean is kept."""
-    places = torch.arange(first_place, first_place + values.numel(), device=values.device).reshape(values.shape)
-    words = stream(places, key, step)
+def at_random(
+    values: Tensor, key: int, step: int, dtype: torch.dtype = torch.bfloat16, places: Tensor | None = None
+) -> Tensor:
+    """Rounds each float32 to one of the two bfloat16 or float16 beside it, so that the mean is kept.
+
+    Args:
+        values: float32.
+        key: of the tensor's random bits.
+        step: the count of this step.
+        dtype: bfloat16 or float16.
+        places: int64, of each value in the whole tensor. Default: in row-major order from 0.
+    """
+    if places is None:
+        places = torch.arange(values.numel(), device=values.device)
+    words = stream(places.to(values.device).reshape(values.shape), key, step)
     return _bf16_at_random(values, words) if dtype == torch.bfloat16 else _f16_at_random(values, words)
 
 

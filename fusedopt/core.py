@@ -74,7 +74,10 @@ class Core(Protocol):
         """Gives these references back until the next ``refresh``."""
 
     def states_in_place(self) -> bool:
-        """Whether the watched state tensors lie where they lay when their watch began."""
+        """Whether the watched states, and copies, lie where they lay when their watch began.
+
+        Of those that only Python can be asked of, some at a time.
+        """
 
     def state_in_place(self, row: int) -> bool:
         """The same of one row."""
@@ -91,9 +94,10 @@ class Core(Protocol):
         param: Tensor,
         grad: Tensor | None,
         unwrap: bool,
+        copy: Tensor | None,
         keep: list[Tensor],
     ) -> None:
-        """Describes one tensor and starts watching its parameter and gradient."""
+        """Describes one tensor and starts watching its parameter, gradient and copy."""
 
     def plain_rows(self, rows: list[int]) -> list[int]:
         """Of these rows those that ``begin_rows`` can describe: of new parameters that need no closer look."""

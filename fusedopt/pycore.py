@@ -7,6 +7,7 @@ The columns are the same bytes in the same order (csrc/table.h); only the host t
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import Any, NamedTuple
@@ -22,9 +23,9 @@ U32, I32, U64, I64, F64 = "I", "i", "Q", "q", "d"
 
 # csrc/rules/rule.h, csrc/table.h
 HYPERS = 8  # hyperparameters a rule may name
-SLOTS = 13  # columns of addresses: csrc/table.h
+SLOTS = 15  # columns of addresses: csrc/table.h
 ELEMENT_SLOTS = 8  # the slots before the step
-GRAD, STATE0, MASTER, COPY = 1, 2, 5, 7
+GRAD, STATE0, MASTER, COPY, RUN = 1, 2, 5, 7, 13
 REPORTS = 128  # enum PhaseFlag in csrc/phase.h
 LEAF = 2048  # elements; a chunk is a whole number of leaves
 MOST_CHUNK = 32768  # elements
@@ -33,6 +34,7 @@ STORAGE_MASK = (1 << STORAGE_BITS) - 1
 MODE_SHIFT = 32  # where in the storage column the mode of a tensor stands
 ROUNDS_AT_RANDOM = 1 << 4  # of a mode
 DENSE_LAYOUT = -1
+ASKED_AT_ONCE = 64  # rows whose states are asked where they lie at a step, or as small a share of all
 _REVISIONS = count(1)  # unique in the process, so that copies of one table are never taken for another's
 EMPTY_GRADIENT = 1  # stands for the address of a gradient of 0 elements, which has none
 
@@ -43,7 +45,7 @@ ANY_STORAGE = -1  # what a variant that reads the storage of each slot at run ti
 
 # enum Feature in csrc/variants.h
 STRIDED_FEATURE, DOUBLE_FEATURE, SIDE_FEATURE, MASTER_FEATURE, BLOCK_FEATURE, REPORT_FEATURE = 1, 2, 4, 8, 16, 32
-EVERY_FEATURE = STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE | MASTER_FEATURE | REPORT_FEATURE
+EVERY_FEATURE = STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE | MASTER_FEATURE | BLOCK_FEATURE | REPORT_FEATURE
 
 
 class Variant(NamedTuple):
@@ -76,6 +78,7 @@ VARIANTS = (
     Variant("full_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | DOUBLE_FEATURE | SIDE_FEATURE),
     Variant("blocks_side", ANY_STORAGE, ANY_STORAGE, STRIDED_FEATURE | MASTER_FEATURE | BLOCK_FEATURE | SIDE_FEATURE),
     Variant("f32_report", FLOAT32, FLOAT32, SIDE_FEATURE | REPORT_FEATURE),
+    Variant("full_report", ANY_STORAGE, ANY_STORAGE, EVERY_FEATURE & ~BLOCK_FEATURE),
     Variant("everything", ANY_STORAGE, ANY_STORAGE, EVERY_FEATURE),
 )
 
@@ -105,6 +108,7 @@ class Watch:
         address: of the parameter.
         param_facts: of the parameter.
         grad_facts: of its gradient; None: it had none.
+        copy: what a launch copies it to, if it does.
         keep: what else the row points into.
         layout: of a tensor that is not dense; empty: it is.
     """
@@ -115,6 +119,7 @@ class Watch:
     address: int = 0
     param_facts: Facts | None = None
     grad_facts: Facts | None = None
+    copy: Tensor | None = None
     keep: list[Tensor] = field(default_factory=list)
     layout: list[int] = field(default_factory=list)
     grad_spec: Any = None  # of a DTensor's gradient: how it lies over the devices
@@ -181,6 +186,7 @@ class PyTable:
         self._states = states
         self._state: list[tuple[dict[str, Any], dict[str, Any]] | None] = [None] * rows
         self._state_addresses: list[list[int]] = [[] for _ in range(rows)]
+        self._next_asked = 0
         self._live = [False] * rows
         self._live_params: list[Tensor] | None = None
         self._chunks = array(U32)
@@ -206,7 +212,8 @@ class PyTable:
         if self._phase & REPORTS:
             features |= REPORT_FEATURE
         params, states = self._storages_in_use()
-        if any(watch is not None and watch.layout for watch in self._watches):
+        has_runs = any(self._address[RUN * self._rows : (RUN + 1) * self._rows])
+        if has_runs or any(watch is not None and watch.layout for watch in self._watches):
             features |= STRIDED_FEATURE
         if FLOAT64 in params | states:
             features |= DOUBLE_FEATURE
@@ -219,12 +226,7 @@ class PyTable:
             param = min(params, default=FLOAT32)
         if len(states or {param}) == 1:
             state = min(states, default=param)
-        found = next((variant.name for variant in VARIANTS if variant.covers(param, state, features)), None)
-        if found is None:
-            raise ValueError(
-                "no variant has float64 with a mode of float32, nor a report with codes or random rounding"
-            )
-        return found
+        return next(variant.name for variant in VARIANTS if variant.covers(param, state, features))
 
     @property
     def leaves(self) -> int:
@@ -245,7 +247,7 @@ class PyTable:
             entries: what that must hold, by key; None: nothing.
         """
         self._state[row] = (state, dict(entries))
-        self._state_addresses[row] = _addresses(entries)
+        self._state_addresses[row] = self._addresses_of(row)
 
     def set_phase(
         self,
@@ -287,8 +289,10 @@ class PyTable:
         """Has no effect here."""
 
     def states_in_place(self) -> bool:
-        """Whether the watched state tensors lie where they lay when their watch began."""
-        return all(map(self.state_in_place, range(len(self._state))))
+        """Whether the watched states, and copies, lie where they lay when their watch began: some rows at a time."""
+        count = min(self._rows, max(ASKED_AT_ONCE, self._rows // ASKED_AT_ONCE))
+        first, self._next_asked = self._next_asked, self._next_asked + count
+        return all(self.state_in_place(row % self._rows) for row in range(first, first + count))
 
     def state_in_place(self, row: int) -> bool:
         """The same of one row.
@@ -296,8 +300,12 @@ class PyTable:
         Args:
             row: its index.
         """
-        watched = self._state[row]
-        return watched is None or _addresses(watched[1]) == self._state_addresses[row]
+        return self._addresses_of(row) == self._state_addresses[row]
+
+    def _addresses_of(self, row: int) -> list[int]:
+        watched, watch = self._state[row], self._watches[row]
+        copy = None if watch is None else watch.copy
+        return _addresses([*(watched[1].values() if watched else ()), copy])
 
     def set_row(
         self,
@@ -311,9 +319,10 @@ class PyTable:
         param: Tensor,
         grad: Tensor | None,
         unwrap: bool,
+        copy: Tensor | None,
         keep: list[Tensor],
     ) -> None:
-        """Describes one tensor and starts watching its parameter and gradient.
+        """Describes one tensor and starts watching its parameter, gradient and copy.
 
         Args:
             row: its index.
@@ -326,6 +335,7 @@ class PyTable:
             param: the parameter.
             grad: its gradient, or None.
             unwrap: whether both are DTensors.
+            copy: what a launch copies the parameter to, if it does.
             keep: what else the row points into and must therefore outlive it.
         """
         if not 0 <= row < self._rows:
@@ -346,10 +356,12 @@ class PyTable:
             address=0 if grad is None else local.data_ptr(),
             param_facts=None if grad is None else Facts.of(local),
             grad_facts=None if grad is None else Facts.of(_local(grad, unwrap)),
+            copy=copy,
             keep=keep,
             layout=list(layout),
             grad_spec=grad._spec if unwrap and grad is not None else None,  # type: ignore[attr-defined]
         )
+        self._state_addresses[row] = self._addresses_of(row)
         self._live[row] = grad is not None
         self._live_params = None
         self._revision = next(_REVISIONS)
@@ -421,7 +433,7 @@ class PyTable:
         Returns:
             ``grads`` u64[rows], ``group_values`` f64[groups, 8], ``group_flags`` u32[groups],
             ``group_max_norms`` f64[groups], ``group_tensors`` u64[groups, 8], ``group_storages`` u32[groups, 8].
-            Unless only_step also ``address`` u64[13, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage``
+            Unless only_step also ``address`` u64[15, rows], ``numel`` i64[rows], ``group`` u32[rows], ``storage``
             u64[rows], ``first_leaf`` u64[rows + 1], ``part_leaf`` u64[parts + 1], ``layout`` i32[rows],
             ``layouts`` i64[], ``chunks`` u32[chunks, 2] and ``chunk_elements``, an int.
         """
@@ -545,8 +557,8 @@ class PyTable:
         return layout, layouts
 
 
-def _addresses(entries: dict[str, Any]) -> list[int]:
-    tensors = (value for value in entries.values() if isinstance(value, Tensor))
+def _addresses(values: Sequence[Any]) -> list[int]:
+    tensors = (value for value in values if isinstance(value, Tensor))
     return [_local(tensor, hasattr(tensor, "_local_tensor")).data_ptr() for tensor in tensors]
 
 

@@ -178,7 +178,9 @@ def adam(
     v_max = None if max_exp_avg_sq is None else torch.maximum(max_exp_avg_sq, v)
     update = alpha_t * (m / (square_root(v if v_max is None else v_max) + eps_hat))
     if float(decay) != 0.0:
-        update = update + decay * param
+        # An infinite parameter decays to itself, as in p·(1 − decay): ∞ − ∞ would be NaN.
+        most = torch.finfo(param.dtype).max
+        update = update + (decay * param).clamp(-most, most)
     return AdamUpdate(param - update, m, v, v_max, update)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # A mesh of devices and the dimensions of it over which a tensor is cut; None: each device has all of it.
 Spread = tuple[Any, tuple[int, ...]] | None
+TAKEN_AT_ONCE = 256  # elements: a multiple of what any kernel does
 
 
 def spread_of(tensor: Tensor) -> Spread:
@@ -54,13 +55,14 @@ def check_together(what: str, tensor: Tensor, param: Tensor) -> None:
 
 
 def check_in_order(name: str, param: Tensor) -> None:
-    """Refuses a parameter whose local tensor is no run of the elements of the whole, or one of unknown start."""
+    """Refuses a parameter of which it is not known which elements of the whole its local tensor has: `places_of`."""
     if not is_sharded(param):
         return
-    if any(placement.is_shard() and placement.dim != 0 for placement in _placements(param)) or not _is_even(param):
+    cut = {placement.dim for placement in _placements(param) if placement.is_shard()}
+    if len(cut - {0}) > 1 or not _is_even(param):
         raise ValueError(
             f"{name} lies over the devices as {_placements(param)}, {tuple(local(param).shape)} of "
-            f"{tuple(param.shape)}; it must be replicated or in even shards of its first dimension"
+            f"{tuple(param.shape)}; it must be replicated or in even shards of its first and one more dimension"
         )
 
 
@@ -73,9 +75,31 @@ def check_even(name: str, param: Tensor) -> None:
         )
 
 
-def first_place(param: Tensor) -> int:
-    """The place of a local tensor's first element in the whole, of which it is a run of rows; 0 of a plain tensor."""
-    return _extent(param, 0)[0] * param.shape[1:].numel() if is_sharded(param) and param.dim() else 0
+def places_of(param: Tensor) -> tuple[int, int, int]:
+    """Where a local tensor has its elements in the whole, both in row-major order.
+
+    Returns:
+        The place of the first; how many follow each other there, 0: all do; how far two such runs are apart.
+    """
+    if not is_sharded(param):
+        return 0, 0, 0
+    extents = [_extent(param, dim) for dim in range(param.dim())]
+    strides = [math.prod(param.shape[dim + 1 :]) for dim in range(param.dim())]
+    first = sum(begin * stride for (begin, _), stride in zip(extents, strides, strict=True))
+    count = local(param).numel()
+    for dim in range(1, param.dim()):
+        if 0 < extents[dim][1] < param.shape[dim]:
+            return first, extents[dim][1] * strides[dim], param.shape[dim] * strides[dim]
+    # One run, but told as such: where places pass 2^32 within what a kernel takes at a time, it looks at each.
+    passes = first % TAKEN_AT_ONCE != 0 and first >> 32 != (first + count) >> 32
+    return (first, count, count) if passes else (first, 0, 0)
+
+
+def all_places(param: Tensor) -> Tensor:
+    """The place in the whole of each element of a local tensor, int64 in its shape."""
+    first, run, pitch = places_of(param)
+    element = torch.arange(local(param).numel(), device="cpu").reshape(local(param).shape)
+    return first + (element // run * pitch + element % run if run else element)
 
 
 def most_elements(param: Tensor) -> int:

@@ -56,14 +56,14 @@ from .precision import (
 )
 from .reference import REPORT_COLUMNS
 from .rules import Group, Rule
-from .sharded import Spread, first_place, is_sharded, like_local, settled, settled_by_rank, spread_of
+from .sharded import Spread, is_sharded, like_local, places_of, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
 __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 
 PLAIN_MODE = DEFAULT_BLOCK.bit_length() - 1  # precision.row_mode of a group without modes
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
-STATES_AT, STATE_SLOTS = 2, 3
+STATES_AT, STATE_SLOTS, PLACE_SLOTS = 2, 3, 3
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +80,6 @@ class Row:
         step: float32 count of its steps; None for a rule that needs no count here.
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
         copy: what the parameter is written to as it is updated; None: nothing.
-        copy_facts: where that lay and how, when the row was made; None: no row was made of it yet.
         is_dense: whether all slots are dense and in the same order.
         leaves: that its elements make; 0: it never had a gradient.
         lies: where the parameter lay when it was last compared with the others; 0: it has no memory.
@@ -96,7 +95,6 @@ class Row:
     step: Tensor | None = None
     stand_in: Tensor | None = None
     copy: Tensor | None = None
-    copy_facts: tuple[Any, ...] | None = None
     is_dense: bool = True
     leaves: int = 0
     lies: int = 0
@@ -259,8 +257,7 @@ class Table:
 
     def is_current(self) -> bool:
         """Whether states and copies lie where the rows point. That states are the very ones, ``refresh`` watches."""
-        copies = ((row, row.copy) for row in self.rows if row.copy is not None)
-        return self.core.states_in_place() and all(row.copy_facts in (None, _facts(copy)) for row, copy in copies)
+        return self.core.states_in_place()
 
     def state_of(self, row: Row) -> dict[str, Any]:
         """What the optimizer's state has for a row's parameter."""
@@ -409,7 +406,11 @@ class Table:
         step = self._state.get(row.param, {}).get("step") if self._counts_in_state(row) else None
         if step is not None or self.rule.keeps_step:
             return step
-        return self._hidden_steps.get(row.param, 1.0) if self._present(row) else None
+        present = self._present(row)
+        hidden = self._hidden_steps.get(row.param, 1.0) if present else None
+        if isinstance(hidden, Tensor) and float(hidden) == 0.0 and any(map(has_values, present.values())):
+            return 1.0  # a first step was skipped, and then somebody else gave it a velocity
+        return hidden
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.step = step
@@ -525,7 +526,7 @@ class Table:
         made = self.core.begin_rows([row.index for row in rows], needed, steps, PLAIN_MODE, torch.zeros_like)
         for row, states, step in zip(rows, made, steps, strict=True):
             row.states, row.step = states, step
-            row.stand_in = row.copy_facts = None
+            row.stand_in = None
             row.is_dense = True
             row.leaves = -(-row.param.numel() // LEAF)
         if not self.rule.keeps_step:
@@ -586,7 +587,6 @@ class Table:
             self._set_blank_row(row)
             return
         self._set_live_row(row, grad)
-        row.copy_facts = None if row.copy is None else _facts(row.copy)
         self._watch(row)
 
     def _watch(self, row: Row) -> None:
@@ -603,8 +603,8 @@ class Table:
     def _set_blank_row(self, row: Row) -> None:
         """A row without gradient: the launch passes it over, whatever its parameter is, wherever it lies."""
         row.leaves = 0
-        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS + 1), [0] * ELEMENT_SLOTS
-        self.core.set_row(row.index, addresses, storages, 0, 0, row.group, [], row.param, None, False, [])
+        addresses, storages = [0] * (ELEMENT_SLOTS + 1 + STATE_SLOTS + PLACE_SLOTS), [0] * ELEMENT_SLOTS
+        self.core.set_row(row.index, addresses, storages, 0, 0, row.group, [], row.param, None, False, None, [])
 
     def _set_live_row(self, row: Row, grad: Tensor) -> None:
         needed = self.rule.states_of(self.groups[row.group])
@@ -629,7 +629,7 @@ class Table:
         scales = [row.states.get(scale_key(name)) if name in needed else None for name in self.rule.states]
         scales += [None] * (STATE_SLOTS - len(scales))
         addresses += [_address(None if scale is None else local(scale)) for scale in scales]
-        addresses.append(first_place(row.param) if in_order else 0)
+        addresses += places_of(row.param) if in_order else (0,) * PLACE_SLOTS
         names = dict(enumerate(self.rule.states, STATES_AT))
         storages = [
             0 if slot is None else kept_storage(self.rule, names.get(k, ""), slot.dtype) for k, slot in enumerate(slots)
@@ -651,6 +651,7 @@ class Table:
             row.param,
             grad,
             is_sharded(row.param),
+            row.copy,
             keep,
         )
 
@@ -748,6 +749,11 @@ def _storage_address(tensor: Tensor) -> int:
         return 0  # a subclass without memory, or a parameter without a shape yet: refused once it has a gradient
 
 
+def has_values(state: Tensor) -> bool:
+    """Whether a state is anything else than zeros."""
+    return bool(local(state).count_nonzero())
+
+
 def make_steps(counts: Sequence[float], device: torch.device) -> Sequence[Tensor]:
     """Step counts as float32 on a device: 0-dim views of one buffer."""
     if not counts:
@@ -779,12 +785,6 @@ def _stand_in(param: Tensor) -> Tensor | None:
     if not same and _storage_address(here) == _storage_address(there) and may_share_memory(here, there):
         return values.clone()
     return None if values is grad else values
-
-
-def _facts(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies and how."""
-    shard = local(tensor)
-    return shard.data_ptr(), shard.shape, shard.stride(), shard.dtype
 
 
 def _strides(slots: Sequence[Tensor | None]) -> list[tuple[int, ...] | None]:

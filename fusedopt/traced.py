@@ -21,10 +21,16 @@ _numbers = itertools.count()
 _optimizers: weakref.WeakValueDictionary[int, FusedOptimizer] = weakref.WeakValueDictionary()
 
 
-def register(optimizer: FusedOptimizer) -> int:
-    """The number by which :func:`step` finds an optimizer for as long as that lives."""
-    number = next(_numbers)
-    _optimizers[number] = optimizer
+def register(optimizer: FusedOptimizer, number: int | None = None) -> int:
+    """The number by which :func:`step` finds an optimizer for as long as that lives.
+
+    Args:
+        optimizer: to be found.
+        number: what it was found by so far, or what it is a copy of was.
+    """
+    if number is None or _optimizers.get(number) is not optimizer:
+        number = next(_numbers)
+        _optimizers[number] = optimizer
     return number
 
 
@@ -49,17 +55,12 @@ def step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int
     optimizer = _optimizers.get(number)
     if optimizer is None:
         raise RuntimeError("the optimizer that this graph was traced with no longer exists")
-    traced, now = optimizer._traced_params, params_of(optimizer)
-    if len(traced) != len(now) or any(one is not other for one, other in zip(traced, now, strict=True)):
-        optimizer._traced_params = now  # the groups were changed by hand: the next call is traced anew
-        optimizer._launch()
-        return
-    own = [now[place] for place in places]
+    own = [optimizer._traced_params[place] for place in places]
     held = [param.grad for param in own]
     copies = [pair for pair in zip(own, params, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
     try:
         for param, grad, before in zip(own, grads, held, strict=True):
-            if before is None or before.data_ptr() != grad.data_ptr():
+            if before is not grad:  # which may be a view of the same memory, lying otherwise
                 param.grad = grad
         for param, copy in copies:
             param.data.copy_(copy)

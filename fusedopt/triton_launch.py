@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .core import Core
 from .phase import LEAF, MEASURES, UPDATES
-from .pycore import GRAD
+from .pycore import GRAD, SLOTS
 from .reference import REPORT_COLUMNS
 from .table import Table
 
@@ -32,7 +32,7 @@ _DTYPES = {
     "group_storages": torch.int32,
 }
 _SHAPES = {
-    "address": (13, -1),
+    "address": (SLOTS, -1),
     "chunks": (-1, 2),
     "group_values": (-1, 8),
     "group_tensors": (-1, 8),
@@ -190,7 +190,7 @@ def _is_capturing(device: torch.device) -> bool:
 def _places(columns: dict[str, bytes]) -> Tensor:
     """Where every row's tensors are: a column of addresses for each row."""
     address, grads = (torch.frombuffer(bytearray(columns[name]), dtype=torch.int64) for name in ROW_COLUMNS)
-    return torch.cat((address.view(13, -1)[[slot for slot in range(13) if slot != GRAD]], grads.view(1, -1)))
+    return torch.cat((address.view(SLOTS, -1)[[slot for slot in range(SLOTS) if slot != GRAD]], grads.view(1, -1)))
 
 
 def launch(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

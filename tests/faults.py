@@ -131,7 +131,7 @@ PYTHON = "fusedopt/reference.py"
 
 FAULTS: tuple[Fault, ...] = (
     # the rules
-    Fault("adamw: decay dropped", ADAM, "has(kDecay) ? adaptive + decay * p : adaptive", "adaptive", (BITS,)),
+    Fault("adamw: decay dropped", ADAM, "adaptive + bounded<C>(decay * p)", "adaptive", (BITS,)),
     Fault("adam: l2 dropped", ADAM, "g = has(kL2) ? g + l2 * p : g;", "", (BITS,)),
     Fault("adam: betas swapped", ADAM, "g, one_minus_beta1, beta1, has", "g, one_minus_beta2, beta2, has", (BITS,)),
     Fault(

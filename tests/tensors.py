@@ -198,6 +198,6 @@ def make(case: Case, steps: int, device: str = "cpu") -> CaseTensors:
 
 def same_bits(one: Tensor, other: Tensor) -> Tensor:
     """Where two tensors of the same dtype and shape have the same bits; NaN is NaN, zeros have signs."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
     equal = one.contiguous().view(integers) == other.contiguous().view(integers)
     return equal | (one.isnan() & other.isnan())

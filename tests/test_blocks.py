@@ -473,8 +473,6 @@ REFUSED = [
     ({"state_dtype": I8, "state_block": 100}, "state_block is 100; it must be 32, 64, 128, 256"),
     ({"rounding": "up"}, "rounding is 'up'"),
     ({"rounding": "stochastic", "master": "split"}, "rounding='stochastic' and master='split'"),
-    ({"state_dtype": I8, "report": True}, "state_dtype of exp_avg=torch.int8 and report=True can not work together"),
-    ({"rounding": "stochastic", "report": 10}, "rounding='stochastic' and report=10 can not work together"),
 ]
 
 
@@ -494,6 +492,47 @@ def test_float64_beside_a_mode_is_refused_before_anything_is_written(options: di
     with pytest.raises(TypeError, match=r"copy of torch.float64, which (state_dtype=torch.int8|rounding='stochastic')"):
         optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("report", [False, True])
+@pytest.mark.parametrize("run", as_params((*ONE_RUN_EACH, *(Run("cpu", isa=isa) for isa in ISAS[1:]))))
+def test_float64_parameters_and_modes_share_a_launch(report: bool, run: Run, settings: Run) -> None:
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        exact, coded = make_params(torch.float64, device=device), make_params(BF16, device=device)
+        groups = [{"params": exact}, {"params": coded, "state_dtype": I8}]
+        optimizer = fusedopt.AdamW(groups, lr=0.01, rounding="stochastic", report=report, backend=backend)
+        before = fusedopt.launch_count()
+        uneven_steps(optimizer, [*exact, *coded], 2)
+        assert fusedopt.launch_count() == before + 2
+        found.append(all_bits(optimizer, [*exact, *coded]))
+    assert_all_same(*found)
+
+
+# Where the elements of local tensors are in a whole: (place of the first, elements of a run, from run to run).
+PLACES = {
+    "columns": (3, 7, 21),
+    "long runs": (1000, 500, 4000),
+    "beyond 2^32": (2**32 + 5, 48, 2**31 + 7),
+    "passing 2^32 within a vector": (2**32 - 37, 70_000, 70_000),
+    "runs of one": (0, 1, 2**32 + 1),
+}
+
+
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("run", as_params((*ONE_RUN_EACH, *(Run("cpu", isa=isa) for isa in ISAS[1:]))))
+def test_random_bits_are_those_of_places_in_the_whole(
+    places: str, run: Run, settings: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sharded", "table"):
+        monkeypatch.setattr(f"fusedopt.{name}.places_of", lambda param: PLACES[places])
+    found = []
+    for backend, device in ((run.backend, run.device), ("reference", "cpu")):
+        params = mixed_params(BF16, device)
+        optimizer = fusedopt.AdamW(params, lr=0.01, rounding="stochastic", state_dtype=I8, backend=backend)
+        uneven_steps(optimizer, params, 2)
+        found.append(all_bits(optimizer, params))
+    assert_all_same(*found)
 
 
 PLANNED = [

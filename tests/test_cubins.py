@@ -30,7 +30,7 @@ FIXED = {"f32": (4, 4, 4, 4), "bf16": (2, 2, 8, 3), "bf16_f32": (2, 4, 8, 3)}
 CHOSEN = ("any", "strided", "full")
 KEPT = ("bf16_f32_master", "master", "bf16_8", "blocks")  # the storage of the master slot is chosen at run time
 SIDES = ("f32_side", "full_side", "blocks_side")  # outputs beside the update
-REPORTS = ("f32_report", "everything")  # numbers about every leaf
+REPORTS = ("f32_report", "full_report", "everything")  # numbers about every leaf
 LEAST_BLOCKS = {
     **{name: row[3] for name, row in FIXED.items()},
     **dict.fromkeys((*CHOSEN, *KEPT, *SIDES), 2),

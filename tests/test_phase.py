@@ -66,7 +66,7 @@ def tensors_of(optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, to
     """Everything that a step writes."""
     found = {f"param {k}": param.detach() for k, param in enumerate(params)}
     for k, param in enumerate(params):
-        found |= {f"{name} {k}": tensor for name, tensor in optimizer.state[param].items()}
+        found |= {f"{name} {k}": torch.as_tensor(value) for name, value in optimizer.state[param].items()}
         if param.grad is not None:
             found[f"grad {k}"] = param.grad
     found |= {f"copy {k}": tensor for k, tensor in enumerate(optimizer._phase.copy_to or ())}

@@ -21,6 +21,14 @@ BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
     "all": {"max_grad_norm": 0.5, "skip_nonfinite": True, "ema_decay": 0.9, "copies": True, "zero_grads": True},
 }
+# Of every mode: dtype of the parameters, and options.
+MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "int8": (torch.float32, {"state_dtype": torch.int8}),
+    "int8 and split": (torch.bfloat16, {"state_dtype": torch.int8, "state_block": 32, "master": "split"}),
+    "float8": (torch.bfloat16, {"state_dtype": torch.float8_e4m3fn, "state_block": 256}),
+    "rounding": (torch.bfloat16, {"rounding": "stochastic"}),
+    "rounding and int8": (torch.float16, {"rounding": "stochastic", "state_dtype": torch.int8}),
+}
 MASTERS = {"fp32": torch.bfloat16, "split": torch.bfloat16, "kahan": torch.float16}
 
 
@@ -66,6 +74,16 @@ def test_a_report_beside_kept_bits_of_16_bit_parameters_has_the_bits_of_the_refe
     mode: str, run: Run, settings: Run
 ) -> None:
     compare(run, "AdamW", MASTERS[mode], master=mode, **BESIDE["all"])
+
+
+@each_run
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_report_of_codes_and_random_rounding_has_the_bits_of_the_reference(
+    mode: str, layout: str, run: Run, settings: Run
+) -> None:
+    dtype, options = MODES[mode]
+    compare(run, "AdamW", dtype, layout, **options, **(BESIDE["all"] if layout == "dense" else {}))
 
 
 @pytest.mark.parametrize("run", as_params((*THREADS, *GRIDS)))

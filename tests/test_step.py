@@ -20,7 +20,6 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fusedopt
-from fusedopt.base import ADDRESS_CHECK_PERIOD
 
 from .running import ONE_RUN_EACH, Run, as_params
 from .tensors import same_bits
@@ -222,15 +221,27 @@ def test_momentum_that_is_switched_on_begins_with_the_gradient() -> None:
     assert torch.equal(param.detach(), torch.full((5,), -1 - 1 - 1.25))
 
 
+def test_a_velocity_given_after_a_first_step_that_was_skipped_is_taken() -> None:
+    param = Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = fusedopt.SGD([param], lr=0.5, momentum=0.5)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    del optimizer.found_inf
+    optimizer.state[param]["momentum_buffer"] = torch.full((3,), 2.0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((3,), 2.0))
+    assert torch.equal(param.detach(), torch.zeros(3))
+
+
 def test_a_state_given_other_memory_is_found_without_being_told() -> None:
     param = Parameter(torch.zeros(5))
     param.grad = torch.zeros(5)
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=1.0)
     optimizer.step()
     optimizer.state[param]["momentum_buffer"].data = torch.ones(5)
-    for _ in range(ADDRESS_CHECK_PERIOD):
-        optimizer.step()
-    assert not torch.equal(param.detach(), torch.zeros(5))
+    optimizer.step()
+    assert torch.equal(param.detach(), -torch.ones(5))
 
 
 def test_refresh_finds_state_tensors_that_were_replaced() -> None:

@@ -42,7 +42,8 @@ STEPS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "clipped by group": ("full_side", BF16, {"max_grad_norm": 1.0, "norm_by_group": True}),
     "int8, average": ("blocks_side", BF16, {"state_dtype": torch.int8, "ema_decay": torch.tensor(0.9)}),
     "report": ("f32_report", F32, {"report": True}),
-    "report, clipped": ("everything", BF16, {"report": True, "max_grad_norm": 1.0}),
+    "report, clipped": ("full_report", BF16, {"report": True, "max_grad_norm": 1.0}),
+    "report, int8": ("everything", BF16, {"report": True, "state_dtype": torch.int8, "rounding": "stochastic"}),
 }
 
 

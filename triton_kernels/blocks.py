@@ -134,7 +134,7 @@ def encode(x, y, random, storage):
 def keep_codes(x, address, index, mask, storage, scales, blocks, place, LENGTH: tl.constexpr, ALIGNED: tl.constexpr):
     """Writes a state as codes, and the scales of its blocks, where it is kept so."""
     if is_code(storage):
-        _scales, begin, bits, t, _at_random, _key, _first = blocks
+        _scales, begin, bits, t, _at_random, _key, _places = blocks
         x = tl.where(storage == ROOT8, square_root(x), x)
         largest = largest_of_block(x, mask, bits, LENGTH)
         most = tl.where(storage == SIGNED8, 127.0, tl.where(storage == ROOT8, 255.0, 448.0))

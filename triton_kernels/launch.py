@@ -38,7 +38,7 @@ class Variant:
         programs: of THREADS threads that should fit on a multiprocessor at once; it bounds the registers.
         side: admits outputs beside the update: csrc/phase.h.
         mastered: admits what is kept beside a 16-bit parameter; never for a tensor computed in float64.
-        blocks: admits states in 8 bits: csrc/storage/block.h.
+        blocks: admits states in 8 bits: csrc/storage/block.h; never for a tensor computed in float64.
         report: admits numbers about every leaf: csrc/report.h.
     """
 
@@ -73,8 +73,11 @@ VARIANTS = {
         _ANY, _ANY, strided=True, double=False, width=4, programs=2, side=True, mastered=True, blocks=True
     ),
     "f32_report": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True, report=True),
-    "everything": Variant(
+    "full_report": Variant(
         _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, report=True
+    ),
+    "everything": Variant(
+        _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, blocks=True, report=True
     ),
 }
 
@@ -86,7 +89,7 @@ class Columns:
     Attributes:
         device: where all of them lie.
         rows: tensors in the table.
-        address: int64 [13, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
+        address: int64 [15, rows], in the order of csrc/table.h; 0 where the tensor lacks the slot.
         grads: int64 [rows], this step's gradients: 0 none, 1 one of no elements.
         numel: int64 [rows].
         group: int32 [rows].
@@ -166,7 +169,8 @@ def compile_time_arguments(rule: str, variant: str) -> dict[str, Any]:
         "BLOCKS": v.blocks,
         "REPORT": v.report,
         "BLOCK": THREADS * v.width,
-        "EDGES": THREADS if v.double else THREADS * v.width // 2,
+        # A block of codes fits into it.
+        "EDGES": THREADS if v.double and not v.blocks else THREADS * v.width // 2,
         "WIDTH": v.width,
     }
 

@@ -67,6 +67,16 @@ def maximum(a, b):
     return tl.where((a > b) | (a != a), a, b)
 
 
+@triton.jit
+def bounded(x):
+    """x; in the place of an infinity the number next to it."""
+    most = tl.full([], 1.7976931348623157e308, tl.float64)
+    if x.dtype == tl.float32:
+        most = tl.full([], 3.4028234663852886e38, tl.float32)
+    x = tl.where(x > most, most, x)
+    return tl.where(x < -1.0 * most, -1.0 * most, x)
+
+
 class SGDScalars(NamedTuple):
     """What SGD needs of its group and step."""
 
@@ -146,7 +156,7 @@ def adam(p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, s):
     exp_avg_sq = s.beta2 * exp_avg_sq + s.one_minus_beta2 * g * g
     max_exp_avg_sq = tl.where(s.amsgrad, maximum(max_exp_avg_sq, exp_avg_sq), exp_avg_sq)
     adaptive = s.alpha_t * divide(exp_avg, square_root(max_exp_avg_sq) + s.eps_hat)
-    update = tl.where(s.decay != 0.0, adaptive + s.decay * p, adaptive)
+    update = tl.where(s.decay != 0.0, adaptive + bounded(s.decay * p), adaptive)
     return p - update, exp_avg, exp_avg_sq, max_exp_avg_sq, update
 
 

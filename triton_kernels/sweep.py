@@ -27,9 +27,11 @@ from .table import (
     all_aligned,
     all_slots,
     block_scales,
+    blocks_from,
     computes_in_double,
     next_step,
     no_hypers,
+    place_of,
     read_hypers,
     slot_addresses,
     slot_storages,
@@ -91,7 +93,7 @@ def sweep_block(
     if STATES > 2:
         z_bits = fetch(address.state2, at.state2, has2, storage.state2, SS, C, ALIGNED)
     if BLOCKS:
-        scales, _begin, bits, t, at_random, key, first = blocks
+        scales, begin, bits, t, at_random, key, places = blocks
         scale0, scale1, scale2 = scales  # in two lines: Triton 3.6 knows no target within another
         x_codes = fetch_codes(address.state0, at.state0, has0, storage.state0, scale0, place, bits, ALIGNED)
         if STATES > 1:
@@ -123,7 +125,7 @@ def sweep_block(
         keep_master(address.master, at.master, mask, p, storage.master, storage.param, ALIGNED)
         p = stored_param(p, address.master, storage.master)
     if BLOCKS and at_random:
-        p = at_random_16(p, random_stream(first + place, key, t), storage.param)
+        p = at_random_16(p, random_stream(place_of(places, begin + place), key, t), storage.param)
     store(address.param, at.param, mask, p, storage.param, PS, C, ALIGNED)
     store(address.state0, at.state0, has0, x, storage.state0, SS, C, ALIGNED)
     if STATES > 1:
@@ -251,8 +253,11 @@ def report_chunk(
         for start in range(0, size, JOINED):
             count = tl.minimum(size - start, JOINED)
             leaf = advance_all(address, storage, tl.where(layout == DENSE_LAYOUT, start, 0))
+            within = blocks
+            if BLOCKS:
+                within = blocks_from(blocks, start)
             sweep_chunk(
-                leaf, storage, layouts, layout, begin + start, count, scalars, gradient, side, blocks, terms,
+                leaf, storage, layouts, layout, begin + start, count, scalars, gradient, side, within, terms,
                 UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, REPORT, C, BLOCK, EDGES, WIDTH,
             )  # fmt: skip
             index = first_leaf + (begin + start) // JOINED
@@ -427,8 +432,8 @@ def sweep(
                     exact_side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float64, SIDE)
                     report_chunk(
                         a, s, layouts, at, begin, size, exact, gradient, exact_side, blocks, told,
-                        UPDATE, STATES, PS, SS, False, STRIDED, SIDE, BLOCKS, REPORT,
-                        tl.float64, BLOCK // 2, EDGES, WIDTH,
+                        UPDATE, STATES, PS, SS, False, STRIDED, SIDE, False, REPORT,
+                        tl.float64, BLOCK // 2, EDGES // 2 if BLOCKS else EDGES, WIDTH,
                     )  # fmt: skip
                 else:
                     side = side_of(phase_flags, ema_decay, ema_decay_storage, t, tl.float32, SIDE)

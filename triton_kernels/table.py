@@ -25,6 +25,8 @@ SCALE0 = tl.constexpr(9)
 SCALE1 = tl.constexpr(10)
 SCALE2 = tl.constexpr(11)
 PLACE = tl.constexpr(12)
+RUN = tl.constexpr(13)
+PITCH = tl.constexpr(14)
 
 HYPERS = tl.constexpr(8)  # hyperparameters a rule may name
 STORAGE_BITS = tl.constexpr(4)  # bits per slot in the storage column
@@ -107,7 +109,7 @@ def block_scales(address, rows, row, packed, begin, t, BLOCKS: tl.constexpr):
     bits = tl.full([], 0, tl.int32)
     key = tl.full([], 0, tl.int64)
     at_random = tl.full([], 0, tl.int1)
-    place = begin
+    places = (none, none, none)
     scales = (none, none, none)
     if BLOCKS:
         column = address + row
@@ -115,14 +117,32 @@ def block_scales(address, rows, row, packed, begin, t, BLOCKS: tl.constexpr):
         bits = (mode & 15).to(tl.int32)
         key = (mode >> 8) & 0xFFFFFF
         at_random = (mode & 16) != 0
-        place = begin + tl.load(column + PLACE * rows)
+        places = tl.load(column + PLACE * rows), tl.load(column + RUN * rows), tl.load(column + PITCH * rows)
         skipped = (begin >> bits) * 4
         scales = (
             tl.load(column + SCALE0 * rows) + skipped,
             tl.load(column + SCALE1 * rows) + skipped,
             tl.load(column + SCALE2 * rows) + skipped,
         )
-    return scales, begin, bits, t, at_random, key, place
+    return scales, begin, bits, t, at_random, key, places
+
+
+@triton.jit
+def blocks_from(blocks, start):
+    """The same from some whole block of the chunk on."""
+    scales, begin, bits, t, at_random, key, places = blocks
+    scale0, scale1, scale2 = scales  # in two lines: Triton 3.6 knows no target within another
+    skipped = (start >> bits) * 4
+    scales = (scale0 + skipped, scale1 + skipped, scale2 + skipped)
+    return scales, begin + start, bits, t, at_random, key, places
+
+
+@triton.jit
+def place_of(places, element):
+    """The place of an element in the whole of a tensor that lies over devices: csrc/table.h, kPlace."""
+    first, run, pitch = places
+    whole = tl.maximum(run, 1)
+    return first + tl.where(run == 0, element, element // whole * pitch + element % whole)
 
 
 @triton.jit

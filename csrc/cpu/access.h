@@ -205,7 +205,8 @@ struct HostAccess {
   template <class V, class Visit>
   FUSEDOPT_FN static void walk_part(const ChunkView& chunk, Part<V>& part, const Visit& visit) {
     const i32 end = part.first + part.count;
-    if (V::kStrided && chunk.layout) return walk_part<1>(part.first, end, visit);
+    if (V::kStrided && (chunk.layout || !chunk.in_one_run(part.first, part.count)))
+      return walk_part<1>(part.first, end, visit);
     walk_part<kPart<V>>(part.first, end, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
       if (kAsksAhead<V>) prefetch<V>(chunk, i + kAheadBytes);
       visit(width, i, count);
@@ -315,22 +316,16 @@ struct HostAccess {
     tally.events.template take<false, W>(place, events, count, [](auto x) FUSEDOPT_INLINE { return x; });
   }
 
-  // A chunk of which leaves may be reported.
-  template <class V, class C, class Visit>
-  FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
-                                       const Visit& visit) {
-    if (!report.is_wanted())
-      return walk<V, C>(chunk, lane, lanes,
-                        [&](auto width, i32 i, int count) FUSEDOPT_INLINE { visit(chunk, width, i, count); });
+  // A chunk of which leaves may be reported: quarter by quarter.
+  template <class V, class C, class Sweep>
+  FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int, int, const Sweep& sweep) {
+    if (!report.is_wanted()) return sweep(chunk);
     for (i32 first = 0; first < chunk.size; first += i32(kLeaf)) {
       Tally quarters[kQuarters];
       for (int q = 0; q < kQuarters; ++q) {
         Tally tally = {};
         report.tally = &tally;
-        walk_quarter<V>(chunk, first, q, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-          if (V::kFixed) prefetch<V>(chunk, i + kAhead);
-          visit(chunk, width, i, count);
-        });
+        sweep(chunk.part(first + q * kQuarter, kQuarter));
         quarters[q] = tally;
       }
       join_quarters(quarters, [](Tally& one, const Tally& other) FUSEDOPT_INLINE { one.take(other); });
@@ -364,7 +359,8 @@ struct HostAccess {
       walk_part<1>(0, chunk.size, visit);
     else
       walk_part<kBlock<V>>(0, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-        if (V::kFixed && !V::kSide) prefetch<V>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
+        if (V::kFixed && (V::kReports || !V::kSide))
+          prefetch<V>(chunk, i + (V::kReports ? kAhead : kAheadBytes / storage_bytes(V::storage(kState0, 0))));
         visit(width, i, count);
       });
   }

@@ -17,9 +17,8 @@ using Access = HostAccess<Isa>;
 // Where a better instruction set is compiled beside this one, this one is for rare old processors: one variant that
 // covers all, and one for blocks, give the same bits and a third of the build time.
 #ifdef FUSEDOPT_ONE_VARIANT
-constexpr u32 kBlockFeatures = kStridedFeature | kMasterFeature | kBlockFeature | kSideFeature;
 template <class V>
-using Compiled = Variant<kAnyStorage, kAnyStorage, V::kBlocks ? kBlockFeatures : u32(kEveryFeature)>;
+using Compiled = Variant<kAnyStorage, kAnyStorage, kEveryFeature & ~(V::kBlocks ? 0u : u32(kBlockFeature))>;
 #else
 template <class V>
 using Compiled = V;
@@ -61,15 +60,6 @@ class RuleCache {
   bool have_double_ = false;
 };
 
-template <class V, class Rule, class S>
-FUSEDOPT_FN void sweep_one(const ChunkView& view, const Rule& rule, const Gradient<float>& gradient, const S& side,
-                           u64 step) {
-  if constexpr (V::kBlocks)
-    sweep_blocks<Access, V>(view, rule, gradient, side, step, 0, 1);
-  else
-    sweep_chunk<Access, V>(view, rule, gradient, side, 0, 1);
-}
-
 // The rule with branches that the compiler knows: a loop without tests, its values in registers from load to store.
 // False where these are not the rule's branches.
 template <class V, u32 kBranches, class Rule, class S>
@@ -83,7 +73,7 @@ FUSEDOPT_FN bool sweep_as(const ChunkView& view, const Rule& rule, const Gradien
     plain.clips = gradient.clips;
     plain.coefficient = gradient.coefficient;
   }
-  sweep_one<V>(view, usual, plain, side, step);
+  sweep_chunk<Access, V>(view, usual, plain, side, step, 0, 1);
   return true;
 }
 
@@ -98,7 +88,7 @@ FUSEDOPT_FN void sweep_float(const ChunkView& view, const Rule& rule, const Grad
                              u64 step) {
   using Cases = std::make_index_sequence<std::size(Rule::kUsual)>;
   if (V::kFixed && sweep_usual<V>(view, rule, gradient, side, step, Cases{})) return;
-  sweep_one<V>(view, rule, gradient, side, step);
+  sweep_chunk<Access, V>(view, rule, gradient, side, step, 0, 1);
 }
 
 // Small tensors lie scattered over memory: the first line of each slot is asked for while earlier chunks are swept.
@@ -126,7 +116,7 @@ void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
     if constexpr (V::kDouble)
       if (use_double) {
         sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags(), rule.coefficient()),
-                               side_of<V, double>(launch, chunk.tensor, &tally), 0, 1);
+                               side_of<V, double>(launch, chunk.tensor, &tally), step, 0, 1);
         continue;
       }
     sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags(), rule.coefficient()),
@@ -172,7 +162,7 @@ Kind kind_of(const TensorTable& table, u32 t) {
 template <template <class> class Rule, u32 kBeside>
 SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
   const u32 t = chunk.tensor;
-  if (table.numel[t] < kLeaf || table.layout[t] != kDenseLayout) return nullptr;
+  if (table.numel[t] < kLeaf || table.layout[t] != kDenseLayout || table.slot(kRun, t) != 0) return nullptr;
   const Kind kind = kind_of(table, t);
   SweepChunks found = nullptr;
   const auto look = [&](auto variant) {

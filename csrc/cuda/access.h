@@ -180,7 +180,8 @@ struct DeviceAccess {
   template <class V, class Visit>
   FUSEDOPT_FN static void walk_part(const ChunkView& chunk, const Part<V>& part, const Visit& visit) {
     const i32 first = part.first;
-    if (part.count == kPart && !(V::kStrided && chunk.layout)) return visit(Width<kPart, false>{}, first, kPart);
+    const bool apart = V::kStrided && (chunk.layout || !chunk.in_one_run(first, kPart));
+    if (part.count == kPart && !apart) return visit(Width<kPart, false>{}, first, kPart);
     FUSEDOPT_LOOP
     for (i32 i = first; i < first + part.count; ++i) visit(Width<1>{}, i, 1);
   }
@@ -235,9 +236,9 @@ struct DeviceAccess {
   }
 
   // A chunk of which leaves may be reported: piece by piece, each with what its chains join to; else all of it at once.
-  template <class V, class C, class Visit>
+  template <class V, class C, class Sweep>
   FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int lane, int lanes,
-                                       const Visit& visit) {
+                                       const Sweep& sweep) {
     const bool wanted = report.is_wanted();
     const i32 piece = wanted ? i32(kPiece<C>) : chunk.size;
     u32 events = 0;
@@ -246,7 +247,7 @@ struct DeviceAccess {
     for (i32 at = 0; at < chunk.size; at += piece) {
       const ChunkView part = chunk.part(at, piece);
       if (wanted) barrier();  // the last piece is joined
-      walk<V, C>(part, lane, lanes, [&](auto width, i32 i, int count) { visit(part, width, i, count); });
+      sweep(part);
       if (!wanted) continue;
       const int quarter = int(at % i32(kLeaf)) / kQuarter;
       static_cast<Tally*>(report.tally)->events[lane] = events;

@@ -94,18 +94,15 @@ FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block
     device::barrier();  // all are done with the last chunk
     if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
     device::barrier();
-    if constexpr (V::kBlocks)
-      sweep_blocks<DeviceAccess, V>(
-          block.view, block.in_float, gradient_of<V, float>(launch, block.flags, block.coefficient),
-          side_of<V, float>(launch, chunk.tensor, tally), next_step(launch, chunk.tensor), lane, lanes);
-    else if (V::kDouble && block.view.computes_in_double())
+    const u64 step = next_step(launch, chunk.tensor);
+    if (V::kDouble && block.view.computes_in_double())
       sweep_chunk<DeviceAccess, V>(block.view, block.in_double,
                                    gradient_of<V, double>(launch, block.flags, block.coefficient),
-                                   side_of<V, double>(launch, chunk.tensor, tally), lane, lanes);
+                                   side_of<V, double>(launch, chunk.tensor, tally), step, lane, lanes);
     else
       sweep_chunk<DeviceAccess, V>(block.view, block.in_float,
                                    gradient_of<V, float>(launch, block.flags, block.coefficient),
-                                   side_of<V, float>(launch, chunk.tensor, tally), lane, lanes);
+                                   side_of<V, float>(launch, chunk.tensor, tally), step, lane, lanes);
   }
 }
 

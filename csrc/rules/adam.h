@@ -48,7 +48,8 @@ struct Adam {
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * g * g;
     max_exp_avg_sq = has(kMaximum) ? maximum(max_exp_avg_sq, exp_avg_sq) : exp_avg_sq;
     const X adaptive = alpha_t * (exp_avg / (square_root(max_exp_avg_sq) + eps_hat));
-    const X update = has(kDecay) ? adaptive + decay * p : adaptive;
+    // An infinite parameter decays to itself, as in p·(1 − decay): ∞ − ∞ would be NaN.
+    const X update = has(kDecay) ? adaptive + bounded<C>(decay * p) : adaptive;
     p = p - update;
     return update;
   }

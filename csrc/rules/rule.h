@@ -77,4 +77,12 @@ FUSEDOPT_FN X maximum(X a, X b) {
   return ((a > b) | (a != a)) ? a : b;
 }
 
+// x; in the place of an infinity the number next to it.
+template <class C, class X>
+FUSEDOPT_FN X bounded(X x) {
+  const X most = X{} + C(sizeof(C) == 8 ? 1.7976931348623157e308 : 3.4028234663852886e38);
+  x = x > most ? most : x;
+  return x < -most ? -most : x;
+}
+
 }  // namespace fusedopt

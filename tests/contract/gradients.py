@@ -195,6 +195,15 @@ def _(kit: Kit) -> None:
         agree_with_truth(kit, cls, [start], STEPS, gradients, **FULL_OPTIONS[cls])
 
 
+@behaviour(AREA, "parameters of +Inf and -Inf become what they become in the for-loop, decayed or not")
+def _(kit: Kit) -> None:
+    for cls in CLASSES:
+        start = kit.random(40)
+        start[3], start[39] = INF, -INF
+        for options in ({**FULL_OPTIONS[cls], "weight_decay": 0.0}, {"weight_decay": 0.1}):
+            agree_with_truth(kit, cls, [start], STEPS, lambda step, index: kit.random(40, seed=step), **options)
+
+
 @behaviour(AREA, "AMSGrad's maximum keeps a NaN, as torch.maximum does")
 def _(kit: Kit) -> None:
     param = kit.param([1.0, 2.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from typing import Any
 
@@ -311,6 +312,39 @@ def _(kit: Kit) -> None:
             # One step's rounding enters the next gradient, which this model amplifies by less than 40.
             apart = (param - expected).abs().max().item()
             demand(apart < 40 * 3 * 9 * torch.finfo(torch.float32).eps, f"a parameter of {cls} is {apart:.2g} off")
+
+
+@behaviour(STEP, "the constructor takes torch's arguments by the same names, in the same order, with the same defaults")
+def _(kit: Kit) -> None:
+    for cls in CLASSES:
+        theirs = inspect.signature(getattr(torch.optim, cls)).parameters
+        ours = inspect.signature(getattr(kit.package, cls)).parameters
+        demand([name for name in ours if name in theirs] == [*theirs], f"{cls} takes {', '.join(ours)}")
+        for name, expected in theirs.items():
+            demand(ours[name].default == expected.default, f"{name} of {cls} is {ours[name].default!r}")
+            demand(ours[name].kind == expected.kind, f"{name} of {cls} is {ours[name].kind.description}")
+
+
+@behaviour(STEP, "parameters that are taken out of the groups and the state are freed")
+def _(kit: Kit) -> None:
+    for cls in CLASSES:
+        for replaces in (True, False):
+            optimizer = kit.make(cls, [kit.param([1.0])], **FULL_OPTIONS[cls])
+            gone = []
+            for _step in range(4):
+                param = kit.param([1.0])
+                if replaces:
+                    optimizer.param_groups[0]["params"][0] = param
+                else:
+                    optimizer.add_param_group({"params": [param]})
+                    optimizer.param_groups.pop(0)
+                optimizer.state.clear()
+                param.grad = kit.random(1)
+                optimizer.step()
+                gone.append(weakref.ref(param))
+                del param
+            gc.collect()
+            demand(sum(one() is not None for one in gone) == 1, f"{cls} keeps {[one() is not None for one in gone]}")
 
 
 @behaviour(OTHERS, "constructed as ZeroRedundancyOptimizer does: keyword options, groups that may be empty")

@@ -150,6 +150,49 @@ def _(kit: Kit) -> None:
                 agree(param, expected, f"a parameter of {cls} by way of {target.name}", 7)
 
 
+@behaviour(AREA, "checkpoints of a fused and capturable optimizer load, and its own load into that and come back")
+def _(kit: Kit) -> None:
+    capturable = Kit("fused, capturable", kit.device, torch.optim, (("fused", True), ("capturable", True)))
+    for cls in ("Adam", "AdamW"):
+        source, params = _started(capturable, cls)
+        mine, copies = _resumed(kit, cls, _through_file(source.state_dict()), params)
+        train(mine, copies, 2, _gradient(kit), first=3)
+        there, others = _resumed(capturable, cls, _through_file(mine.state_dict()), copies)
+        train(there, others, 2, _gradient(kit), first=5)
+        _, plain = _started(truth_kit(kit.device), cls, steps=7)
+        for param, expected in zip(others, plain, strict=True):
+            agree(param, expected, f"a parameter of {cls}", 7)
+
+
+def _other_memory(state: Tensor) -> None:
+    state.data = state.data.clone()
+
+
+def _set(state: Tensor) -> None:
+    state.set_(state.clone())  # type: ignore[call-overload]
+
+
+def _swapped(state: Tensor) -> None:
+    torch.utils.swap_tensors(state, state.clone())
+
+
+MOVES: tuple[Callable[[Tensor], Any], ...] = (_other_memory, _set, _swapped, Tensor.share_memory_)
+
+
+@behaviour(AREA, "a state that gets other memory, or is moved to shared memory, is stepped where it then lies")
+def _(kit: Kit) -> None:
+    for cls in CLASSES:
+        for move in MOVES:
+            optimizer, params = _started(kit, cls)
+            move(optimizer.state[params[1]][STATES[cls][-1]])
+            train(optimizer, params, 4, _gradient(kit), first=3)
+            truth, plain = _started(truth_kit(kit.device), cls, steps=7)
+            for param, expected in zip(params, plain, strict=True):
+                agree(param, expected, f"a parameter of {cls}", 7)
+                for name in STATES[cls]:
+                    agree(optimizer.state[param][name], truth.state[expected][name], name, 7)
+
+
 @behaviour(AREA, "the options of a loaded checkpoint take the place of those given, flags included")
 def _(kit: Kit) -> None:
     for cls, options in (

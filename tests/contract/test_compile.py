@@ -154,9 +154,10 @@ def test_gradients_that_come_and_go() -> None:
         assert _equal(models)
 
 
-def test_a_group_that_is_added_or_changed_by_hand_after_compiling() -> None:
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_group_that_is_added_or_changed_by_hand_after_compiling(compiler: str) -> None:
     models, optimizers = _pair("AdamW")
-    step = torch.compile(lambda: optimizers[0].step(), backend="eager", fullgraph=True)
+    step = torch.compile(lambda: optimizers[0].step(), backend=compiler, fullgraph=True)
     extra = [nn.Parameter(torch.ones(3)) for _ in models]
     for k in range(4):
         for model, optimizer, param in zip(models, optimizers, extra, strict=True):
@@ -170,6 +171,64 @@ def test_a_group_that_is_added_or_changed_by_hand_after_compiling() -> None:
         optimizers[1].step()
         assert _equal(models)
         assert torch.equal(*extra)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("edit", ["pop", "reverse", "append", "replace"])
+def test_no_step_is_lost_where_a_group_was_edited(edit: str, compiler: str) -> None:
+    results = []
+    for compiles in (True, False):
+        p, q, r = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+        optimizer = fusedopt.SGD([p, q], lr=1.0)
+        step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend=compiler, disable=not compiles)
+        for k in range(4):
+            p.grad, r.grad = torch.ones(1), torch.ones(1)
+            listed = optimizer.param_groups[0]["params"]
+            if k == 2:
+                if edit == "replace":
+                    listed[0] = r
+                else:
+                    getattr(listed, edit)(*[r] * (edit == "append"))
+            step()
+        results.append([float(param) for param in (p, q, r)])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_gradient_that_the_graph_replaces_by_a_view_is_read_as_that(compiler: str) -> None:
+    views = {
+        "transposed": lambda grad: grad.t(),
+        "strided": lambda grad: grad.as_strided((2, 2), (1, 2)),
+        "expanded": lambda grad: grad[:1].expand(2, 2),
+    }
+    for view in views.values():
+        results = []
+        for compiles in (True, False):
+            param = nn.Parameter(torch.zeros(2, 2))
+            optimizer = fusedopt.SGD([param], lr=1.0)
+
+            def run(param: Any = param, optimizer: Any = optimizer, view: Any = view) -> None:
+                param.grad = view(param.grad)
+                optimizer.step()
+
+            param.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+            torch.compile(run, backend=compiler, disable=not compiles)()
+            results.append(param.detach())
+        assert torch.equal(*results)
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_sparse_gradients_are_stepped_in_a_compiled_step(compiler: str) -> None:
+    results = []
+    for compiles in (True, False):
+        torch.manual_seed(0)
+        table = nn.Embedding(6, 3, sparse=True)
+        optimizer = fusedopt.SGD(table.parameters(), lr=0.1)
+        table(torch.tensor([1, 2])).sum().backward()
+        torch.compile(lambda optimizer=optimizer: optimizer.step(), backend=compiler, disable=not compiles)()
+        results.append(table.weight.detach())
+    assert torch.equal(*results)
 
 
 def test_a_step_without_gradients_is_none_and_parameters_that_were_all_replaced_are_updated() -> None:

@@ -183,25 +183,28 @@ def test_a_compiled_step_breaks_the_graph_and_gets_the_same_bits() -> None:
         assert torch.equal(*(param.to_local() for param in params))  # type: ignore[attr-defined]
 
 
-RANDOM: dict[str, tuple[tuple[int, ...], list[Any]]] = {  # by sizes of the mesh, 0: all ranks
+SPREAD: dict[str, tuple[tuple[int, ...], list[Any]]] = {  # by sizes of the mesh, 0: all ranks
     "replicated": ((0,), [Replicate()]),
     "rows": ((0,), [Shard(0)]),
     "rows of replicas": ((2, 0), [Replicate(), Shard(0)]),
     "replicas of rows": ((2, 0), [Shard(0), Replicate()]),
     "rows of rows": ((2, 0), [Shard(0), Shard(0)]),
+    "columns": ((0,), [Shard(1)]),
+    "rows of columns": ((2, 0), [Shard(0), Shard(1)]),
+    "columns of columns": ((2, 0), [Shard(1), Shard(1)]),
 }
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
-@pytest.mark.parametrize("layout", RANDOM)
+@pytest.mark.parametrize("layout", SPREAD)
 @on_ranks(2, 4)
 @both_tables
 def test_random_rounding_over_any_ranks_has_the_bits_of_one_process(layout: str, name: str) -> None:
     """Rows of 5, 3, 1: over 4 ranks some have none."""
-    sizes, placed = RANDOM[layout]
+    sizes, placed = SPREAD[layout]
     known = math.prod(size for size in sizes if size)
     grid = init_device_mesh(device().type, tuple(size or dist.get_world_size() // known for size in sizes))
-    shapes = [(5, 4), (3, 70), (1, 3), (7,)]
+    shapes = [(5, 4), (3, 70), (1, 3), (5, 3, 35), (2, 9000)]
     plain = [nn.Parameter(torch.randn(shape).to(device(), torch.bfloat16)) for shape in shapes]
     params = [nn.Parameter(distribute_tensor(one.detach(), grid, placed)) for one in plain]
     make = getattr(fusedopt, name)
@@ -222,11 +225,6 @@ CODED: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"state_dtype": torch.float8_e4m3fn, "amsgrad": True, "master": "split"}),
     ("SGD", {"state_dtype": torch.int8, "momentum": 0.9}),
 ]
-SPREAD: dict[str, tuple[tuple[int, ...], list[Any]]] = {
-    **RANDOM,
-    "columns": ((0,), [Shard(1)]),
-    "rows of columns": ((2, 0), [Shard(0), Shard(1)]),
-}
 
 
 @pytest.mark.parametrize(("name", "options"), CODED, ids=str)
@@ -263,15 +261,17 @@ def test_codes_of_a_shard_are_those_of_its_local_tensor_alone(layout: str, name:
                 truth.load_state_dict(truth.state_dict_torch() if "master" not in options else truth.state_dict())
 
 
-@on_ranks(2)
+@on_ranks(4)
 @both_tables
-def test_random_rounding_of_columns_is_refused_before_anything_is_written() -> None:
-    param = nn.Parameter(place(values(0).bfloat16(), [Shard(1)]))
-    optimizer = fusedopt.SGD([("embedding", param)], lr=0.1, rounding="stochastic")
-    param.grad = place(values(1).bfloat16(), [Shard(1)])
-    with pytest.raises(ValueError, match=r"'embedding' lies over the devices as \(Shard\(dim=1\),\).*first dimension"):
+def test_random_rounding_of_what_is_cut_twice_beyond_its_rows_is_refused_before_anything_is_written() -> None:
+    grid = init_device_mesh(device().type, (2, 2))
+    values = torch.ones(2, 4, 6, dtype=torch.bfloat16)
+    param = nn.Parameter(distribute_tensor(values, grid, [Shard(1), Shard(2)]))
+    optimizer = fusedopt.SGD([("kernel", param)], lr=0.1, rounding="stochastic")
+    param.grad = distribute_tensor(values, grid, [Shard(1), Shard(2)])
+    with pytest.raises(ValueError, match=r"'kernel' lies over the devices as \(Shard\(dim=1\), .*one more dimension"):
         optimizer.step()
-    assert torch.equal(whole(param), values(0).bfloat16())
+    assert torch.equal(whole(param), values)
     assert not optimizer.state
 
 
