@@ -247,9 +247,9 @@ def report_chunk(
     EDGES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A chunk leaf by leaf where each is reported, else at once."""
+    """A chunk, leaf by leaf where each may be reported: a second loop for others would take minutes to compile."""
     terms, columns, leaves, first_leaf = report
-    if REPORT and terms != 0:
+    if REPORT:
         for start in range(0, size, JOINED):
             count = tl.minimum(size - start, JOINED)
             leaf = advance_all(address, storage, tl.where(layout == DENSE_LAYOUT, start, 0))
@@ -260,8 +260,9 @@ def report_chunk(
                 leaf, storage, layouts, layout, begin + start, count, scalars, gradient, side, within, terms,
                 UPDATE, STATES, PS, SS, MASTERED, STRIDED, SIDE, BLOCKS, REPORT, C, BLOCK, EDGES, WIDTH,
             )  # fmt: skip
-            index = first_leaf + (begin + start) // JOINED
-            write_leaf(pointer(terms, tl.float64, False), count, pointer(columns, tl.float64, False), leaves, index)
+            if terms != 0:
+                index = first_leaf + (begin + start) // JOINED
+                write_leaf(pointer(terms, tl.float64, False), count, pointer(columns, tl.float64, False), leaves, index)
     else:
         sweep_chunk(
             address, storage, layouts, layout, begin, size, scalars, gradient, side, blocks, terms,
