@@ -31,7 +31,7 @@ class Suite:
 INTERPRETER = {"TRITON_INTERPRET": "1", "FUSEDOPT_TEST_BACKENDS": "triton"}
 # What `make test` runs of the longest modules under Triton's interpreter; all of them are among the long tests.
 INTERPRETED_PARTS = {
-    "blocks": "torch.float32 or finite_inverse or 256",
+    "blocks": "torch.float32 or finite_inverse or 256 or columns",
     "precision": "bit_for_bit or SGD or kahan",
     "phase": "not all_side_outputs or AdamW-bf16 or SGD-f64",
     "norm": "not bits_of_the_reference or Adam-all",
@@ -54,6 +54,7 @@ LAYOUTS = Suite("layouts", ("tests/test_layouts.py", "-k", "cpu or emulated"))
 STEP = Suite("step", ("tests/test_step.py", "-k", "cpu or emulated or threads or forked or mode or checkpoint"))
 OVERRUNS = Suite("overruns", ("tests/test_sanitizers.py", "-k", "random_tables_plans"))
 COLLECTED = Suite("collected", ("tests/contract/test_behaviours.py", "-k", "garbage"))
+INFINITE = Suite("infinite parameters", ("tests/contract/test_behaviours.py", "-k", "parameters-of-+Inf"))
 MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
@@ -132,6 +133,7 @@ PYTHON = "fusedopt/reference.py"
 FAULTS: tuple[Fault, ...] = (
     # the rules
     Fault("adamw: decay dropped", ADAM, "adaptive + bounded<C>(decay * p)", "adaptive", (BITS,)),
+    Fault("adamw: an infinite parameter becomes NaN", ADAM, "bounded<C>(decay * p)", "decay * p", (INFINITE,)),
     Fault("adam: l2 dropped", ADAM, "g = has(kL2) ? g + l2 * p : g;", "", (BITS,)),
     Fault("adam: betas swapped", ADAM, "g, one_minus_beta1, beta1, has", "g, one_minus_beta2, beta2, has", (BITS,)),
     Fault(
@@ -227,6 +229,17 @@ FAULTS: tuple[Fault, ...] = (
     Fault("blocks: scales whose inverse overflows", BLOCK, "reach >= 1.17549435e-38f", "reach > 0.0f", (BLOCKS,)),
     Fault("blocks: negative numbers are the largest", BLOCK, "(x) & 0x7FFFFFFFu", "(x)", (BLOCKS,)),
     Fault("blocks: every chunk has the scales of the first", SWEEP, "(u64(begin) >> block_bits)", "u64(0)", (BLOCKS,)),
+    Fault(
+        "blocks: parts of a chunk have its first scales",
+        SWEEP,
+        "found.scales[s] += (u64(at) >> block_bits) * sizeof(float);",
+        "found.scales[s] += 0;",
+        (REPORT,),
+    ),
+    Fault("places: runs follow each other", SWEEP, "element / run * pitch + element % run", "element", (BLOCKS,)),
+    Fault("places: runs begin where they end", SWEEP, "at + u64(count) <= run", "at < run", (BLOCKS,)),
+    Fault("places: 32 bits only", SWEEP, "first >> 32 == (first + u64(count) - 1) >> 32", "true", (BLOCKS,)),
+    Fault("cpu: places: runs not looked at", ENGINE, " || table.slot(kRun, t) != 0", "", (BLOCKS,)),
     Fault("blocks: neighbours share a scale", SWEEP, "i >> chunk.block_bits", "i >> (chunk.block_bits + 1)", (BLOCKS,)),
     Fault(
         "blocks: one stream for all parameters", SWEEP, "rounding(chunk.mode() >> kKeyShift", "rounding(0", (BLOCKS,)
@@ -495,6 +508,13 @@ FAULTS: tuple[Fault, ...] = (
         (READ,),
     ),
     Fault(
+        "read directly: states that lie elsewhere not seen",
+        BINDINGS,
+        "if (!gradients.lies_at(placed_[k].tensor, placed_[k].address)) return false;",
+        "gradients.lies_at(placed_[k].tensor, placed_[k].address);",
+        (MOVED,),
+    ),
+    Fault(
         "read directly: storages that were freed not seen",
         GRADIENTS,
         "(offset + elements) * bytes_each <= bytes && ",
@@ -692,6 +712,20 @@ FAULTS: tuple[Fault, ...] = (
         TRITON_REPORT,
         "mask=k < size,",
         "mask=k < JOINED,",
+        (INTERPRETED_REPORT,),
+    ),
+    Fault(
+        "triton: places: runs follow each other",
+        TRITON_TABLE,
+        "element // whole * pitch + element % whole",
+        "element",
+        (INTERPRETED_BLOCKS,),
+    ),
+    Fault(
+        "triton: report: parts of a chunk have its first scales",
+        TRITON_TABLE,
+        "scales = (scale0 + skipped, scale1 + skipped, scale2 + skipped)",
+        "scales = (scale0, scale1, scale2)",
         (INTERPRETED_REPORT,),
     ),
     Fault("triton: report: every update of 0 is lost", TRITON_REPORT, " & (update != 0.0)", "", (INTERPRETED_REPORT,)),
