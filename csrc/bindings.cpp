@@ -16,6 +16,7 @@
 #include "cuda/launcher.h"
 #include "dict_watch.h"
 #include "gradient_reader.h"
+#include "host_pages.h"
 #include "host_table.h"
 #include "tensor_reader.h"
 
@@ -587,6 +588,7 @@ class Table {
       std::memset(reinterpret_cast<void*>(address), 0, bytes);
       return;
     }
+    if (device_.type == dlpack::kHost) ask_for_huge_pages(address, bytes);
     call(tensor, kZero);
   }
 
