@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -15,6 +16,7 @@
 #include "cuda/launcher.h"
 #include "dict_watch.h"
 #include "gradient_reader.h"
+#include "host_pages.h"
 #include "host_table.h"
 #include "tensor_reader.h"
 
@@ -125,31 +127,46 @@ const void* impl_of(const py::object& tensor) {
   return impl;
 }
 
-// Whether tensors are known to share no memory: all are plain ones that can be read.
-bool are_apart(const std::vector<py::object>& tensors) {
-  std::vector<std::pair<u64, u64>> spans;
-  std::vector<int64_t> extents;
-  for (const py::object& tensor : tensors) {
-    TensorFacts facts;
-    extents.clear();
-    if (!reader.is_plain(tensor.ptr()) || !reader.read(tensor.ptr(), facts, extents)) {
-      PyErr_Clear();
-      return false;
-    }
-    i64 last = 0;
-    bool is_empty = false;
-    for (int32_t d = 0; d < facts.ndim; ++d) {
-      is_empty = is_empty || extents[size_t(d)] == 0;
-      last += (extents[size_t(d)] - 1) * extents[size_t(facts.ndim + d)];
-    }
-    if (is_empty) continue;
-    if (facts.address == 0) return false;
-    spans.emplace_back(facts.address, facts.address + u64(last + 1) * ((facts.dtype.bits + 7) / 8));
+// The bytes that a tensor lies in, from its first to behind its last; none where it is empty.
+using Span = std::pair<u64, u64>;
+
+Span span_of(const TensorFacts& facts, const std::vector<int64_t>& extents) {
+  const int64_t* const shape = extents.data() + facts.extents;
+  i64 last = 0;
+  for (int32_t d = 0; d < facts.ndim; ++d) {
+    if (shape[d] == 0) return {0, 0};
+    last += (shape[d] - 1) * shape[facts.ndim + d];
   }
+  return {facts.address, facts.address + u64(last + 1) * ((facts.dtype.bits + 7) / 8)};
+}
+
+bool are_apart(std::vector<Span> spans) {
   std::sort(spans.begin(), spans.end());
   for (size_t k = 1; k < spans.size(); ++k)
     if (spans[k].first < spans[k - 1].second) return false;
   return true;
+}
+
+// Where tensors lie that are known to share no memory, as all are plain ones on one device that can be read; else None.
+py::object addresses_apart(const py::list& tensors) {
+  std::vector<Span> spans;
+  std::vector<int64_t> extents;
+  py::list addresses;
+  dlpack::Device device{};
+  for (const py::handle tensor : tensors) {
+    TensorFacts facts;
+    extents.clear();
+    if (!reader.is_plain(tensor.ptr()) || !reader.read(tensor.ptr(), facts, extents)) {
+      PyErr_Clear();
+      return py::none();
+    }
+    if (addresses.empty()) device = facts.device;
+    const Span span = span_of(facts, extents);
+    if (!(facts.device == device) || (span.second != 0 && span.first == 0)) return py::none();
+    if (span.second != 0) spans.push_back(span);
+    addresses.append(facts.address);
+  }
+  return are_apart(std::move(spans)) ? py::object(addresses) : py::none();
 }
 
 // A name that is never given back: at the end of the process there is no interpreter left to give it to.
@@ -209,7 +226,9 @@ class Table {
     for (const auto& [key, value] : entries)
       all.emplace_back(py::reinterpret_borrow<py::str>(key),
                        value.is_none() ? py::object() : py::reinterpret_borrow<py::object>(value));
-    start_watch(row, state, std::move(all));
+    watches_.at(row).state.watch(state, std::move(all));
+    watches_[row].state_addresses = addresses_of(watches_[row]);
+    placed_is_known_ = false;
   }
 
   // Whether refresh() lets torch's C++ side count a reference to every parameter.
@@ -257,35 +276,31 @@ class Table {
   }
 
   // Of these rows those that begin_rows() can describe: the parameter has no state, and needs no closer look. It and
-  // its gradient are on this device, of one shape and dtype, in row-major order, whole and apart.
-  std::vector<u64> plain_rows(const std::vector<u64>& rows) {
+  // its gradient are on this device, of one shape and dtype, in row-major order, whole and apart. Also says whether all
+  // of these parameters and gradients are.
+  std::pair<std::vector<u64>, bool> plain_rows(const std::vector<u64>& rows) {
     std::vector<u64> plain;
-    for (const u64 row : rows)
-      if (gradients.is_connected() && is_plain(watches_.at(row).param)) plain.push_back(row);
-    return plain;
+    std::vector<Span> spans;
+    for (const u64 row : rows) {
+      Watch& watch = watches_.at(row);
+      if (!gradients.is_connected() || !see_plain(watch)) continue;
+      plain.push_back(row);
+      spans.push_back(span_of(watch.param_facts, extents_));
+      spans.push_back(span_of(watch.grad_facts, extents_));
+    }
+    return {std::move(plain), are_apart(std::move(spans))};
   }
 
-  // Makes the states of rows that plain_rows() has passed, and describes the rows. `needed`: which of the rule's states
-  // each group needs; `steps`: each row's count, or None. Returns the states of each row by name.
+  // Makes the states of rows that plain_rows() has just passed, and describes the rows. `needed`: which of the rule's
+  // states each group needs; `steps`: a count for each row that has states, in order, or for each row where the rule
+  // always counts; `steps_in_state`: views of them that the state is to have. Returns the states of each row by name.
   py::list begin_rows(const std::vector<u64>& rows, const std::vector<std::vector<bool>>& needed,
-                      const std::vector<py::object>& steps, u32 mode, const py::object& zeros_like) {
+                      const py::object& steps, const py::sequence& steps_in_state, u32 mode,
+                      const py::object& empty_like) {
     py::list made;
-    for (size_t k = 0; k < rows.size(); ++k) {
-      const u64 row = rows[k];
-      const std::vector<bool>& has = needed.at(places_.at(row).group);
-      std::vector<py::object> states(schema_->states.size());
-      py::dict by_name;
-      for (size_t s = 0; s < states.size(); ++s) {
-        if (!has[s]) continue;
-        states[s] = zeros_like(watches_[row].param);
-        by_name[schema_->states[s]] = states[s];
-      }
-      const py::object step = steps.at(k).is_none() ? py::object() : steps[k];
-      describe_plain_row(row, states, step, mode);
-      const py::object counted = schema_->keeps_step ? step : py::object();
-      if (counted || !by_name.empty()) begin_state(row, states, counted);
-      made.append(std::move(by_name));
-    }
+    NewSteps left{steps, 0, steps_in_state};
+    if (!reader.read_address(steps.ptr(), left.address)) fail();
+    for (const u64 row : rows) made.append(begin_row(row, needed.at(places_.at(row).group), left, mode, empty_like));
     return made;
   }
 
@@ -293,6 +308,7 @@ class Table {
   py::object refresh() {
     py::list changed;
     if (wants_holds_ && !holding_) hold_live_params();
+    if (extents_.size() > kMostExtents) forget_facts();
     const bool states_changed = !states_watch_.is_unchanged();
     // Block by block, so that what the next look needs is on its way from memory for all of them at once.
     for (u64 first = 0; first < watches_.size(); first += kBlockRows) {
@@ -441,90 +457,121 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
-  bool is_plain(const py::object& param) {
-    static PyObject* const kIsInference = PyUnicode_InternFromString("is_inference");
-    if (!reader.is_plain(param.ptr())) return false;
+  // Whether a row needs no closer look: see plain_rows(). What it is then is in its facts.
+  bool see_plain(Watch& watch) {
+    const py::object& param = watch.param;
+    if (!reader.is_plain(param.ptr()) || has_state(param)) return false;
     const py::object grad = grad_of(param.ptr());
-    const int has_state = PyDict_Contains(states_.ptr(), param.ptr());
-    if (has_state < 0) fail();
-    if (has_state == 1 || !reader.is_plain(grad.ptr()) || says(param, kIsInference)) return false;
+    const void* const impl = impl_of(param);
+    if (!reader.is_plain(grad.ptr()) || gradients.is_inference(impl)) return false;
+    const size_t known = extents_.size();
     TensorFacts p, g;
-    seen_.clear();
-    if (!reader.read(param.ptr(), p, seen_) || !reader.read(grad.ptr(), g, seen_)) {
+    if (!reader.read(param.ptr(), p, extents_) || !reader.read(grad.ptr(), g, extents_)) {
       PyErr_Clear();
-      return false;
+    } else if (p.dtype == g.dtype && has_same_shape(p, g)) {
+      const u64 p_bytes = whole_bytes(impl, p), g_bytes = whole_bytes(impl_of(grad), g);
+      const bool is_apart = p.address + p_bytes <= g.address || g.address + g_bytes <= p.address;
+      if (p_bytes != 0 && g_bytes != 0 && is_apart) {
+        watch.param_facts = p;
+        watch.grad_facts = g;
+        return true;
+      }
     }
-    if (!(p.dtype == g.dtype)) return false;
-    if (p.ndim != g.ndim || !std::equal(seen_.begin(), seen_.begin() + p.ndim, seen_.begin() + g.extents)) return false;
-    const u64 p_bytes = whole_bytes(param, p), g_bytes = whole_bytes(grad, g);
-    return p_bytes != 0 && g_bytes != 0 && (p.address + p_bytes <= g.address || g.address + g_bytes <= p.address);
+    extents_.resize(known);
+    return false;
   }
 
-  // `states`: by slot, null where there is none, as `step` where no steps are counted.
-  void describe_plain_row(u64 row, const std::vector<py::object>& states, const py::object& step, u32 mode) {
+  bool has_state(const py::object& param) const {
+    if (PyDict_GET_SIZE(states_.ptr()) == 0) return false;  // so at almost every first step, without a tensor's hash
+    const int found = PyDict_Contains(states_.ptr(), param.ptr());
+    if (found < 0) fail();
+    return found == 1;
+  }
+
+  bool has_same_shape(const TensorFacts& one, const TensorFacts& other) const {
+    const auto shape = extents_.begin() + one.extents;
+    return one.ndim == other.ndim && std::equal(shape, shape + one.ndim, extents_.begin() + other.extents);
+  }
+
+  // Counts of steps that rows are given one after the other.
+  struct NewSteps {
+    const py::object& all;
+    u64 address;  // of the next one
+    const py::sequence& in_state;
+    size_t given = 0;
+  };
+
+  py::dict begin_row(u64 row, const std::vector<bool>& needed, NewSteps& steps, u32 mode,
+                     const py::object& empty_like) {
     static PyObject* const kDetach = PyUnicode_InternFromString("detach");
-    const py::object param = watches_[row].param, grad = grad_of(param.ptr());
+    static const py::str& kStepKey = lasting_name("step");
+    Watch& watch = watches_[row];
     RowSpec spec;
-    TensorFacts facts;
-    py::list keep;  // aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory
-    const auto set_slot = [&](int slot, const py::object& tensor) {
-      seen_.clear();
-      if (!reader.read(tensor.ptr(), facts, seen_)) fail();
-      spec.address[slot] = facts.address;
-      if (slot < kElementSlots) spec.storage[slot] = u8(storage_of(facts.dtype));
-    };
-    set_slot(kParam, param);
-    spec.numel = row_major_elements(facts);
-    set_slot(kGrad, grad);
-    const auto set_kept = [&](int slot, const py::object& tensor) {
-      if (!tensor) return;
-      set_slot(slot, tensor);
-      keep.append(call(tensor, kDetach));
-    };
-    for (size_t s = 0; s < states.size(); ++s) set_kept(kState0 + int(s), states[s]);
-    set_kept(kStep, step);
     spec.mode = mode;
     spec.group = places_[row].group;
-    host_.set_row(row, spec);
-    watch_tensors(row, param, grad, false, std::move(keep));
-  }
-
-  void start_watch(u64 row, const py::dict& state, std::vector<DictWatch::Entry> entries) {
-    Watch& watch = watches_.at(row);
-    watch.state.watch(state, std::move(entries));
-    watch.state_addresses = addresses_of(watch);
-    placed_is_known_ = false;
-  }
-
-  // Puts a row's states into the optimizer's, in torch's order, and watches them.
-  void begin_state(u64 row, const std::vector<py::object>& states, const py::object& step) {
-    static const py::str& kStepKey = lasting_name("step");
-    PyObject* const found = PyDict_SetDefault(states_.ptr(), watches_[row].param.ptr(), py::dict().ptr());  // borrowed
-    if (found == nullptr) fail();
-    const auto state = py::reinterpret_borrow<py::dict>(found);
-    std::vector<DictWatch::Entry> entries;
-    const auto put = [&](const py::str& key, const py::object& tensor) {
-      if (tensor) state[key] = tensor;
-      entries.emplace_back(key, tensor);
+    spec.numel = row_major_elements(watch.param_facts);
+    const u8 storage = u8(storage_of(watch.param_facts.dtype));
+    const auto set_slot = [&](int slot, u64 address) {
+      spec.address[slot] = address;
+      spec.storage[slot] = storage;
     };
-    if (step) put(kStepKey, step);
-    for (size_t s = 0; s < states.size(); ++s) put(schema_->states[s], states[s]);
-    start_watch(row, state, std::move(entries));
+    set_slot(kParam, watch.param_facts.address);
+    set_slot(kGrad, watch.grad_facts.address);
+    py::list keep;  // aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory
+    py::dict by_name, state;
+    std::vector<DictWatch::Entry> entries;
+    std::vector<u64> addresses;
+    const auto put = [&](const py::str& key, const py::object& tensor, u64 address) {  // in torch's order
+      entries.emplace_back(key, tensor);
+      if (!tensor) return;
+      state[key] = tensor;
+      addresses.push_back(address);
+    };
+    if (schema_->keeps_step || std::find(needed.begin(), needed.end(), true) != needed.end()) {
+      spec.address[kStep] = steps.address;
+      keep.append(steps.all);
+      if (schema_->keeps_step) put(kStepKey, steps.in_state[steps.given++], steps.address);
+      steps.address += sizeof(float);
+    }
+    for (size_t s = 0; s < schema_->states.size(); ++s) {
+      const py::str& name = schema_->states[s];
+      if (!needed[s]) {
+        put(name, py::object(), 0);
+        continue;
+      }
+      const auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(empty_like.ptr(), watch.param.ptr()));
+      u64 address = 0;
+      if (!tensor || !reader.read_address(tensor.ptr(), address)) fail();
+      clear(tensor, address, size_t(spec.numel * storage_bytes(storage)));
+      set_slot(kState0 + int(s), address);
+      keep.append(call(tensor, kDetach));
+      by_name[name] = tensor;
+      put(name, tensor, address);
+    }
+    host_.set_row(row, spec);
+    if (!state.empty()) {
+      if (PyDict_SetItem(states_.ptr(), watch.param.ptr(), state.ptr()) < 0) fail();
+      watch.state.watch(state, std::move(entries));
+    }
+    watch.state_addresses = std::move(addresses);
+    begin_watch(watch, std::move(keep), false);
+    find_impl(watch);
+    set_live(row, true);
+    return by_name;
   }
 
-  // The bytes of a tensor of `seen_` that is what is_plain() wants one to be; else 0.
-  u64 whole_bytes(const py::object& tensor, const TensorFacts& facts) const {
+  // The bytes of a tensor that is what see_plain() wants one to be; else 0.
+  u64 whole_bytes(const void* impl, const TensorFacts& facts) const {
     const int storage = storage_of(facts.dtype);
     const i64 elements = row_major_elements(facts);
     if (storage < 0 || facts.address == 0 || !(facts.device == device_)) return 0;
-    return gradients.is_whole(impl_of(tensor), elements, storage_bytes(storage))
-               ? u64(elements * storage_bytes(storage))
-               : 0;
+    const int bytes_each = storage_bytes(storage);
+    return gradients.is_whole(impl, elements, bytes_each) ? u64(elements * bytes_each) : 0;
   }
 
-  // The elements of a tensor of `seen_` that is in row-major order; else 0.
+  // The elements of a tensor that is in row-major order; else 0.
   i64 row_major_elements(const TensorFacts& facts) const {
-    const int64_t* const shape = seen_.data() + facts.extents;
+    const int64_t* const shape = extents_.data() + facts.extents;
     const int64_t* const strides = shape + facts.ndim;
     i64 elements = 1;
     for (int32_t d = facts.ndim - 1; d >= 0; --d) {
@@ -534,19 +581,23 @@ class Table {
     return elements;
   }
 
+  // Fills a tensor with zeros to which nothing was written yet.
+  void clear(const py::object& tensor, u64 address, size_t bytes) const {
+    static PyObject* const kZero = PyUnicode_InternFromString("zero_");
+    if (device_.type == dlpack::kHost && bytes <= kMostCleared) {
+      std::memset(reinterpret_cast<void*>(address), 0, bytes);
+      return;
+    }
+    if (device_.type == dlpack::kHost) ask_for_huge_pages(address, bytes);
+    call(tensor, kZero);
+  }
+
   void watch_tensors(u64 row, py::object param, const py::object& grad, bool unwrap, py::list keep) {
     Watch& watch = watches_[row];
     watch.param = std::move(param);
     places_[row].param = watch.param.ptr();
-    watch.hold = Hold();
-    holding_ = false;
-    placed_is_known_ = false;
-    watch.copy = py::object();
-    watch.keep = std::move(keep);
-    watch.unwrap = unwrap;
+    begin_watch(watch, std::move(keep), unwrap);
     watch.param_facts.ndim = watch.grad_facts.ndim = TensorFacts::kUnknown;
-    watch.stand_in = false;
-    watch.impl = nullptr;
     watch.grad_spec = unwrap && !grad.is_none() ? py::object(grad.attr("_spec")) : py::object();
     if (!grad.is_none()) {
       if (!reader.read(local_tensor(watch.param, unwrap).ptr(), watch.param_facts, extents_)) fail();
@@ -554,11 +605,24 @@ class Table {
       watch.stand_in = !grad_of(watch.param.ptr()).is(grad);
       find_impl(watch);
     }
-    if (extents_.size() > kMostExtents) forget_facts();
     set_live(row, !grad.is_none());
   }
 
+  // What a row's watch begins with, before its facts and its gradient are known to be what it reads.
+  void begin_watch(Watch& watch, py::list keep, bool unwrap) {
+    watch.hold = Hold();
+    holding_ = false;
+    placed_is_known_ = false;
+    watch.copy = py::object();
+    watch.keep = std::move(keep);
+    watch.unwrap = unwrap;
+    watch.stand_in = false;
+    watch.impl = nullptr;
+    watch.grad_spec = py::object();
+  }
+
   static constexpr i64 kCpuChunk = 32768;
+  static constexpr size_t kMostCleared = 128 << 10;  // bytes that one thread clears as fast as several
   static constexpr u64 kBlockRows = 8;
   static constexpr size_t kPlacedAhead = 8;
   static constexpr size_t kAskedAtOnce = 64;  // or as small a share of all
@@ -869,7 +933,6 @@ class Table {
   std::vector<Watch> watches_;
   std::vector<Place> places_;
   std::vector<int64_t> extents_;  // shapes and strides that the facts point into
-  std::vector<int64_t> seen_;     // the same of tensors that are looked at and not kept
   std::vector<bool> live_;
   bool wants_holds_ = false;
   bool holding_ = false;  // every live parameter that can be held
@@ -918,7 +981,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("uses_exchange", [] { return reader.uses_exchange(); });
   m.def("reads_gradients_directly", [] { return gradients.is_connected(); });
-  m.def("are_apart", &are_apart, py::arg("tensors"));
+  m.def("addresses_apart", &addresses_apart, py::arg("tensors"));
   m.def("rules", &rule_names);
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);
@@ -958,8 +1021,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("copy"), py::arg("keep"))
       .def("plain_rows", &Table::plain_rows, py::arg("rows"))
-      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"), py::arg("mode"),
-           py::arg("zeros_like"))
+      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"),
+           py::arg("steps_in_state"), py::arg("mode"), py::arg("empty_like"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))

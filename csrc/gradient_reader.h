@@ -35,9 +35,10 @@ struct TorchTensor;
   X(aoti_torch_get_storage_size, get_storage_size, (const TorchTensor*, int64_t*))
 
 // C++ functions of torch that take a tensor and say yes or no: mangled name, member.
-#define FUSEDOPT_TORCH_PREDICATES(X)            \
-  X(_ZN2at6native6is_negERKNS_6TensorE, is_neg) \
-  X(_ZN2at6native7is_conjERKNS_6TensorE, is_conj)
+#define FUSEDOPT_TORCH_PREDICATES(X)              \
+  X(_ZN2at6native6is_negERKNS_6TensorE, is_neg)   \
+  X(_ZN2at6native7is_conjERKNS_6TensorE, is_conj) \
+  X(_ZN2at6native12is_inferenceERKNS_6TensorE, is_inference)
 
 class GradientReader {
  public:
@@ -95,6 +96,9 @@ class GradientReader {
     void* data = nullptr;
     return get_data_ptr_(tensor, &data) == 0 && u64(reinterpret_cast<std::uintptr_t>(data)) == address;
   }
+
+  // Whether the tensor whose c10::TensorImpl is at `impl` was made in inference mode.
+  bool is_inference(const void* impl) const { return is_inference_(reinterpret_cast<const TorchTensor*>(&impl)); }
 
   // Whether the memory of the tensor whose c10::TensorImpl is at `impl` holds its values: so many, of so many bytes.
   bool is_whole(const void* impl, i64 elements, i64 bytes_each) const {

@@ -215,7 +215,7 @@ class Reference(_NeverCaptured):
             if table.phase.flags:
                 _write_sides(table, row, step, dtype)
             if row.step is not None:
-                row.step += 1
+                row.step.add_(1)
         _mark_report(table, skipped=False)
 
 
@@ -403,10 +403,11 @@ def best_backend(device: torch.device) -> tuple[Backend, list[str]]:
     Raises:
         ValueError: FUSEDOPT_CPU_ISA names an instruction set that is not here.
     """
-    if cpu.fault and device.type == "cpu":
+    kind = device.type
+    if cpu.fault and kind == "cpu":
         raise ValueError(cpu.fault)
-    reasons = [] if device.type in PREFERENCE else ["there are no kernels for it"]
-    for name in PREFERENCE.get(device.type, ("reference",)):
+    reasons = [] if kind in PREFERENCE else ["there are no kernels for it"]
+    for name in PREFERENCE.get(kind, ("reference",)):
         reason = _ALL[name].why_not(device)
         if not reason:
             return _ALL[name], reasons

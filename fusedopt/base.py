@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from . import checkpoint, hooks, norms, traced
 from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, check_groups, check_number, local
+from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .phase import EMA, MEASURES, NOTHING, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import check_modes, scale_key
 from .report import Report, read_report
 from .rules import Rule
-from .sharded import Spread, is_sharded, spread_of
-from .table import Row, Table, name_of, part_of, separate
+from .sharded import Spread, is_any_sharded, spread_of
+from .table import Table, name_of, part_of, rows_of, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -51,7 +52,7 @@ class FusedOptimizer(Optimizer):
         self._requested_backend = backend
         self._phase = NOTHING if phase is None else phase
         self._results: dict[int, Tensor] = {}  # of each table
-        self._hidden_steps: dict[Tensor, Tensor] = {}
+        self._hidden_steps = HiddenSteps()
         self._main, self._spreads, self._unreported = 0, (None,), 0
         self._forget_tables()
         self._number = traced.register(self)
@@ -307,13 +308,13 @@ class FusedOptimizer(Optimizer):
         state: dict[str, Any] = super().__getstate__()
         state["_requested_backend"] = self._requested_backend
         state["_phase"] = self._phase
-        kept = self._hidden_steps.keys() & self.state.keys()
-        state["_hidden_steps"] = {param: self._hidden_steps[param] for param in kept}
+        counts = self._hidden_steps.known
+        state["_hidden_steps"] = {param: counts[param] for param in counts.keys() & self.state.keys()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores what pickle, deepcopy and ``load_state_dict`` bring, and adds what older torch left out."""
-        self._hidden_steps = {}
+        counts = state.get("_hidden_steps", {})
         self._number = traced.register(self, getattr(self, "_number", None))
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
@@ -322,6 +323,7 @@ class FusedOptimizer(Optimizer):
         if not hasattr(self, "_results"):
             self._results = {}
         super().__setstate__(state)
+        self._hidden_steps = HiddenSteps(counts)
         self._traced_params, self._is_sharded = [], False
         self._see_params(traced.params_of(self))
         self._forget_tables()
@@ -337,16 +339,14 @@ class FusedOptimizer(Optimizer):
             self._step_supports_amp_scaling = False
         self._traced_params = [*self._traced_params, *params]
         # DTensor's dispatch does not know the operator of a traced step: such a step breaks the graph.
-        self._is_sharded = self._is_sharded or any(map(is_sharded, params))
+        self._is_sharded = self._is_sharded or is_any_sharded(params)
 
     def _forget_params(self, params: list[Tensor]) -> None:
         """Lets go of parameters that are in no group any more. A graph that knows them is traced anew."""
         before = self._traced_params
         if len(before) != len(params) or any(one is not other for one, other in zip(before, params, strict=True)):
             self._traced_params = params
-        if self._hidden_steps:
-            present = set(params)
-            self._hidden_steps = {param: step for param, step in self._hidden_steps.items() if param in present}
+        self._hidden_steps.keep_only(params)
 
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -355,7 +355,7 @@ class FusedOptimizer(Optimizer):
 
     def _unstepped(self) -> list[Tensor]:
         """Parameters that have a state which no step has written yet."""
-        counts = {param: step for param, step in self._hidden_steps.items() if param in self.state}
+        counts = {param: step for param, step in self._hidden_steps.known.items() if param in self.state}
         if not self._rule.keeps_step:
             counts |= {param: state["step"] for param, state in self.state.items() if "step" in state}
         return [param for param, step in counts.items() if float(step) == 0.0]
@@ -520,7 +520,6 @@ class FusedOptimizer(Optimizer):
         return all(table.is_current() and table.refresh() for table, _ in tables)
 
     def _build_tables(self) -> list[tuple[Table, Backend]]:
-        rows: dict[torch.device, list[Row]] = {}
         check_groups(self.param_groups)
         if not isinstance(self.state, dict):
             raise TypeError(f"the optimizer's state must be a dict, but it is {self.state!r}")
@@ -529,18 +528,17 @@ class FusedOptimizer(Optimizer):
             check_modes(self._rule, group)
         copies = self._copies()
         self._check_averages()
-        for g, group in enumerate(self.param_groups):
-            for k, param in enumerate(group["params"]):
-                on_device = rows.setdefault(local(param).device, [])
-                on_device.append(Row(len(on_device), g, k, param, self.param_groups, copy=copies.get(param)))
+        rows, are_apart = rows_of(self.param_groups, copies)
         tables: list[tuple[Table, Backend]] = []
         params = traced.params_of(self)
         self._forget_params(params)
-        self._spreads = tuple(dict.fromkeys(map(spread_of, params))) if any(map(is_sharded, params)) else (None,)
+        is_sharded = not are_apart and is_any_sharded(params)  # torch's own types do not lie over ranks
+        self._spreads = tuple(dict.fromkeys(map(spread_of, params))) if is_sharded else (None,)
         for device, device_rows in rows.items():
             if len(self._spreads) > 1 or self._phase.norm_by_group:
                 device_rows.sort(key=lambda row: part_of(row, self._phase, self._spreads))
-            for part in separate(device_rows):
+                are_apart = False  # to be counted anew
+            for part in [device_rows] if are_apart else separate(device_rows):
                 lasting = self._lasting.setdefault((device, len(tables)), Lasting())
                 table = Table(
                     self._rule,
@@ -555,7 +553,7 @@ class FusedOptimizer(Optimizer):
                     self._results_of(len(tables), device, self._phase),
                     self._spreads,
                 )
-                table.refresh()
+                table.begin()
                 tables.append((table, _backend_for(table, self._requested_backend)))
         return tables
 

@@ -17,6 +17,7 @@ from .sharded import check_placements, check_together, is_pending
 from .sharded import local as local
 from .storages import CODE_STORAGES
 
+USUAL = 1e300  # numbers below it are no larger than a float can be, whatever their type
 MOST_SHOWN = 120  # characters of a value that an error message quotes
 
 
@@ -31,7 +32,7 @@ def check_lr(lr: float | Tensor, *, foreach: bool | None, capturable: bool) -> N
 
 def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Refuses a value below 0, and NaN. A tensor on a GPU is not looked at: that would wait for the GPU."""
-    if type(value) is float and value >= 0.0:  # almost always
+    if type(value) in (float, int) and 0 <= value < USUAL:  # almost always
         return
     check_number(name, value)
     if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -43,6 +44,8 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Refuses what is neither a real number nor a tensor of one."""
+    if type(value) in (float, int) and -USUAL < value < USUAL:  # type: ignore[operator]  # almost always
+        return
     if isinstance(value, Tensor):
         _check_one_element(name, value)
         if value.layout == torch.strided and not value.is_meta:

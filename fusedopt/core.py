@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -99,16 +99,20 @@ class Core(Protocol):
     ) -> None:
         """Describes one tensor and starts watching its parameter, gradient and copy."""
 
-    def plain_rows(self, rows: list[int]) -> list[int]:
-        """Of these rows those that ``begin_rows`` can describe: of new parameters that need no closer look."""
+    def plain_rows(self, rows: list[int]) -> tuple[list[int], bool]:
+        """Of these rows those that ``begin_rows`` can describe, of new parameters that need no closer look.
+
+        Also whether their parameters and gradients are known to share no memory.
+        """
 
     def begin_rows(
         self,
         rows: list[int],
         needed: list[list[bool]],
-        steps: list[Tensor | None],
+        steps: Tensor,
+        steps_in_state: Sequence[Tensor],
         mode: int,
-        zeros_like: Callable[[Tensor], Tensor],
+        empty_like: Callable[[Tensor], Tensor],
     ) -> list[dict[str, Tensor]]:
         """Makes the states of such rows, and describes them; returns each one's states by name."""
 
@@ -165,9 +169,10 @@ def _schema(rule: Rule) -> Any:
     return _schemas[rule.stem]
 
 
-def are_apart(tensors: list[Tensor]) -> bool:
-    """Whether tensors are known to share no memory; False: look closer."""
-    return compiled is not None and compiled.are_apart(tensors)
+def addresses_apart(tensors: list[Tensor]) -> list[int] | None:
+    """Where tensors lie that are known to be torch's own, on one device and apart in memory; None: look closer."""
+    addresses: list[int] | None = None if compiled is None else compiled.addresses_apart(tensors)
+    return addresses
 
 
 if compiled is not None:

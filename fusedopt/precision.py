@@ -49,6 +49,8 @@ def modes(
     state_dtype: StateDtype, state_block: int | None, master: str | None, rounding: str | None = None
 ) -> dict[str, Any]:
     """The keys of the modes that were asked for, as an optimizer's defaults want them."""
+    if state_dtype is None is state_block and master is None is rounding:
+        return {}  # almost always
     asked = {"state_dtype": state_dtype, "state_block": state_block, "master": master, "rounding": rounding}
     return {key: value for key, value in asked.items() if value is not None}
 

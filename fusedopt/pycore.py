@@ -366,13 +366,13 @@ class PyTable:
         self._live_params = None
         self._revision = next(_REVISIONS)
 
-    def plain_rows(self, rows: list[int]) -> list[int]:
+    def plain_rows(self, rows: list[int]) -> tuple[list[int], bool]:
         """None: every row is looked at closely; only the compiled table has a shorter way.
 
         Args:
             rows: which to look at.
         """
-        return []
+        return [], False
 
     def begin_rows(self, *arguments: Any) -> list[dict[str, Tensor]]:
         """Never called, as no row is plain.

@@ -8,6 +8,7 @@ Nothing of torch.distributed is imported before there is a DTensor, whose own me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,19 +26,23 @@ def spread_of(tensor: Tensor) -> Spread:
     return (_mesh(tensor), cut) if cut else None
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is of torch's own types, as almost all are: no need to look for attributes that it does not have."""
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+# torch's own types, of which almost all are: no need to look for attributes that they do not have.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    return not is_plain(tensor) and hasattr(tensor, "_local_tensor")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor")
+
+
+def is_any_sharded(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of them is a DTensor."""
+    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
 
 
 def local(tensor: Tensor) -> Tensor:
     """The tensor whose memory is on this device: a DTensor's local tensor, anything else itself."""
-    return tensor if is_plain(tensor) else getattr(tensor, "_local_tensor", tensor)
+    return tensor if type(tensor) in _PLAIN else getattr(tensor, "_local_tensor", tensor)
 
 
 def check_placements(name: str, param: Tensor) -> None:

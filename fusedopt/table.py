@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,8 @@ from .check import (
     local,
     real_dtype,
 )
-from .core import Core, are_apart, make_core
+from .core import Core, addresses_apart, make_core
+from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .layout import crossings, is_same_memory, may_share_memory, neighbours, strided_layout
 from .memory import is_wrapper
@@ -76,13 +77,14 @@ class Row:
         place: its position among the group's parameters.
         param: the parameter.
         groups: the optimizer's ``param_groups``.
+        lies: where the parameter lay when it was last compared with the others; 0: it has no memory.
         states: its state tensors by name; empty until the first gradient.
-        step: float32 count of its steps; None for a rule that needs no count here.
+        count: of its steps, float32; or the tensor that it is in and its place there; None for a rule that needs no
+            count here. ``step`` is the count itself.
         stand_in: what the kernels read in place of a gradient that they can not read; None: the gradient.
         copy: what the parameter is written to as it is updated; None: nothing.
         is_dense: whether all slots are dense and in the same order.
         leaves: that its elements make; 0: it never had a gradient.
-        lies: where the parameter lay when it was last compared with the others; 0: it has no memory.
         part: which of the tables of its device it is in, in the order of their launches: see ``separate``.
     """
 
@@ -91,19 +93,27 @@ class Row:
     place: int
     param: Tensor
     groups: Sequence[Group]
+    lies: int = 0
     states: dict[str, Tensor] = field(default_factory=dict)
-    step: Tensor | None = None
+    count: Tensor | tuple[Tensor, int] | None = None
     stand_in: Tensor | None = None
     copy: Tensor | None = None
     is_dense: bool = True
     leaves: int = 0
-    lies: int = 0
     part: int = 0
 
     def is_at_odds_with(self, other: Row) -> bool:
         """Whether the two are not stepped one after the other, the earlier first, as torch's for-loop does."""
         is_first = (self.group, self.place) < (other.group, other.place)
         return self.part == other.part or is_first != (self.part < other.part)
+
+    @property
+    def step(self) -> Tensor | None:
+        """The count of its steps, a tensor once somebody asks."""
+        if isinstance(self.count, tuple):
+            steps, place = self.count
+            self.count = steps[place]
+        return self.count
 
     @property
     def name(self) -> str:
@@ -150,7 +160,7 @@ class Table:
         rows: list[Row],
         beside: Sequence[Row],
         state: dict[Tensor, dict[str, Any]],
-        hidden_steps: dict[Tensor, Tensor],
+        hidden_steps: HiddenSteps,
         lasting: Lasting,
         phase: Phase = NOTHING,
         results: Tensor | None = None,
@@ -180,6 +190,11 @@ class Table:
         holds.register(self.core)
         self._adopt([row for row in rows if state.get(row.param)] if state else [])
 
+    def begin(self) -> None:
+        """Makes every row of a new table: nothing is known of what any of them was."""
+        self._check_flags(self._read_groups())
+        self._remake(self.rows)
+
     def refresh(self) -> bool:
         """Reads gradients and hyperparameters again, and makes new rows where something changed.
 
@@ -189,8 +204,7 @@ class Table:
         changed_groups = self._read_groups()
         if changed_groups == -1:
             return False
-        for group in changed_groups or ():
-            check_flags(foreach=False, fused=False, differentiable=bool(self.groups[group].get("differentiable")))
+        self._check_flags(changed_groups)
         changed_rows = self.core.refresh()
         if changed_groups is None and changed_rows is None:
             return True
@@ -278,6 +292,10 @@ class Table:
             check_groups(self.groups)  # these raise an error that names the one at fault
             check_hyperparameters(self.rule, self.groups)
             raise
+
+    def _check_flags(self, groups: Iterable[int] | None) -> None:
+        for group in groups or ():
+            check_flags(foreach=False, fused=False, differentiable=bool(self.groups[group].get("differentiable")))
 
     def _holds(self, row: Row) -> bool:
         state = self._found(row)
@@ -388,10 +406,10 @@ class Table:
         strange: list[tuple[Row, float]] = []
         taken: set[int] = set()
         for row in rows:
-            row.step = None
+            row.count = None
             step = self._found_step(row)
             if isinstance(step, Tensor) and is_settled_step(step, self.device) and step.data_ptr() not in taken:
-                row.step = step
+                row.count = step
                 taken.add(step.data_ptr())
             elif step is not None:
                 strange.append((row, float(step)))
@@ -407,26 +425,28 @@ class Table:
         if step is not None or self.rule.keeps_step:
             return step
         present = self._present(row)
-        hidden = self._hidden_steps.get(row.param, 1.0) if present else None
+        hidden = self._hidden_steps.known.get(row.param, 1.0) if present else None
         if isinstance(hidden, Tensor) and float(hidden) == 0.0 and any(map(has_values, present.values())):
             return 1.0  # a first step was skipped, and then somebody else gave it a velocity
         return hidden
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
-        row.step = step
+        row.count = step
         if self._counts_in_state(row):
             self._state.setdefault(row.param, {})["step"] = step  # a dict that somebody put there makes no entries
         else:
-            self._hidden_steps[row.param] = step
+            self._hidden_steps.known[row.param] = step
 
     def _remake(self, rows: list[Row]) -> None:
         """Describes rows anew. Nothing is changed where any of them is at fault."""
-        leaves = [row.leaves for row in rows]
-        plain = self._plain_rows(rows)
+        leaves = [row.leaves for row in rows] if self.phase.report else []
+        plain, are_apart = self._plain_rows(rows)
         begun = set(plain)
-        others = [row for row in rows if row not in begun]
+        others = [row for row in rows if row.index not in begun]
         strange = self._check_rows(others)
-        if plain or strange or any(row.leaves == 0 and row.param.grad is not None for row in others):
+        if not (are_apart and len(plain) == len(self._beside)) and (
+            plain or strange or any(row.leaves == 0 and row.param.grad is not None for row in others)
+        ):
             self._check_gradients_apart()
         if others:
             self._describe(others, strange)
@@ -474,7 +494,7 @@ class Table:
         live = [row for row in self._beside if row.param.grad is not None]
         grads = [local(row.param.grad) for row in live if row.param.grad is not None]
         written = [(row, name, local(tensor)) for row in live for name, tensor in self._written(row)]
-        if are_apart([*grads, *(tensor for _, _, tensor in written)]):
+        if addresses_apart([*grads, *(tensor for _, _, tensor in written)]) is not None:
             return
         readers = [(row, grad) for row, grad in zip(live, grads, strict=True) if _storage_address(grad)]
         written = [each for each in written if _storage_address(each[2])]
@@ -503,34 +523,35 @@ class Table:
         if isinstance(step, Tensor) and is_settled_step(step, self.device):
             yield "step", step
 
-    def _plain_rows(self, rows: list[Row]) -> list[Row]:
-        """Rows that are new and of tensors that need no closer look: almost all of a first step."""
-        if self.phase.states or self.phase.zero_grads:
-            return []
-        without_modes = {g for g in {row.group for row in rows} if not has_modes(self.groups[g])}
-        new = [
-            row.index
-            for row in rows
-            if row.group in without_modes and row.copy is None and row.step is None and not row.states
-        ]
-        return [self.rows[index] for index in self.core.plain_rows(new)]
+    def _plain_rows(self, rows: list[Row]) -> tuple[list[int], bool]:
+        """Those that are new and of tensors that need no closer look, almost all of a first step; if they are apart."""
+        if self.phase.states or self.phase.zero_grads or self.phase.copy_to is not None:
+            return [], False
+        modes = [has_modes(group) for group in self.groups]
+        return self.core.plain_rows(
+            [row.index for row in rows if row.count is None and not row.states and not modes[row.group]]
+        )
 
-    def _begin(self, rows: list[Row]) -> None:
+    def _begin(self, plain: list[int]) -> None:
         """States of zeros for plain rows, and their description, in one call."""
-        if not rows:
+        if not plain:
             return
         needed = [[self.rule.needs(name, group) for name in self.rule.states] for group in self.groups]
-        counted = [any(needed[row.group]) or self.rule.keeps_step for row in rows]
-        counts = iter(make_steps([0.0] * sum(counted), self.device))
-        steps = [next(counts) if is_counted else None for is_counted in counted]
-        made = self.core.begin_rows([row.index for row in rows], needed, steps, PLAIN_MODE, torch.zeros_like)
-        for row, states, step in zip(rows, made, steps, strict=True):
-            row.states, row.step = states, step
+        counted = [self.rule.keeps_step or any(names) for names in needed]
+        rows = [self.rows[index] for index in plain]
+        stepped = [row for row in rows if counted[row.group]]
+        steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
+        in_state = steps.unbind() if self.rule.keeps_step else ()
+        made = self.core.begin_rows(plain, needed, steps, in_state, PLAIN_MODE, torch.empty_like)
+        for row, states in zip(rows, made, strict=True):
+            row.states = states
             row.stand_in = None
             row.is_dense = True
             row.leaves = -(-row.param.numel() // LEAF)
+        for place, row in enumerate(stepped):
+            row.count = in_state[place] if in_state else (steps, place)
         if not self.rule.keeps_step:
-            self._hidden_steps.update((row.param, row.step) for row in rows if row.step is not None)
+            self._hidden_steps.begin([row.param for row in stepped], steps)
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()
@@ -662,6 +683,32 @@ def part_of(row: Row, phase: Phase, spreads: Sequence[Spread]) -> int:
     return norm * len(spreads) + (spreads.index(spread_of(row.param)) if len(spreads) > 1 else 0)
 
 
+def rows_of(groups: Sequence[Group], copies: Mapping[Tensor, Tensor]) -> tuple[dict[torch.device, list[Row]], bool]:
+    """New rows of all parameters, by device; and whether they are known to be of torch's own types and to lie apart.
+
+    Args:
+        groups: the optimizer's ``param_groups``.
+        copies: of parameters that have one.
+    """
+    params = [param for group in groups for param in group["params"]]
+    places = [(g, k) for g, group in enumerate(groups) for k in range(len(group["params"]))]
+    addresses = addresses_apart(params)
+    if params and addresses is not None:
+        rows = [
+            Row(index, g, k, param, groups, address)
+            for index, ((g, k), param, address) in enumerate(zip(places, params, addresses, strict=True))
+        ]
+        by_device = {params[0].device: rows}
+    else:
+        by_device = {}
+        for (g, k), param in zip(places, params, strict=True):
+            rows = by_device.setdefault(local(param).device, [])
+            rows.append(Row(len(rows), g, k, param, groups))
+    for row in (row for rows in by_device.values() for row in rows) if copies else ():
+        row.copy = copies.get(row.param)
+    return by_device, addresses is not None
+
+
 def separate(rows: Sequence[Row]) -> list[list[Row]]:
     """Splits rows so that no two parameters of a part share memory, in as few parts as their order allows.
 
@@ -689,9 +736,10 @@ def separate(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _sharers(rows: Sequence[Row]) -> dict[int, list[int]]:
     """For each row, the earlier ones whose parameters may share memory with its own."""
-    if are_apart([row.param for row in rows]):
-        for row in rows:
-            row.lies = row.param.data_ptr()
+    addresses = addresses_apart([row.param for row in rows])
+    if addresses is not None:
+        for row, address in zip(rows, addresses, strict=True):
+            row.lies = address
         return {}
     tensors = [local(row.param) for row in rows]
     indices = [k for k, tensor in enumerate(tensors) if _storage_address(tensor)]
@@ -727,7 +775,7 @@ def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]], steps
         members += ((row, name, local(tensor)) for name, tensor in present.items())
         if step is not None:
             members.append((row, "step", step))
-    if are_apart([tensor for *_, tensor in members]):
+    if addresses_apart([tensor for *_, tensor in members]) is not None:
         return
     members = [member for member in members if _storage_address(member[2])]
     for first, second in neighbours([tensor for *_, tensor in members]):

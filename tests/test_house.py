@@ -110,12 +110,21 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "sweep.h": ("variants.h", "storage"),
     "norm.h": ("rules", "sweep.h"),
     "host_table": ("table.h", "variants.h", "rules"),
+    "host_pages.h": ("types.h",),
     "cpu": ("sweep.h", "norm.h", "table.h", "types.h", "rules", "storage"),
     "cuda": ("sweep.h", "norm.h", "types.h", "rules", "host_table"),
     "tensor_reader.h": ("dlpack.h", "table.h"),
     "dict_watch.h": ("types.h",),
     "gradient_reader.h": ("types.h",),
-    "bindings.cpp": ("host_table", "cpu", "cuda", "tensor_reader.h", "gradient_reader.h", "dict_watch.h"),
+    "bindings.cpp": (
+        "host_table",
+        "host_pages.h",
+        "cpu",
+        "cuda",
+        "tensor_reader.h",
+        "gradient_reader.h",
+        "dict_watch.h",
+    ),
 }
 KNOW_PYTHON = ("bindings.cpp", "tensor_reader.h", "dict_watch.h")
 SOURCES = sorted(path.relative_to(CSRC) for path in CSRC.rglob("*.*") if path.suffix in (".h", ".cpp", ".cu"))

@@ -705,3 +705,31 @@ def test_complex_parameters_are_updated_as_their_real_and_imaginary_parts() -> N
     assert_same([torch.view_as_real(param.detach())], [parts])
     assert one.state[param]["exp_avg"].dtype == torch.complex64
     assert_same([torch.view_as_real(one.state[param]["exp_avg"])], [other.state[parts]["exp_avg"]])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_table_is_kept_where_nothing_changes(momentum: float) -> None:
+    """The look at where states lie finds those of the first step; also where there are none."""
+    optimizer = fusedopt.SGD(make_params(Run("cpu")), lr=0.1, momentum=momentum)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    tables = optimizer._tables
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer._tables is tables
+
+
+def test_counts_that_the_state_has_not_go_with_a_copy() -> None:
+    """Else the copy's next step would be its first: undampened."""
+    optimizer = fusedopt.SGD(make_params(Run("cpu")), lr=0.1, momentum=0.9, dampening=0.5)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        for param in each.param_groups[0]["params"]:
+            param.grad = torch.ones_like(param)
+        each.step()
+    for param, other in zip(*(each.param_groups[0]["params"] for each in (optimizer, twin)), strict=True):
+        assert torch.equal(param, other)
