@@ -120,7 +120,7 @@ sanitize: $(READY) ## the tests under address and undefined-behaviour sanitizers
 	@mkdir -p $(SANITIZED)
 	@find $(SANITIZED) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	@tar -c --exclude='./.*' --exclude=./build --exclude=./out --exclude='_C*.so' . | tar -x -C $(SANITIZED)
-	cd $(SANITIZED) && FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=0 ../../$(PY) -m build_support
+	cd $(SANITIZED) && FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_QUICK=1 FUSEDOPT_EXTENSION=1 FUSEDOPT_CUDA=0 ../../$(PY) -m build_support
 	cd $(SANITIZED) && LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ../../$(PY) -m pytest -m "not slow and not gpu" --ignore tests/stacks $(SANITIZE_TESTS) $(PYTEST_ARGS)
