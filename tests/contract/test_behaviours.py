@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -38,5 +39,8 @@ def test_a_fault_is_found() -> None:
     assert attempt(transposed, fused).verdict == "wrong"
 
 
-def test_sentences_are_unique() -> None:
-    assert len({one.sentence for one in ALL}) == len(ALL)
+def test_sentences_are_unique_and_all_on_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs/conformance.md").read_text()
+    told = re.findall(r"^\| (.+?) \|.*\b(?:same|refused)\b", page, re.MULTILINE)
+    assert sorted(told) == sorted({one.sentence for one in ALL}), "make conformance"
+    assert len(told) == len(ALL)
