@@ -226,9 +226,9 @@ class Table {
     for (const auto& [key, value] : entries)
       all.emplace_back(py::reinterpret_borrow<py::str>(key),
                        value.is_none() ? py::object() : py::reinterpret_borrow<py::object>(value));
+    placed_is_known_ = false;
     watches_.at(row).state.watch(state, std::move(all));
     watches_[row].state_addresses = addresses_of(watches_[row]);
-    placed_is_known_ = false;
   }
 
   // Whether refresh() lets torch's C++ side count a reference to every parameter.
@@ -448,6 +448,9 @@ class Table {
     states_watch_ = {};
     states_ = py::object();
     live_params_ = py::none();
+    placed_.clear();
+    asked_.clear();
+    placed_is_known_ = false;
   }
 
   u64 leaves() { return host_.leaves(); }
@@ -542,6 +545,7 @@ class Table {
       const auto tensor = py::reinterpret_steal<py::object>(PyObject_CallOneArg(empty_like.ptr(), watch.param.ptr()));
       u64 address = 0;
       if (!tensor || !reader.read_address(tensor.ptr(), address)) fail();
+      if (address == 0 || !reader.is_plain(tensor.ptr())) throw py::type_error("a new state has no memory");
       clear(tensor, address, size_t(spec.numel * storage_bytes(storage)));
       set_slot(kState0 + int(s), address);
       keep.append(call(tensor, kDetach));
@@ -549,6 +553,7 @@ class Table {
       put(name, tensor, address);
     }
     host_.set_row(row, spec);
+    watch.state = DictWatch();
     if (!state.empty()) {
       if (PyDict_SetItem(states_.ptr(), watch.param.ptr(), state.ptr()) < 0) fail();
       watch.state.watch(state, std::move(entries));

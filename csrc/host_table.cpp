@@ -110,6 +110,8 @@ int HostTable::variant() {
       features |= kBlockFeature;
       param_storage = kAnyStorage;  // variants that fix it round to nearest
     }
+    bool is_double = false;
+    u32 modes = u32(storage_[t] >> kModeShift) & kRoundsAtRandom;
     for (int s = 0; s < kElementSlots; ++s) {
       if (slot(s, t) == 0 && s != kGrad) continue;
       int storage = int(storage_[t] >> (kStorageBits * s)) & kStorageMask;
@@ -117,12 +119,15 @@ int HostTable::variant() {
         features |= kBlockFeature;
         if (storage == (s == kState0 ? kSigned8 : kRoot8)) storage = kCodes8;
       }
+      is_double = is_double || storage == kFloat64;
       if (storage == kFloat64) features |= kDoubleFeature;
       if (s == kMaster) features |= kMasterFeature;
+      modes |= u32(s == kMaster || storage == kCodes8 || is_code(storage));
       if (s == kMaster || s == kCopy) continue;  // read at run time by every variant
       int& common = s < kState0 ? param_storage : state_storage;
       common = merge(common, storage);
     }
+    if (is_double && modes != 0) throw std::invalid_argument("row " + std::to_string(t) + " has float64 and a mode");
   }
   if (param_storage == kNone) param_storage = kFloat32;
   if (state_storage == kNone) state_storage = param_storage;

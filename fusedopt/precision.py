@@ -287,7 +287,9 @@ def check_no_double(rule: Rule, name: str, param: Tensor, group: Group, tensors:
     modes += [f"rounding={group['rounding']!r}"] if rounds_at_random(param, group) else []
     modes += [f"state_dtype={state_dtype_of(group, key)} of {key}" for key in coded_states(rule, param, group)]
     if modes:
-        raise TypeError(f"{name} has a gradient, a state or a copy of torch.float64, which {modes[0]} cannot have")
+        raise TypeError(
+            f"{name} has a gradient, a state, a copy or an average of torch.float64, which {modes[0]} cannot have"
+        )
 
 
 def keep_modes(saved: dict[str, Any], group: Group) -> None:

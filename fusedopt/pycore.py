@@ -212,6 +212,7 @@ class PyTable:
         if self._phase & REPORTS:
             features |= REPORT_FEATURE
         params, states = self._storages_in_use()
+        self._refuse_double_modes()
         has_runs = any(self._address[RUN * self._rows : (RUN + 1) * self._rows])
         if has_runs or any(watch is not None and watch.layout for watch in self._watches):
             features |= STRIDED_FEATURE
@@ -533,6 +534,16 @@ class PyTable:
                     usual = SIGNED8 if slot == STATE0 else ROOT8
                     found.add(CODES8 if slot >= STATE0 and storage == usual else storage)
         return params, states
+
+    def _refuse_double_modes(self) -> None:
+        """What computes in float64 knows of no mode: whoever describes rows has seen to it by name."""
+        for row in range(self._rows):
+            present = [s for s in range(ELEMENT_SLOTS) if self._address[s * self._rows + row]]
+            storages = {self._storage[row] >> (STORAGE_BITS * s) & STORAGE_MASK for s in present}
+            is_coded = bool(storages & {FLOAT8_SQUARE, *CODE_STORAGES.values()})
+            has_mode = is_coded or MASTER in present or bool(self._storage[row] >> MODE_SHIFT & ROUNDS_AT_RANDOM)
+            if FLOAT64 in storages and has_mode:
+                raise ValueError(f"row {row} has float64 and a mode")
 
     def _plan(self, workers: int) -> None:
         """Chunks of a whole number of leaves, as large as keeps so many workers busy."""

@@ -405,9 +405,10 @@ class Table:
         """
         strange: list[tuple[Row, float]] = []
         taken: set[int] = set()
+        given = self._given_velocities(rows)
         for row in rows:
             row.count = None
-            step = self._found_step(row)
+            step = 1.0 if row.index in given else self._found_step(row)
             if isinstance(step, Tensor) and is_settled_step(step, self.device) and step.data_ptr() not in taken:
                 row.count = step
                 taken.add(step.data_ptr())
@@ -424,11 +425,19 @@ class Table:
         step = self._state.get(row.param, {}).get("step") if self._counts_in_state(row) else None
         if step is not None or self.rule.keeps_step:
             return step
-        present = self._present(row)
-        hidden = self._hidden_steps.known.get(row.param, 1.0) if present else None
-        if isinstance(hidden, Tensor) and float(hidden) == 0.0 and any(map(has_values, present.values())):
-            return 1.0  # a first step was skipped, and then somebody else gave it a velocity
-        return hidden
+        return self._hidden_steps.known.get(row.param, 1.0) if self._present(row) else None
+
+    def _given_velocities(self, rows: list[Row]) -> set[int]:
+        """Indices of rows whose first step was skipped, and to which somebody else then gave a velocity."""
+        if self.rule.keeps_step or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return set()
+        found = [(row, step) for row, step in zip(rows, map(self._found_step, rows), strict=True)]
+        counts = [(row, step) for row, step in found if isinstance(step, Tensor) and step.numel() == 1]
+        if not counts:
+            return set()
+        firsts = (torch.stack([step.reshape(()).to(self.device) for _, step in counts]) == 0.0).tolist()
+        unstepped = [row for (row, _), is_first in zip(counts, firsts, strict=True) if is_first]
+        return {row.index for row in unstepped if any(map(has_values, self._present(row).values()))}
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.count = step
@@ -483,7 +492,8 @@ class Table:
             check_copy(row.name, row.param, row.copy)
         group, state = self.groups[row.group], self._found(row)
         if has_modes(group):
-            wanted = [state.get(name) for name in self.rule.states if state_dtype_of(group, name) is None]
+            kept = [name for name in self.rule.states if state_dtype_of(group, name) is None]
+            wanted = [state.get(name) for name in (*kept, *self.phase.states)]
             check_no_double(self.rule, row.name, row.param, group, [grad, row.copy, *wanted])
 
     def _check_gradients_apart(self) -> None:
@@ -541,6 +551,8 @@ class Table:
         rows = [self.rows[index] for index in plain]
         stepped = [row for row in rows if counted[row.group]]
         steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
+        if not self.rule.keeps_step:  # known before there are states, so that those of a call that fails count as new
+            self._hidden_steps.begin([row.param for row in stepped], steps)
         in_state = steps.unbind() if self.rule.keeps_step else ()
         made = self.core.begin_rows(plain, needed, steps, in_state, PLAIN_MODE, torch.empty_like)
         for row, states in zip(rows, made, strict=True):
@@ -550,8 +562,6 @@ class Table:
             row.leaves = -(-row.param.numel() // LEAF)
         for place, row in enumerate(stepped):
             row.count = in_state[place] if in_state else (steps, place)
-        if not self.rule.keeps_step:
-            self._hidden_steps.begin([row.param for row in stepped], steps)
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()

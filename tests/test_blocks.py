@@ -489,9 +489,31 @@ def test_float64_beside_a_mode_is_refused_before_anything_is_written(options: di
     param = torch.nn.Parameter(torch.ones(8, dtype=BF16))
     optimizer = fusedopt.AdamW([param], copy_to=[torch.zeros(8, dtype=torch.float64)], **options)
     param.grad = torch.ones_like(param)
-    with pytest.raises(TypeError, match=r"copy of torch.float64, which (state_dtype=torch.int8|rounding='stochastic')"):
+    with pytest.raises(
+        TypeError, match=r"copy.* of torch.float64, which (state_dtype=torch.int8|rounding='stochastic')"
+    ):
         optimizer.step()
     assert not optimizer.state
+
+
+@needs_no_backend
+@pytest.mark.parametrize("options", [{"state_dtype": I8}, {"rounding": "stochastic"}, {"master": "split"}], ids=str)
+@pytest.mark.parametrize("loads", [False, True])
+def test_an_average_in_float64_beside_a_mode_is_refused(loads: bool, options: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(300, dtype=BF16))
+    optimizer = fusedopt.AdamW([param], ema_decay=0.5, **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    if loads:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0]["ema"] = saved["state"][0]["ema"].double()
+        optimizer.load_state_dict(saved)
+    else:
+        optimizer.state[param]["ema"] = optimizer.state[param]["ema"].double()
+    before = param.detach().clone()
+    with pytest.raises(TypeError, match="an average of torch.float64, which"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
 
 
 @pytest.mark.parametrize("report", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -219,6 +220,45 @@ def test_momentum_that_is_switched_on_begins_with_the_gradient() -> None:
     optimizer.step()
     assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((5,), 0.5 + 0.75))
     assert torch.equal(param.detach(), torch.full((5,), -1 - 1 - 1.25))
+
+
+def test_a_row_that_needs_no_state_any_more_is_stepped() -> None:
+    param = Parameter(torch.ones(5))
+    optimizer = fusedopt.SGD([param], lr=0.5, momentum=0.5)
+    param.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.state.clear()
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.0
+    param.grad = torch.ones(5)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(param.detach(), torch.full((5,), 1.0 - 4 * 0.5))
+
+
+def test_a_first_step_that_failed_for_want_of_memory_is_a_first_step_when_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = [Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = fusedopt.SGD(params, lr=0.5, momentum=0.5, dampening=0.5)
+    for param in params:
+        param.grad = torch.ones(1)
+    calls: list[int] = []
+
+    def empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return made(*args, **kwargs)
+
+    made = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    with contextlib.suppress(MemoryError):
+        optimizer.step()
+        assert not calls, "no state was made by it"
+    optimizer.step()
+    assert [float(param) for param in params] == [0.5] * 3
 
 
 def test_a_velocity_given_after_a_first_step_that_was_skipped_is_taken() -> None:
