@@ -511,7 +511,7 @@ def test_an_average_in_float64_beside_a_mode_is_refused(loads: bool, options: di
     else:
         optimizer.state[param]["ema"] = optimizer.state[param]["ema"].double()
     before = param.detach().clone()
-    with pytest.raises(TypeError, match="an average of torch.float64, which"):
+    with pytest.raises(TypeError, match=r"an average of torch\.float64, which"):
         optimizer.step()
     assert torch.equal(param.detach(), before)
 

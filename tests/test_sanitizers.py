@@ -77,6 +77,7 @@ class Program:
         """Builds and runs it; what it printed."""
         command = [str(self.build()), *(str(argument) for argument in arguments)]
         environment = {**os.environ, **OPTIONS}
+        environment.pop("LD_PRELOAD", None)  # of `make sanitize`: one sanitizer in a process
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
             # ThreadSanitizer of older compilers can not live with today's randomised addresses.
