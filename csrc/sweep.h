@@ -25,7 +25,6 @@ struct ChunkView {
   u64 storage;
   const i64* layout;  // null: dense
   i64 begin;          // of the chunk in its tensor, in elements
-  i32 first;          // element that is taken first: see within()
   i32 size;           // in elements
   u32 aligned;        // bit per slot: vector access is possible from element `boundary` on; the access sets both
   i32 boundary;
@@ -42,7 +41,6 @@ struct ChunkView {
     storage = table.storage[chunk.tensor];
     const i32 at = table.layout[chunk.tensor];
     layout = at == kDenseLayout ? nullptr : table.layouts + at;
-    first = 0;
     aligned = 0;
     boundary = 0;
     for (int s = 0; s < kElementSlots; ++s) {
@@ -71,13 +69,6 @@ struct ChunkView {
       if (layout == nullptr && has(s)) found.address[s] += u64(at) * u64(storage_bytes(storage_of(s)));
     for (int s = 0; s < kStates; ++s)
       if (scales[s] != 0) found.scales[s] += (u64(at) >> block_bits) * sizeof(float);
-    return found;
-  }
-  // Some of its elements, by what they are called in the whole chunk: nothing is computed anew.
-  FUSEDOPT_FN ChunkView within(i32 at, i32 count) const {
-    ChunkView found = *this;
-    found.first = at;
-    found.size = size < at + count ? size : at + count;
     return found;
   }
   // The place of element i in the whole tensor. Tensors with runs go through variants that admit strides.

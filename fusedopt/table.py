@@ -431,7 +431,7 @@ class Table:
         """Indices of rows whose first step was skipped, and to which somebody else then gave a velocity."""
         if self.rule.keeps_step or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return set()
-        found = [(row, step) for row, step in zip(rows, map(self._found_step, rows), strict=True)]
+        found = zip(rows, map(self._found_step, rows), strict=True)
         counts = [(row, step) for row, step in found if isinstance(step, Tensor) and step.numel() == 1]
         if not counts:
             return set()

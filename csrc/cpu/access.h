@@ -192,7 +192,7 @@ struct HostAccess {
     alignas(FUSEDOPT_VECTOR_BYTES) float values[2][kStates + 1][kMostBlock];
     const i32 block = 1 << chunk.block_bits;
     Part<V> last(values[1], 0, 0);
-    for (i32 i = chunk.first; last.count > 0 || i < chunk.size; i += block) {
+    for (i32 i = 0; last.count > 0 || i < chunk.size; i += block) {
       const i32 rest = i < chunk.size ? chunk.size - i : 0;
       Part<V> part(values[i >> chunk.block_bits & 1], i, int(rest < block ? rest : block));
       if (part.count > 0) update(part);
@@ -325,7 +325,7 @@ struct HostAccess {
       for (int q = 0; q < kQuarters; ++q) {
         Tally tally = {};
         report.tally = &tally;
-        sweep(chunk.within(first + q * kQuarter, kQuarter));
+        sweep(chunk.part(first + q * kQuarter, kQuarter));
         quarters[q] = tally;
       }
       join_quarters(quarters, [](Tally& one, const Tally& other) FUSEDOPT_INLINE { one.take(other); });
@@ -356,9 +356,9 @@ struct HostAccess {
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
     if (V::kStrided && chunk.layout)
-      walk_part<1>(chunk.first, chunk.size, visit);
+      walk_part<1>(0, chunk.size, visit);
     else
-      walk_part<kBlock<V>>(chunk.first, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+      walk_part<kBlock<V>>(0, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
         if (V::kFixed && (V::kReports || !V::kSide))
           prefetch<V>(chunk, i + (V::kReports ? kAhead : kAheadBytes / storage_bytes(V::storage(kState0, 0))));
         visit(width, i, count);

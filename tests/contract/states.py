@@ -123,10 +123,16 @@ def _(kit: Kit) -> None:
                 identical(again.state[other][name], optimizer.state[param][name], name)
 
 
-@behaviour(AREA, "checkpoints of torch's for-loop, foreach and fused load, and training goes on as theirs")
+def _torch_kits(kit: Kit, cls: str) -> list[Kit]:
+    """Torch's implementations of a class, the capturable one included where there is one."""
+    capturable = Kit("capturable", kit.device, torch.optim, (("fused", True), ("capturable", True)))
+    return [*torch_kits(kit.device), *([] if cls == "SGD" else [capturable])]
+
+
+@behaviour(AREA, "checkpoints of torch's for-loop, foreach, fused and capturable load, and training goes on as theirs")
 def _(kit: Kit) -> None:
     for cls in CLASSES:
-        for source in torch_kits(kit.device):
+        for source in _torch_kits(kit, cls):
             optimizer, params = _started(source, cls)
             mine, copies = _resumed(kit, cls, _through_file(optimizer.state_dict()), params)
             truth, plain = _started(truth_kit(kit.device), cls)
@@ -136,10 +142,10 @@ def _(kit: Kit) -> None:
                 agree(param, expected, f"a parameter of {cls} from {source.name}", 6)
 
 
-@behaviour(AREA, "its checkpoints load into torch's for-loop, foreach and fused, and come back")
+@behaviour(AREA, "its checkpoints load into torch's for-loop, foreach, fused and capturable, and come back")
 def _(kit: Kit) -> None:
     for cls in CLASSES:
-        for target in torch_kits(kit.device):
+        for target in _torch_kits(kit, cls):
             optimizer, params = _started(kit, cls)
             there, copies = _resumed(target, cls, _through_file(optimizer.state_dict()), params)
             train(there, copies, 2, _gradient(kit), first=3)
@@ -148,20 +154,6 @@ def _(kit: Kit) -> None:
             _, plain = _started(truth_kit(kit.device), cls, steps=7)
             for param, expected in zip(final, plain, strict=True):
                 agree(param, expected, f"a parameter of {cls} by way of {target.name}", 7)
-
-
-@behaviour(AREA, "checkpoints of a fused and capturable optimizer load, and its own load into that and come back")
-def _(kit: Kit) -> None:
-    capturable = Kit("fused, capturable", kit.device, torch.optim, (("fused", True), ("capturable", True)))
-    for cls in ("Adam", "AdamW"):
-        source, params = _started(capturable, cls)
-        mine, copies = _resumed(kit, cls, _through_file(source.state_dict()), params)
-        train(mine, copies, 2, _gradient(kit), first=3)
-        there, others = _resumed(capturable, cls, _through_file(mine.state_dict()), copies)
-        train(there, others, 2, _gradient(kit), first=5)
-        _, plain = _started(truth_kit(kit.device), cls, steps=7)
-        for param, expected in zip(others, plain, strict=True):
-            agree(param, expected, f"a parameter of {cls}", 7)
 
 
 def _other_memory(state: Tensor) -> None:
