@@ -345,7 +345,7 @@ class FusedOptimizer(Optimizer):
         """Lets go of parameters that are in no group any more. A graph that knows them is traced anew."""
         before = self._traced_params
         if len(before) != len(params) or any(one is not other for one, other in zip(before, params, strict=True)):
-            self._traced_params = params
+            self._traced_params, self._is_sharded = params, is_any_sharded(params)
         self._hidden_steps.keep_only(params)
 
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
