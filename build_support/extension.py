@@ -154,7 +154,7 @@ def _compile(
         threads = settings.jobs if len(device_build.targets) == 1 else 1
         for image in made:
             ninja.add_image(image, device_build.compiler, threads)
-    _add_sources(ninja, root, compiler, headers)
+    _add_sources(ninja, root, compiler, headers, host.cold_flags(settings))
     embedding = folder / "images.cpp"
     ninja.add_object(embedding, needs=[image.path for image in made])
     with _only_build(folder):
@@ -168,7 +168,9 @@ def _compile(
     return library, made
 
 
-def _add_sources(ninja: NinjaFile, root: Path, compiler: host.HostCompiler, headers: list[str]) -> None:
+def _add_sources(
+    ninja: NinjaFile, root: Path, compiler: host.HostCompiler, headers: list[str], cold_flags: list[str]
+) -> None:
     python_flags = [flag for path in [*headers, _pybind11_include()] for flag in ("-isystem", path)]
     for unit in units.plain_units(root):
         # The binding stands at the top of csrc/; what lies below it is the same for every Python.
@@ -177,7 +179,7 @@ def _add_sources(ninja: NinjaFile, root: Path, compiler: host.HostCompiler, head
         else:
             ninja.add_object(unit.source)
     for unit in [*units.emulated_units(root), *units.engine_units(root, compiler.isas)]:
-        ninja.add_object(unit.source, unit.flags, unit.tag)
+        ninja.add_object(unit.source, [*unit.flags, *([] if unit.is_hot else cold_flags)], unit.tag)
 
 
 @contextlib.contextmanager

@@ -21,11 +21,13 @@ class Unit:
         source: the file.
         flags: beside those of every file.
         tag: tells apart the objects of one source; "" where there is but one.
+        is_hot: whether speed depends on it.
     """
 
     source: Path
     flags: tuple[str, ...] = ()
     tag: str = ""
+    is_hot: bool = True
 
 
 def rule_stems(root: Path) -> list[str]:
@@ -41,7 +43,7 @@ def plain_units(root: Path) -> list[Unit]:
 
 def emulated_units(root: Path) -> list[Unit]:
     """The kernels for the emulator: a change of one rule compiles its own anew."""
-    return [Unit(root / EMULATED, _of_rule(rule), rule) for rule in rule_stems(root)]
+    return [Unit(root / EMULATED, _of_rule(rule), rule, is_hot=False) for rule in rule_stems(root)]
 
 
 def engine_units(root: Path, isas: Mapping[str, Sequence[str]]) -> list[Unit]:

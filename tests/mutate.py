@@ -37,6 +37,7 @@ BUILD = """
 from build_support import extension, host
 from build_support.settings import ROOT
 host.CXX_FLAGS = [flag for flag in host.CXX_FLAGS if not flag.startswith("-O")] + ["-O0"]
+host.COLD_FLAGS = []
 extension.link_triton_kernels()
 extension.build(ROOT / "fusedopt")
 """

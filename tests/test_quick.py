@@ -25,6 +25,7 @@ def test_quick_objects_stay_apart_from_the_others() -> None:
 
 def test_flags_of_rounding_are_the_same_and_only_optimizations_fewer() -> None:
     assert host.compile_flags(SOON) == [*host.compile_flags(WELL), "-O0"]
+    assert not host.cold_flags(SOON)
     for kind in ("nvcc", "nvrtc"):
         compiler = device_compiler(kind, "13.0.88")
         command = compiler.made_quick().command(TARGET, "depfile", 1)
@@ -48,6 +49,12 @@ def test_the_best_instruction_set_has_all_variants_and_those_below_it_one() -> N
         *lower, best = isas
         assert quick.isas[best] == isas[best]
         assert all(host.ONE_VARIANT in quick.isas[isa] for isa in lower)
+
+
+def test_only_what_no_speed_depends_on_has_fewer_optimizations() -> None:
+    assert not any(unit.is_hot for unit in units.emulated_units(ROOT))
+    for isas in host.ENGINE_ISAS.values():
+        assert all(unit.is_hot for unit in units.engine_units(ROOT, isas))
 
 
 def test_each_rule_has_units_of_its_own_and_no_other_file_reaches_its_header() -> None:
