@@ -145,11 +145,12 @@ class FusedOptimizer(Optimizer):
         return read_report(tables, names)
 
     def finds_inf(self) -> bool:
-        """Whether a launch sees all gradients, so that ``step_finding_inf`` can serve."""
+        """Whether a launch sees all gradients as they are now, so that ``step_finding_inf`` can serve."""
         tables = self._current_tables() if self._tables is None else self._tables
         return (
             self._is_one_launch(tables)
             and not self._is_sharded
+            and not hooks.are_around(self)
             and any(param.grad is not None for param in self._traced_params)
         )
 
@@ -162,16 +163,17 @@ class FusedOptimizer(Optimizer):
             kwargs: for ``step``.
 
         Returns:
-            What ``step`` returned; and 1 where nothing was changed, else 0: float32, one element, on the device.
+            What ``step`` returned; and 1 where nothing was changed, else 0: float32, 0-dim, on the device.
         """
         own = getattr(self, "grad_scale", None)
-        self.grad_scale = grad_scale if own is None else own * grad_scale
-        self._finds_inf = True
         try:
+            self.grad_scale = grad_scale if own is None else own * grad_scale
+            self._finds_inf = True
             returned = self.step(*args, **kwargs)
         finally:
-            del self._finds_inf, self.grad_scale
-        return returned, (~self._known_results()[1:].isfinite()).any().to(torch.float32).reshape(1)
+            for name in ("_finds_inf", "grad_scale"):
+                self.__dict__.pop(name, None)
+        return returned, (~self._known_results()[1:].isfinite()).any().to(torch.float32)
 
     def _is_one_launch(self, tables: list[tuple[Table, Backend]]) -> bool:
         return len(tables) <= 1 and self._spreads == (None,)
@@ -184,7 +186,8 @@ class FusedOptimizer(Optimizer):
         a gradient bucket points to stays valid.
 
         Raises:
-            RuntimeError: no average is kept; or a step is taken within, which would be lost.
+            RuntimeError: no average is kept; or a step is taken within, which would be lost; or a parameter has another
+                shape than its average, or got another within, when it keeps what it has and all others get theirs back.
 
         Example:
             >>> import torch, fusedopt
@@ -201,18 +204,35 @@ class FusedOptimizer(Optimizer):
         """
         if self._phase.ema_decay is None:
             raise RuntimeError("no average is kept: construct the optimizer with ema_decay")
-        held = [(param, param.detach().clone()) for param, state in self.state.items() if EMA in state]
-        with torch.no_grad():
-            for param, _ in held:
-                param.copy_(self.state[param][EMA])
-        was_swapped, self._is_swapped = self._is_swapped, True
+        averaged = list(self._averaged())
+        held = [(name, param, param.detach().clone()) for name, param, _ in averaged]
+        was_swapped = self._is_swapped
         try:
-            yield
+            try:
+                self._is_swapped = True
+                with torch.no_grad():
+                    for _, param, average in averaged:
+                        param.copy_(average)
+                yield
+            finally:
+                _put_back(held)
         finally:
+            _put_back(held)  # what an interrupt of that left
             self._is_swapped = was_swapped
-            with torch.no_grad():
-                for param, value in held:
-                    param.copy_(value)
+
+    def _averaged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, parameter and average of each parameter that has one."""
+        for g, group in enumerate(self.param_groups):
+            for k, param in enumerate(group["params"]):
+                average = self.state.get(param, {}).get(EMA)
+                if average is None:
+                    continue
+                if average.shape != param.shape:
+                    raise RuntimeError(
+                        f"the average of {self._name_of(g, k)} has shape {tuple(average.shape)}, and the parameter "
+                        f"{tuple(param.shape)}: they can not change places"
+                    )
+                yield self._name_of(g, k), param, average
 
     def refresh(self) -> None:
         """Looks at all tensors again.
@@ -267,7 +287,7 @@ class FusedOptimizer(Optimizer):
         torch, a momentum buffer that is there has been stepped.
         """
         held = {param: self.state[param] for param in self._unstepped()}
-        left_out = (*self._rule.states, *map(scale_key, self._rule.states))
+        left_out = (*self._rule.states, *map(scale_key, self._rule.states), EMA)
         for param, state in held.items():
             self.state[param] = {key: value for key, value in state.items() if key not in left_out}
         try:
@@ -585,6 +605,21 @@ class _Waiting:
         if self._chosen is None:
             self._chosen = choose_backend(self._requested, self._device)
         return self._chosen
+
+
+@torch.no_grad()
+def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
+    """Gives every parameter its value, and takes it off the list, whatever befalls another."""
+    lost: list[str] = []
+    while held:
+        name, param, value = held[-1]
+        if param.shape == value.shape:
+            param.copy_(value)
+        else:
+            lost.append(f"{name} had shape {tuple(value.shape)} before swap_ema() and has {tuple(param.shape)} now")
+        held.pop()
+    if lost:
+        raise RuntimeError(f"{'; '.join(lost)}: it keeps what it has")
 
 
 def _backend_for(table: Table, requested: str | None) -> Backend:

@@ -55,6 +55,16 @@ def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def are_around(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks see a step before it is taken, and may give it other gradients, or after it, and may raise."""
+    return bool(
+        torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+    )
+
+
 def _all_of(first: dict[int, Any], second: dict[int, Any]) -> Iterable[Any]:
     return chain(first.values(), second.values()) if first or second else ()  # almost never
 

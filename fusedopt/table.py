@@ -437,7 +437,10 @@ class Table:
             return set()
         firsts = (torch.stack([step.reshape(()).to(self.device) for _, step in counts]) == 0.0).tolist()
         unstepped = [row for (row, _), is_first in zip(counts, firsts, strict=True) if is_first]
-        return {row.index for row in unstepped if any(map(has_values, self._present(row).values()))}
+        present = [(row, self._present(row)) for row in unstepped]
+        return {
+            row.index for row, of in present if any(has_values(of[name]) for name in self.rule.states if name in of)
+        }
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.count = step
@@ -448,7 +451,7 @@ class Table:
 
     def _remake(self, rows: list[Row]) -> None:
         """Describes rows anew. Nothing is changed where any of them is at fault."""
-        leaves = [row.leaves for row in rows] if self.phase.report else []
+        leaves = [row.leaves for row in rows] if self.reported else []
         plain, are_apart = self._plain_rows(rows)
         begun = set(plain)
         others = [row for row in rows if row.index not in begun]
@@ -460,7 +463,7 @@ class Table:
         if others:
             self._describe(others, strange)
         self._begin(plain)
-        if self.phase.report and leaves != [row.leaves for row in rows]:
+        if self.reported and leaves != [row.leaves for row in rows]:
             self.reported = []  # what was kept is by leaves that no longer are these
 
     def _check_rows(self, rows: list[Row]) -> list[Row]:
@@ -490,11 +493,29 @@ class Table:
         self._check_found(row)
         if row.copy is not None:
             check_copy(row.name, row.param, row.copy)
+        self._check_first_velocity(row)
         group, state = self.groups[row.group], self._found(row)
         if has_modes(group):
             kept = [name for name in self.rule.states if state_dtype_of(group, name) is None]
             wanted = [state.get(name) for name in (*kept, *self.phase.states)]
             check_no_double(self.rule, row.name, row.param, group, [grad, row.copy, *wanted])
+
+    def _check_first_velocity(self, row: Row) -> None:
+        """Refuses a velocity that begins when an average or random bits have counted steps already.
+
+        Torch does not dampen a first velocity; here the count of steps says which is the first.
+        """
+        group = self.groups[row.group]
+        dampening = 0.0 if self.rule.keeps_step else float(group.get("dampening", 0.0))
+        present = self._present(row)
+        if dampening == 0.0 or all(name in present for name in self.rule.states_of(group)):
+            return
+        count = self._found_step(row)
+        if count is not None and float(count) > 0.0:
+            raise ValueError(
+                f"{row.name} has taken {float(count):g} steps with an average or rounding='stochastic' and without a "
+                f"velocity, which would begin dampened now: set dampening to 0, it is {dampening:g}"
+            )
 
     def _check_gradients_apart(self) -> None:
         """Refuses gradients that lie where a launch writes: it reads them while it writes everything else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -105,18 +106,57 @@ def test_a_step_without_the_scaler_looks_for_nothing_and_has_the_bits_it_had(run
     assert_same_bits(found, others)
 
 
-def test_one_of_several_optimizers_that_meets_an_infinity_lowers_the_scale_of_all() -> None:
+@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+@pytest.mark.parametrize("unscaled", [None, 0, 1])
+def test_one_of_several_optimizers_that_meets_an_infinity_lowers_the_scale_of_all(
+    order: tuple[int, ...], unscaled: int | None
+) -> None:
     scaler = make_scaler(fusedopt.amp.GradScaler, "cpu")
     params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     kinds = (fusedopt.SGD, fusedopt.Adam, torch.optim.SGD)
     optimizers = [kind([param], lr=1.0) for kind, param in zip(kinds, params, strict=True)]
     for k, param in enumerate(params):
         param.grad = torch.full((3,), math.inf if k == 1 else 8.0)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
+    for k in order:
+        if k == unscaled:
+            scaler.unscale_(optimizers[k])
+        scaler.step(optimizers[k])
     scaler.update()
     assert scaler.get_scale() == 4.0
     assert [param.tolist() for param in params] == [[0.0] * 3, [1.0] * 3, [0.0] * 3]
+
+
+@pytest.mark.parametrize("kind", [torch.amp.GradScaler, fusedopt.amp.GradScaler])
+def test_a_hook_that_changes_gradients_comes_after_the_look_for_infinities_as_with_torch(kind: type[Any]) -> None:
+    scaler = make_scaler(kind, "cpu")
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    optimizer.register_step_pre_hook(lambda *_: optimizer.zero_grad())
+    scales = []
+    for value in (8.0, math.inf, 8.0):
+        param.grad = torch.full((3,), value)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales == [8.0, 4.0, 4.0]
+    assert param.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("kind", [torch.amp.GradScaler, fusedopt.amp.GradScaler])
+def test_a_hook_that_raises_leaves_a_scaler_that_can_be_updated_as_with_torch(kind: type[Any]) -> None:
+    scaler = make_scaler(kind, "cpu")
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    param.grad = torch.full((3,), math.inf)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    optimizer.register_step_post_hook(fail)
+    with pytest.raises(KeyError):
+        scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
 
 
 def test_checkpoints_go_from_one_scaler_to_the_other() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -255,6 +257,77 @@ def test_swapping_puts_averages_in_place_and_parameters_back_even_after_an_error
     plain, _ = make("AdamW", Run("cpu"), torch.float32)
     with pytest.raises(RuntimeError, match="ema_decay"), plain.swap_ema():
         pass
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_parameter_that_can_not_be_swapped_is_named_and_all_others_keep_their_values(when: str) -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = fusedopt.SGD(params, lr=0.5, ema_decay=0.5)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+    if when == "before":
+        params[1].data = torch.ones(3)
+
+    def evaluate() -> None:
+        with optimizer.swap_ema():
+            assert when == "within"
+            params[1].data = torch.ones(3)
+
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0.*shape.*\(2,\).*\(3,\)"):
+        evaluate()
+    assert [param.tolist() for param in params] == [[0.0] * 2, [1.0] * 3, [0.0] * 2]
+
+
+def save_and_load(optimizer: fusedopt.SGD) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+EVENTS: dict[str, Callable[[fusedopt.SGD], Any]] = {
+    "nothing": lambda optimizer: None,
+    "looked at again": lambda optimizer: optimizer.refresh(),
+    "another group": lambda optimizer: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]}),
+    "saved and loaded": save_and_load,
+}
+
+
+@pytest.mark.parametrize("mode", [{}, {"rounding": "stochastic"}], ids=["plain", "at random"])
+@pytest.mark.parametrize("event", EVENTS)
+def test_after_a_skipped_first_step_velocity_and_average_begin_with_the_next(event: str, mode: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    options = {"momentum": 0.9, "dampening": 0.5, "skip_nonfinite": True, "ema_decay": 0.5, **mode}
+    optimizer = fusedopt.SGD([param], lr=1.0, **options)
+    param.grad = torch.full_like(param, math.inf)
+    optimizer.step()
+    EVENTS[event](optimizer)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert param.tolist() == [0.0, 0.0]
+    assert state["momentum_buffer"].tolist() == [1.0, 1.0]
+    assert state["ema"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("option", [{"ema_decay": 0.5}, {"rounding": "stochastic"}], ids=str)
+def test_momentum_that_begins_later_is_not_dampened_as_with_torch_or_refused_where_steps_were_counted(
+    option: dict[str, Any],
+) -> None:
+    for dampening in (0.0, 0.5):
+        params = [torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2)]
+        ours = fusedopt.SGD(params[:1], lr=0.5, dampening=dampening, **option)
+        theirs = torch.optim.SGD(params[1:], lr=0.5, dampening=dampening)
+        for step in range(3):
+            for optimizer, param in ((ours, params[0]), (theirs, params[1])):
+                param.grad = torch.ones_like(param)
+                optimizer.param_groups[0]["momentum"] = 0.5 if step == 2 else 0.0
+            theirs.step()
+            if step == 2 and dampening:
+                with pytest.raises(ValueError, match=r"parameter 0 of group 0 has taken 2 steps.*dampening to 0.*0.5"):
+                    ours.step()
+            else:
+                ours.step()
+                assert torch.equal(*params)
 
 
 def test_a_copied_optimizer_keeps_its_phase() -> None:

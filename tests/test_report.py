@@ -243,6 +243,17 @@ def test_a_report_is_not_of_leaves_that_are_no_longer_there() -> None:
     assert [row["elements"] for row in optimizer.report().rows] == [3, 5000]
 
 
+def test_a_first_gradient_in_a_step_that_is_not_reported_makes_no_other_numbers_of_a_report() -> None:
+    params = [torch.nn.Parameter(torch.ones(n)) for n in (5000, 10)]
+    optimizer = fusedopt.SGD(params, lr=0.1, report=10)
+    for steps, live in ((2, 1), (1, 0)):
+        params[live].grad = torch.ones_like(params[live])
+        for _ in range(steps):
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="its parameters changed"):
+        optimizer.report()
+
+
 @pytest.mark.parametrize("report", [-1, 2.0, "always"])
 def test_what_is_no_number_of_steps_is_refused(report: Any) -> None:
     with pytest.raises(ValueError, match="report must be True, False or a number of steps, but it is"):
