@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from .running import Run, settings_of
+from . import interpreter
+from .running import INTERPRETED, Run, settings_of
+
+if INTERPRETED:
+    interpreter.patch_once_a_launch()
 
 # Names of backends, separated by commas: tests of others are left out. For the run under Triton's interpreter.
 ONLY_BACKENDS = os.environ.get("FUSEDOPT_TEST_BACKENDS", "")
