@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from .running import Run, settings_of
+from . import interpreter
+from .running import INTERPRETED, Run, settings_of
+
+if INTERPRETED:
+    interpreter.patch_once_a_launch()
+
+# These come first, in this order: at the end one worker would wait minutes for the other, which compiles.
+LONGEST = ("test_sanitizers.py", "test_triton_interpreter.py")
 
 # Names of backends, separated by commas: tests of others are left out. For the run under Triton's interpreter.
 ONLY_BACKENDS = os.environ.get("FUSEDOPT_TEST_BACKENDS", "")
@@ -25,7 +32,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if _backend_of(item) in ONLY_BACKENDS.split(",")]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
-    items.sort(key=lambda item: "interpreter" not in item.nodeid)  # at the end one worker would wait for the other
+    items.sort(key=_place_in_the_run)
+
+
+def _place_in_the_run(item: pytest.Item) -> int:
+    return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
 
 
 def _backend_of(item: pytest.Item) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import importlib.util
 import os
@@ -151,10 +152,15 @@ def _problem_of_module(module: str, options: list[str]) -> str:
     subcommand = [word for word in options[:1] if not word.startswith("-")]
     if not flags:
         return ""
-    command = [sys.executable, "-m", module, *subcommand, "--help"]
-    page = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout
+    page = _help_of(module, *subcommand)
     missing = [flag for flag in flags if flag not in page]
     return f"{module} has no {', '.join(missing)}" if missing else ""
+
+
+@functools.cache
+def _help_of(*words: str) -> str:
+    command = [sys.executable, "-m", *words, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout
 
 
 def _anchors(document: Path) -> set[str]:

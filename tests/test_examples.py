@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,14 +59,17 @@ def assert_is_picture(path: Path) -> None:
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports one of the examples' modules."""
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports one of the examples' modules; as in `run_example`, torch has one thread: others test beside this one."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)
 
-    return load
+    yield load
+    torch.set_num_threads(threads)
 
 
 # ---- train_charlm.py --------------------------------------------------------------------------------------

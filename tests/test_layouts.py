@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 import fusedopt
 
-from .running import ONE_RUN_EACH, Run, as_params
+from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
 from .tensors import PLACEMENTS, Placed, place, same_bits, shape_of
 
 RUNS = (*ONE_RUN_EACH, Run("emulated", grid=(2, 32), seed=4, inline_columns=False))
@@ -21,6 +21,9 @@ RUNS = (*ONE_RUN_EACH, Run("emulated", grid=(2, 32), seed=4, inline_columns=Fals
 OWN = [name for name in PLACEMENTS if name not in ("scalar", "expanded")]
 GRADS = [*OWN, "expanded"]
 SIZES = (60, 2 * 3 * 5 * 7, 2052)
+# Triton's interpreter takes long over every block of a few hundred elements. The number of sizes in turn has no divisor
+# in common with those of placements, so that each placement of each slot has tensors of every size.
+SIZES_IN_TURN = (*SIZES[:2] * 5, SIZES[2]) if INTERPRETED else SIZES
 
 
 def integers(size: int, seed: int) -> Tensor:
@@ -32,7 +35,7 @@ def make_all(device: str) -> list[dict[str, Any]]:
     """A parameter, a gradient for each step and a momentum buffer for every combination of placements."""
     rows = []
     for index, (p, g, s) in enumerate(itertools.product(OWN, GRADS, OWN)):
-        size = SIZES[index % len(SIZES)]
+        size = SIZES_IN_TURN[index % len(SIZES_IN_TURN)]
         kinds = {"param": p, "grad 0": g, "grad 1": g, "state": s}
         row = {
             name: place(integers(size, 10 * index + k), placement, torch.float32, device)
