@@ -300,8 +300,11 @@ class FusedOptimizer(Optimizer):
 
         With ``rounding="stochastic"`` the ``rounding_key`` and, for SGD, the ``step`` stay in it, which torch carries
         along unread: an optimizer that rounds at random again goes on with the next random bits.
+
+        Raises:
+            ValueError: a group's ``state_block`` is no longer that of its states' codes.
         """
-        return checkpoint.without_modes(self._rule, self.state_dict())
+        return checkpoint.without_modes(self._rule, self.state_dict(), self._name_of)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from .precision import (
     check_codes,
     check_master,
     check_rounding,
+    check_scales,
     keep_modes,
     scale_key,
     widened,
@@ -80,13 +81,25 @@ def read(
     return {"state": state, "param_groups": saved_groups}
 
 
-def without_modes(rule: Rule, state_dict: StateDict) -> StateDict:
-    """A state_dict as ``torch.optim`` keeps it: states in float32 at least, groups without the keys of modes."""
+def without_modes(rule: Rule, state_dict: StateDict, name_of: Callable[[int, int], str]) -> StateDict:
+    """A state_dict as ``torch.optim`` keeps it: states in float32 at least, groups without the keys of modes.
+
+    Args:
+        rule: of the optimizer that it is of.
+        state_dict: what ``state_dict`` returned.
+        name_of: as for :func:`read`.
+
+    Raises:
+        ValueError: codes of 8 bits have other blocks than those of their group's ``state_block``.
+    """
     groups = [
         {key: value for key, value in group.items() if key not in MODE_KEYS} for group in state_dict["param_groups"]
     ]
-    group_of = {param: group for group in state_dict["param_groups"] for param in group["params"]}
-    state = {param: widened_state(rule, value, group_of.get(param, {})) for param, value in state_dict["state"].items()}
+    state = dict(state_dict["state"])
+    for g, group in enumerate(state_dict["param_groups"]):
+        for k, param in enumerate(group["params"]):
+            if param in state:
+                state[param] = widened_state(rule, name_of(g, k), state[param], group)
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -195,8 +208,8 @@ def _fitted(
     return {key: step if key == "step" else fitted[key] for key in value}
 
 
-def widened_state(rule: Rule, state: Any, group: Mapping[str, Any]) -> Any:
-    """The state of a parameter as ``torch.optim`` keeps it, in float32 at least.
+def widened_state(rule: Rule, param: str, state: Any, group: Mapping[str, Any]) -> Any:
+    """The state of a parameter as ``torch.optim`` keeps it, in float32 at least; ``param`` is what it is called.
 
     Which random bits come next stays in it: ``rounding_key``, and the count of steps of a rule that torch counts none
     for. torch carries both along and reads neither. A count of 0 is left out: torch would never raise it, and what it
@@ -204,10 +217,11 @@ def widened_state(rule: Rule, state: Any, group: Mapping[str, Any]) -> Any:
     """
     if not isinstance(state, dict):
         return state
+    dtypes = {name: getattr(state.get(name), "dtype", None) for name in rule.states}
+    for name in (name for name, dtype in dtypes.items() if dtype in CODE_STORAGES):
+        check_scales(name, param, state[name], group, state)
     known = (*STATE_DTYPES, *CODE_STORAGES)
-    wide = {
-        name: widened(state, name, group) for name in rule.states if getattr(state.get(name), "dtype", None) in known
-    }
+    wide = {name: widened(state, name, group) for name, dtype in dtypes.items() if dtype in known}
     is_unstepped = not rule.keeps_step and "step" in state and float(state["step"]) == 0.0
     left_out = (*MASTER_KEYS, *map(scale_key, rule.states), *(("step",) if is_unstepped else ()))
     return {key: value for key, value in {**state, **wide}.items() if key not in left_out}

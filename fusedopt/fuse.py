@@ -98,6 +98,7 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
     Raises:
         TypeError: its class has no twin in ``torch.optim``.
         RuntimeError: its ``step`` was replaced by something that is not a scheduler.
+        ValueError: a group's ``state_block`` is no longer that of its states' codes; nothing was changed.
 
     Example:
         >>> import torch, fusedopt
@@ -111,8 +112,9 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
     if twin is None or not isinstance(optimizer, FusedOptimizer):
         names = ", ".join(f"fusedopt.{fused.__name__}" for fused in TWINS.values())
         raise TypeError(f"unfuse takes {names}; {_full_name(type(optimizer))} has no twin in torch.optim")
-    _drop_unstarted(optimizer)
+    unstarted = optimizer._unstepped()
     _leave_modes(optimizer)
+    _drop_velocities(optimizer, unstarted)
     attributes, keys = _additions(type(optimizer), twin)
     _become(optimizer, twin, {})
     for name in attributes & vars(optimizer).keys():
@@ -195,33 +197,30 @@ def _additions(fused: type[FusedOptimizer], twin: type[Optimizer]) -> tuple[set[
     return vars(ours).keys() - vars(theirs).keys(), ours.defaults.keys() - theirs.defaults.keys()
 
 
-def _drop_unstarted(optimizer: FusedOptimizer) -> None:
-    """Forgets velocities whose first step has not been taken.
+def _drop_velocities(optimizer: FusedOptimizer, params: list[Tensor]) -> None:
+    """Forgets the velocities of parameters whose first step has not been taken.
 
     A step that the gradient scaler skipped makes the buffer and leaves it 0. For torch a buffer that is there
     has been stepped, and would have the first gradient dampened.
     """
-    for param in optimizer._unstepped():
+    for param in params:
         optimizer.state[param].pop("momentum_buffer", None)
 
 
 def _leave_modes(optimizer: FusedOptimizer) -> None:
     """Makes of what torch does not know what it does: states in the parameter's dtype, nothing beside them."""
-    for group in optimizer.param_groups:
-        if not any(key in group for key in MODE_KEYS):
-            continue
-        for param in group["params"]:
+    random = {ROUNDING_KEY} if optimizer._rule.keeps_step else {ROUNDING_KEY, "step"}
+    left: dict[Tensor, Any] = {}  # all of them before any is written: codes may not fit
+    for g, group in enumerate(optimizer.param_groups):
+        for k, param in enumerate(group["params"] if any(key in group for key in MODE_KEYS) else ()):
             if param in optimizer.state:
-                state = widened_state(optimizer._rule, optimizer.state[param], group)
+                state = widened_state(optimizer._rule, optimizer._name_of(g, k), optimizer.state[param], group)
                 kept = {name: state[name].to(param.dtype) for name in optimizer._rule.states if name in state}
-                random = {ROUNDING_KEY} if optimizer._rule.keeps_step else {ROUNDING_KEY, "step"}
-                optimizer.state[param] = {
-                    key: kept.get(key, value) for key, value in state.items() if key not in random
-                }
+                left[param] = {key: kept.get(key, value) for key, value in state.items() if key not in random}
+    optimizer.state.update(left)
+    for group in (optimizer.defaults, *optimizer.param_groups):
         for key in MODE_KEYS:
             group.pop(key, None)
-    for key in MODE_KEYS:
-        optimizer.defaults.pop(key, None)
 
 
 def _return_steps(optimizer: Optimizer, group: dict[str, Any]) -> None:

@@ -67,8 +67,7 @@ def check_modes(rule: Rule, group: Group) -> None:
         return
     if group.get("master") not in (None, *MASTERS):
         raise ValueError(f"master is {group['master']!r}; it must be {', '.join(map(repr, MASTERS))} or None")
-    if not isinstance(group.get("state_block"), (int, type(None))) or group.get("state_block") not in (None, *BLOCKS):
-        raise ValueError(f"state_block is {group['state_block']!r}; it must be {', '.join(map(str, BLOCKS))} or None")
+    check_block(group)
     if group.get("rounding") not in (None, "stochastic"):
         raise ValueError(f"rounding is {group['rounding']!r}; it must be 'stochastic' or None")
     if group.get("rounding") and group.get("master"):
@@ -135,6 +134,12 @@ def check_rounding(name: str, param: Tensor, group: Group, state: Mapping[str, A
     key = state.get(ROUNDING_KEY, 0)
     if not isinstance(key, int) or isinstance(key, bool) or not 0 <= key < ROUNDING_KEYS:
         raise ValueError(f"{ROUNDING_KEY} of {name} is {key!r}; it must be a count below {ROUNDING_KEYS}")
+
+
+def check_block(group: Group) -> None:
+    """Refuses a ``state_block`` that no kernel takes."""
+    if not isinstance(group.get("state_block"), (int, type(None))) or group.get("state_block") not in (None, *BLOCKS):
+        raise ValueError(f"state_block is {group['state_block']!r}; it must be {', '.join(map(str, BLOCKS))} or None")
 
 
 def block_of(group: Group) -> int:
@@ -215,7 +220,7 @@ def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mappi
     if wanted:
         check_even(f"states in 8 bits: {name}", param)
     for key in rule.states:
-        tensor, scales = state.get(key), state.get(scale_key(key))
+        tensor = state.get(key)
         if not isinstance(tensor, Tensor) or tensor.dtype not in CODE_STORAGES:
             continue
         if key not in wanted or tensor.dtype != code_dtype(rule, group, key):
@@ -223,16 +228,31 @@ def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mappi
                 f"{key} of {name} is codes of {tensor.dtype}, but state_dtype is {state_dtype_of(group, key)}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"
             )
-        blocks = by_rank_shape(param, blocks_of(param, group))
-        if not isinstance(scales, Tensor):
-            raise ValueError(f"{key} of {name} is codes of {tensor.dtype}, but there is no '{scale_key(key)}'")
-        check_together(f"{scale_key(key)} of {name}", scales, param)
-        if scales.shape != blocks or scales.dtype != torch.float32:
-            raise ValueError(
-                f"{scale_key(key)} of {name} has shape {tuple(scales.shape)} and dtype {scales.dtype}; it must have "
-                f"{blocks} and {torch.float32} where state_block is {block_of(group)}"
-            )
-        check_own_memory(f"{scale_key(key)} of {name}", scales)
+        check_scales(key, name, param, group, state)
+
+
+def check_scales(key: str, name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
+    """Refuses codes whose scales are not those of the group's blocks, by which nothing could decode them.
+
+    Args:
+        key: of a state that is codes.
+        name: what its parameter is called.
+        param: the parameter, or anything that lies as it does: the codes themselves.
+        group: the parameter's.
+        state: the parameter's.
+    """
+    check_block(group)
+    codes, scales, what = state[key], state.get(scale_key(key)), f"{scale_key(key)} of {name}"
+    if not isinstance(scales, Tensor):
+        raise ValueError(f"{key} of {name} is codes of {codes.dtype}, but there is no '{scale_key(key)}'")
+    check_together(what, scales, param)
+    blocks = by_rank_shape(param, blocks_of(param, group))
+    if scales.shape != blocks or scales.dtype != torch.float32:
+        raise ValueError(
+            f"{what} has shape {tuple(scales.shape)} and dtype {scales.dtype}; it must have {blocks} and "
+            f"{torch.float32} where state_block is {block_of(group)}"
+        )
+    check_own_memory(what, scales)
 
 
 def master_key(param: Tensor, group: Group) -> str | None:

@@ -351,6 +351,31 @@ def test_random_bits_go_on_by_way_of_torch(name: str, options: dict[str, Any], w
     assert_all_same(all_bits(resumed, copies), all_bits(optimizer, params))
 
 
+@pytest.mark.parametrize("leave", [fusedopt.AdamW.state_dict_torch, fusedopt.unfuse], ids=["state_dict", "unfuse"])
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (32, r"exp_avg_scale of parameter 1 of group 1 has shape \(5,\) .* have \(10,\) .* where state_block is 32"),
+        (128, r"exp_avg_scale of parameter 1 of group 1 has shape \(5,\) .* have \(3,\) .* where state_block is 128"),
+        (96, "state_block is 96; it must be 32, 64"),
+    ],
+    ids=str,
+)
+def test_a_mode_is_not_left_by_blocks_that_are_not_those_of_the_codes(block: int, message: str, leave: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(size)) for size in (300, 1, 300)]
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = fusedopt.AdamW(groups, state_dtype=I8, state_block=64)
+    take_steps(optimizer, params, 1)
+    before = copy.deepcopy(all_bits(optimizer, params))
+    optimizer.param_groups[1]["state_block"] = block
+    with pytest.raises(ValueError, match=message):
+        leave(optimizer)
+    assert type(optimizer) is fusedopt.AdamW
+    assert_all_same(all_bits(optimizer, params), before)
+    optimizer.param_groups[1]["state_block"] = 64
+    leave(optimizer)
+
+
 @needs_no_backend
 def test_a_velocity_that_torch_began_is_no_first_one_when_it_comes_back() -> None:
     params = [torch.nn.Parameter(torch.ones(4, dtype=BF16))]
