@@ -273,7 +273,7 @@ class FusedOptimizer(Optimizer):
         if isinstance(param_group, dict):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
             group = {**self.defaults, **param_group}
-            self._phase.check_group(group)
+            self._phase.check_group(len(self.param_groups), group)
             check_modes(self._rule, group)
         super().add_param_group(param_group)
         self._see_params(self.param_groups[-1]["params"])
@@ -546,8 +546,8 @@ class FusedOptimizer(Optimizer):
         check_groups(self.param_groups)
         if not isinstance(self.state, dict):
             raise TypeError(f"the optimizer's state must be a dict, but it is {self.state!r}")
-        for group in self.param_groups:
-            self._phase.check_group(group)
+        for index, group in enumerate(self.param_groups):
+            self._phase.check_group(index, group)
             check_modes(self._rule, group)
         copies = self._copies()
         self._check_averages()

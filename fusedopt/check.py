@@ -38,7 +38,7 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return
     if not float(value) >= 0.0:
-        what = name if name == "learning rate" else f"{name} value"
+        what = name if " " in name else f"{name} value"
         raise ValueError(f"Invalid {what}: {value}")
 
 
@@ -52,7 +52,7 @@ def check_number(name: str, value: object) -> None:
             check_memory(name, value)  # first: to print what has no memory ends the process
     why = _why_no_number(value)
     if why is not None:
-        raise TypeError(f"{name} must be a number or a tensor of 1 element, but it is {_shown(value)}{why}")
+        raise TypeError(f"{name} must be a number or a tensor of 1 element, but it is {shown(value)}{why}")
 
 
 def check_truth(name: str, value: object) -> None:
@@ -60,7 +60,7 @@ def check_truth(name: str, value: object) -> None:
     try:
         bool(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be true or false, but it is {_shown(value)}") from error
+        raise TypeError(f"{name} must be true or false, but it is {shown(value)}") from error
 
 
 def check_betas(
@@ -101,15 +101,15 @@ def check_flags(*, foreach: bool | None, fused: bool | None, differentiable: boo
 def check_groups(groups: object) -> None:
     """Refuses what is no list of groups of parameters, as somebody may leave it who writes to ``param_groups``."""
     if not isinstance(groups, list):
-        raise TypeError(f"param_groups must be a list of dicts, but it is {_shown(groups)}")
+        raise TypeError(f"param_groups must be a list of dicts, but it is {shown(groups)}")
     for index, group in enumerate(groups):
         if not isinstance(group, dict):
-            raise TypeError(f"group {index} must be a dict, but it is {_shown(group)}")
+            raise TypeError(f"group {index} must be a dict, but it is {shown(group)}")
         if not isinstance(group.get("params"), list):
-            raise TypeError(f"'params' of group {index} must be a list, but it is {_shown(group.get('params'))}")
+            raise TypeError(f"'params' of group {index} must be a list, but it is {shown(group.get('params'))}")
         for place, param in enumerate(group["params"]):
             if not isinstance(param, Tensor):
-                raise TypeError(f"parameter {place} of group {index} must be a tensor, but it is {_shown(param)}")
+                raise TypeError(f"parameter {place} of group {index} must be a tensor, but it is {shown(param)}")
 
 
 def check_hyperparameters(rule: Rule, groups: Sequence[Group]) -> None:
@@ -134,7 +134,7 @@ def _check_hyperparameter(key: str, of: str, value: Any, item: int) -> None:
         return check_number(f"{key} {of}", value)
     if not isinstance(value, (tuple, list)) or len(value) <= item:
         wanted = "must be a number or a tensor of 1 element"
-        raise TypeError(f"{key}[{item}] {of} {wanted}, but it is {_shown(value)}")
+        raise TypeError(f"{key}[{item}] {of} {wanted}, but it is {shown(value)}")
     return check_number(f"{key}[{item}] {of}", value[item])
 
 
@@ -173,7 +173,7 @@ def check_parameter(name: str, param: Tensor) -> None:
 def check_gradient(name: str, param: Tensor, grad: Tensor, *, takes_sparse: bool) -> None:
     """Refuses a gradient that does not fit its parameter, by name and with both values."""
     if not isinstance(grad, Tensor):
-        raise TypeError(f"gradient of {name} must be a tensor, but it is {_shown(grad)}")
+        raise TypeError(f"gradient of {name} must be a tensor, but it is {shown(grad)}")
     if grad.is_sparse and not takes_sparse:
         raise RuntimeError(
             "Adam does not support sparse gradients, please consider SparseAdam instead: "
@@ -210,7 +210,7 @@ def check_state(row: str, param: Tensor, name: str, tensor: object, *, codes: bo
     """
     what = f"{name} of {row}"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{what} must be a tensor, but it is {_shown(tensor)}")
+        raise TypeError(f"{what} must be a tensor, but it is {shown(tensor)}")
     check_together(what, tensor, param)
     if tensor.is_nested or tensor.shape != param.shape:
         shape = layout_of(tensor) if tensor.is_nested else tuple(tensor.shape)
@@ -236,7 +236,7 @@ def check_step(row: str, state: Mapping[str, Any], states: Sequence[str]) -> Non
         check_memory(f"step of {row}", step)
     why = _why_no_number(step)
     if why is not None:
-        raise ValueError(f"step of {row} must be a count, but it is {_shown(step)}{why}")
+        raise ValueError(f"step of {row} must be a count, but it is {shown(step)}{why}")
     if isinstance(step, Tensor) and step.device.type != "cpu":
         return  # to look at it would wait for the device
     count = float(step)
@@ -291,7 +291,7 @@ def _why_no_scalar(tensor: Tensor) -> str | None:
     return ", which is a lazy view" if tensor.is_neg() else None
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value for a message: not all of a large one."""
     text = " ".join(repr(value).split())
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

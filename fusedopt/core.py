@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .build_record import why_no_extension
-from .rules import MODE_KEYS, Rule
+from .rules import Rule
 from .storages import STORAGES as STORAGES
 
 compiled: ModuleType | None = None
@@ -117,7 +118,7 @@ class Core(Protocol):
         """Makes the states of such rows, and describes them; returns each one's states by name."""
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
-        """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters or modes are others."""
+        """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters or watched keys changed."""
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""
@@ -136,6 +137,7 @@ def make_core(
     group_sizes: list[int],
     states: dict[Tensor, dict[str, Any]],
     first_rows: list[int],
+    watched: Sequence[str],
 ) -> Core:
     """A table for one device: the compiled one where it exists. Its rows are blank until they are described.
 
@@ -146,27 +148,24 @@ def make_core(
         group_sizes: parameters of each group, over all devices.
         states: the optimizer's ``state``: ``refresh`` reports the rows to which it gives another dict.
         first_rows: the first row of each part of the table whose leaves are joined to one number.
+        watched: keys of groups that ``read_groups`` reports with -1 where one holds another object than before.
     """
     if compiled is None:
         from .pycore import PyTable
 
-        return PyTable(rule, device, places, group_sizes, states, first_rows)
+        return PyTable(rule, device, places, group_sizes, states, first_rows, watched)
     where = (_DEVICE_TYPES.get(device.type, 0), device.index or 0)
-    table: Core = compiled.Table(_schema(rule), where, places, group_sizes, states, first_rows)
+    table: Core = compiled.Table(_schema(rule, tuple(watched)), where, places, group_sizes, states, first_rows)
     return table
 
 
-_schemas: dict[str, Any] = {}
-
-
-def _schema(rule: Rule) -> Any:
+@cache
+def _schema(rule: Rule, watched: tuple[str, ...]) -> Any:
     """What the compiled tables know of a rule, made once."""
-    if rule.stem not in _schemas:
-        assert compiled is not None  # there are compiled tables
-        _schemas[rule.stem] = compiled.Schema(
-            rule.stem, list(rule.hypers), list(rule.flags), list(MODE_KEYS), list(rule.states), rule.keeps_step
-        )
-    return _schemas[rule.stem]
+    assert compiled is not None  # there are compiled tables
+    return compiled.Schema(
+        rule.stem, list(rule.hypers), list(rule.flags), list(watched), list(rule.states), rule.keeps_step
+    )
 
 
 def addresses_apart(tensors: list[Tensor]) -> list[int] | None:

@@ -11,9 +11,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .check import check_number, local, real_dtype
+from .check import check_at_least_0, check_number, local, real_dtype, shown
 from .layout import may_share_memory, neighbours, overlaps_itself
 from .memory import check_own_memory
+from .rules import MODE_KEYS
 from .storages import STORAGES
 
 EMA = "ema"  # the key of the average in a parameter's state
@@ -79,20 +80,21 @@ class Phase:
     def __post_init__(self) -> None:
         """Refuses what no step could use."""
         decay = self.ema_decay
-        for name in ("ema_decay", "max_grad_norm", "norm_type"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name))
+        if decay is not None:
+            check_number("ema_decay", decay)
+        if self.max_grad_norm is not None:
+            check_at_least_0("max_grad_norm", self.max_grad_norm)
+        check_number("norm_type", self.norm_type)
         for name in ("ema_warmup", "zero_grads", "norm_by_group", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):  # they become bits of `flags`
                 raise TypeError(f"{name} must be True or False, but it is {getattr(self, name)!r}")
         if self.copy_to is not None and not isinstance(self.copy_to, (Mapping, Sequence)):
             raise TypeError(f"copy_to must be a sequence of tensors or a dict by parameter, but it is {self.copy_to!r}")
-        if decay is not None and not isinstance(decay, Tensor) and not 0.0 <= decay <= 1.0:
+        on_device = isinstance(decay, Tensor) and decay.device.type != "cpu"  # to look at it would wait for the device
+        if decay is not None and not on_device and not 0.0 <= float(decay) <= 1.0:
             raise ValueError(f"Invalid ema_decay: {decay}")
         if self.ema_warmup and decay is None:
             raise ValueError("ema_warmup needs ema_decay: it is how that starts")
-        if self.max_grad_norm is not None and not self.max_grad_norm >= 0.0:
-            raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}")
         if self.norm_by_group and self.max_grad_norm is None:
             raise ValueError("norm_by_group needs max_grad_norm: it is what each group is clipped to")
         if float(self.norm_type) not in (2.0, math.inf):
@@ -109,11 +111,10 @@ class Phase:
         """
         if not options:
             return NOTHING
-        known = [field.name for field in fields(Phase)]
         for name in options:
-            if name not in known:
+            if name not in OPTIONS:
                 raise TypeError(
-                    f"got an unexpected keyword argument '{name}'; beside torch's there are {', '.join(known)}"
+                    f"got an unexpected keyword argument '{name}'; beside torch's there are {', '.join(OPTIONS)}"
                 )
         return Phase(**options)
 
@@ -144,20 +145,36 @@ class Phase:
         own = group.get("max_grad_norm", self.max_grad_norm) if self.norm_by_group else self.max_grad_norm
         return -1.0 if own is None else float(own)
 
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """Refuses a group's own max_grad_norm that no step could use."""
+    @property
+    def watched_keys(self) -> tuple[str, ...]:
+        """Keys of a group whose change has the tables built anew, and the group checked.
+
+        A ``max_grad_norm`` that may change at every step is looked at by itself.
+        """
+        return MODE_KEYS if self.norm_by_group else (*MODE_KEYS, "max_grad_norm")
+
+    def check_group(self, index: int, group: Mapping[str, Any]) -> None:
+        """Refuses options that are those of the whole optimizer, and a max_grad_norm that no step could use."""
+        for name in OPTIONS:
+            if name in group and name != "max_grad_norm":
+                raise ValueError(
+                    f"group {index} has {name}={shown(group[name])}, which is an option of the whole optimizer: give "
+                    "it to the constructor"
+                )
+        self.check_max_norm(index, group)
+
+    def check_max_norm(self, index: int, group: Mapping[str, Any]) -> None:
+        """Refuses a group's own max_grad_norm that no step could use. On a GPU it is not looked at."""
         if "max_grad_norm" not in group:
             return
+        own = group["max_grad_norm"]
         if not self.norm_by_group:
             raise ValueError(
-                f"a group has max_grad_norm={group['max_grad_norm']}, but the norm is that of all groups: construct "
-                "the optimizer with norm_by_group=True"
+                f"group {index} has max_grad_norm={shown(own)}, but the norm is that of all groups: construct the "
+                "optimizer with norm_by_group=True"
             )
-        own = group["max_grad_norm"]
         if own is not None:
-            check_number("max_grad_norm", own)
-            if not own >= 0.0:
-                raise ValueError(f"Invalid max_grad_norm of a group: {own}")
+            check_at_least_0(f"max_grad_norm of group {index}", own)
 
     def refuses(self, norm: float) -> bool:
         """Whether a step with gradients of a norm changes nothing."""
@@ -194,6 +211,7 @@ class Phase:
         return {param: copy for param, copy in pairs if copy is not None}
 
 
+OPTIONS = tuple(option.name for option in fields(Phase))
 NOTHING = Phase()
 
 

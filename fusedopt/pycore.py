@@ -6,6 +6,7 @@ The columns are the same bytes in the same order (csrc/table.h); only the host t
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rules import MODE_KEYS, Rule
+from .rules import Rule
 from .storages import CODE_STORAGES, FLOAT8_SQUARE, STORAGES
 
 # csrc/types.h as typecodes of array: unsigned and signed integers of 32 and 64 bits.
@@ -135,7 +136,7 @@ class GroupRow:
         storages: of those tensors.
         flags: one bit each.
         max_norm: what its gradients are clipped to; below 0: they are not.
-        modes: of precision, as last read; None: never.
+        watched: what the watched keys held when last read; None: never.
         shape: flags and which values are 0, when last read; None: never.
     """
 
@@ -145,7 +146,7 @@ class GroupRow:
     flags: int = 0
     shape: tuple[int, tuple[bool, ...]] | None = None
     max_norm: float = -1.0
-    modes: list[Any] | None = None
+    watched: list[Any] | None = None
 
 
 class PyTable:
@@ -158,6 +159,7 @@ class PyTable:
         group_sizes: parameters of each group, over all devices.
         states: the optimizer's ``state``: ``refresh`` reports the rows to which it gives another dict.
         first_rows: the first row of each part of the table whose leaves are joined to one number.
+        watched: keys of groups that ``read_groups`` reports with -1 where one holds another object than before.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class PyTable:
         group_sizes: list[int],
         states: dict[Tensor, dict[str, Any]],
         first_rows: list[int],
+        watched: Sequence[str],
     ) -> None:
         """See the class."""
         rows = len(places)
@@ -193,6 +196,7 @@ class PyTable:
         self._chunk_elements = 0
         self._planned_workers = 0
         self._parts = list(first_rows)
+        self._watched_keys = tuple(watched)
         self._revision = next(_REVISIONS)
 
     @property
@@ -394,7 +398,7 @@ class PyTable:
         Returns:
             The groups of which a flag, or whether a value is 0, has changed since the last call: what a
             tensor needs for its step may have changed with it. None where there is none; -1 where parameters
-            came, went or were replaced by others, or where a mode changed.
+            came, went or were replaced by others, or where a watched key changed.
         """
         if len(groups) != len(self._groups):
             return -1
@@ -403,10 +407,10 @@ class PyTable:
             if len(group["params"]) != self._sizes[index]:
                 return -1
             row = self._groups[index]
-            modes = [group.get(key) for key in MODE_KEYS]
-            if row.modes is not None and any(one is not other for one, other in zip(row.modes, modes, strict=True)):
+            watched = [group.get(key) for key in self._watched_keys]
+            if row.watched is not None and any(map(operator.is_not, row.watched, watched)):
                 return -1
-            row.modes = modes
+            row.watched = watched
             self._read_group(row, group)
             shape = (row.flags, tuple(value != 0.0 for value in row.values))
             if shape != row.shape:

@@ -186,7 +186,7 @@ class Table:
             self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
         places = [(row.group, row.place, row.param) for row in rows]
         sizes = [len(group["params"]) for group in groups]
-        self.core: Core = make_core(rule, device, places, sizes, state, self.parts)
+        self.core: Core = make_core(rule, device, places, sizes, state, self.parts, phase.watched_keys)
         holds.register(self.core)
         self._adopt([row for row in rows if state.get(row.param)] if state else [])
 
@@ -204,6 +204,9 @@ class Table:
         changed_groups = self._read_groups()
         if changed_groups == -1:
             return False
+        if self.phase.norm_by_group:
+            for index, group in enumerate(self.groups):
+                self.phase.check_max_norm(index, group)
         self._check_flags(changed_groups)
         changed_rows = self.core.refresh()
         if changed_groups is None and changed_rows is None:

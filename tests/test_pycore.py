@@ -245,7 +245,7 @@ def test_a_value_that_is_no_number_is_refused_alike(change: dict[str, Any]) -> N
     } | change
     raised = []
     for make in (make_core, PyTable):
-        each = make(rule, torch.device("cpu"), [], [0], {}, [0])
+        each = make(rule, torch.device("cpu"), [], [0], {}, [0], ())
         with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
             each.read_groups([group])
         raised.append((type(error.value), str(error.value)))

@@ -643,6 +643,14 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "Tensor norm_type must be 1-element",
     ),
+    "ema above 1": ("SGD", {"ema_decay": torch.tensor(2.0)}, ValueError, "Invalid ema_decay: 2.0"),
+    "ema not a number": ("SGD", {"ema_decay": torch.tensor(float("nan"))}, ValueError, "Invalid ema_decay: nan"),
+    "norm type none": (
+        "SGD",
+        {"max_grad_norm": 1.0, "norm_type": None},
+        TypeError,
+        "norm_type must be a number or a tensor of 1 element, but it is None",
+    ),
     "ema sparse": ("SGD", {"ema_decay": _sparse(0.5)}, TypeError, "ema_decay must be a number .* is torch.sparse_coo"),
     "zero_grads 2": ("SGD", {"zero_grads": 2}, TypeError, "zero_grads must be True or False, but it is 2"),
     "skip 2": ("SGD", {"skip_nonfinite": 2}, TypeError, "skip_nonfinite must be True or False, but it is 2"),
@@ -760,7 +768,89 @@ GROUP_CHANGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no parameters": ({"params": None}, TypeError, "'params' of group 1 must be a list, but it is None"),
     "text among them": ({"params": ["x"]}, TypeError, "parameter 0 of group 1 must be a tensor, but it is 'x'"),
     "meta": ({"lr": torch.tensor(0.1, device="meta")}, TypeError, "'lr' of group 1 must be a number .*device='meta'"),
+    "a norm of its own": (
+        {"max_grad_norm": 0.5},
+        ValueError,
+        "group 1 has max_grad_norm=0.5, but the norm is that of all groups: .* norm_by_group=True",
+    ),
 }
+
+# What a group is given as its own norm to clip by, later or at once, the error, its message.
+OWN_NORMS: dict[str, tuple[Any, type[Exception], str]] = {
+    "below 0": (-1.0, ValueError, "Invalid max_grad_norm of group 1: -1.0"),
+    "tensor below 0": (torch.tensor(-1.0), ValueError, "Invalid max_grad_norm of group 1: -1.0"),
+    "no number": (float("nan"), ValueError, "Invalid max_grad_norm of group 1: nan"),
+    "text": ("x", TypeError, "max_grad_norm of group 1 must be a number .* but it is 'x', which is text"),
+    "two": (torch.ones(2), ValueError, "max_grad_norm of group 1 must be 1-element, but it has 2"),
+    "meta": (torch.ones((), device="meta"), TypeError, "max_grad_norm of group 1 must be a number .* has no memory"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True, "report": True}], ids=["alone", "among others"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", OWN_NORMS)
+def test_a_norm_that_no_step_could_clip_by_is_refused_at_once_and_between_steps(
+    fault: str, backend: str, options: dict[str, Any]
+) -> None:
+    value, error, message = OWN_NORMS[fault]
+    params = [_param(2), _param(3)]
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:]}]
+    options = {"lr": 0.5, "max_grad_norm": 1.0, "norm_by_group": True, "backend": backend, **options}
+    with pytest.raises(error, match=message):
+        fusedopt.SGD([groups[0], {**groups[1], "max_grad_norm": value}], **options)
+    optimizer = fusedopt.SGD(groups, **options)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before, versions = [param.detach().clone() for param in params], [param._version for param in params]
+    for change in (value, 0.5):
+        optimizer.param_groups[1]["max_grad_norm"] = change
+        for _ in range(2) if change is value else ():
+            with pytest.raises(error, match=message):
+                optimizer.step()
+            assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+            assert [param._version for param in params] == versions
+    optimizer.step()
+    torch.testing.assert_close(before[1] - params[1], torch.full((3,), 0.25 / 3**0.5))
+
+
+def test_a_norm_of_a_group_that_changes_at_every_step_builds_no_tables_anew() -> None:
+    param = _param(4)
+    optimizer = fusedopt.SGD([param], lr=0.5, max_grad_norm=1.0, norm_by_group=True)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    tables = optimizer._tables
+    for norm in (0.5, 0.25, torch.tensor(0.125)):
+        optimizer.param_groups[0]["max_grad_norm"] = norm
+        optimizer.step()
+        assert optimizer._tables is tables
+    assert param.tolist() == pytest.approx([1.0 - 0.25 * (1.0 + 0.5 + 0.25 + 0.125)] * 4, abs=1e-5)
+
+
+# Options of the whole optimizer, as one might give them to a group.
+WHOLE_OPTIONS: dict[str, Any] = {
+    "ema_decay": 0.5,
+    "ema_warmup": True,
+    "copy_to": [None],
+    "zero_grads": True,
+    "norm_type": 1.0,
+    "norm_by_group": True,
+    "skip_nonfinite": False,
+    "report": 5,
+}
+
+
+@pytest.mark.parametrize("option", WHOLE_OPTIONS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_option_of_the_whole_optimizer_is_refused_in_a_group(cls: str, option: str) -> None:
+    given = {"params": [_param(3)], option: WHOLE_OPTIONS[option]}
+    optimizer = getattr(fusedopt, cls)([_param(2)], lr=0.5)
+    message = f"group {{}} has {option}={re.escape(repr(WHOLE_OPTIONS[option]))}, which is an option of the whole opt"
+    with pytest.raises(ValueError, match=message.format(1)):
+        optimizer.add_param_group(given)
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=message.format(0)):
+        getattr(fusedopt, cls)([given], lr=0.5)
 
 
 @pytest.mark.parametrize("fault", GROUP_CHANGES)
@@ -778,6 +868,7 @@ def test_a_group_that_is_given_nonsense_is_named_and_nothing_is_stepped(fault: s
         with pytest.raises(error, match=message):
             optimizer.step()
     assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    optimizer.param_groups[1].clear()
     optimizer.param_groups[1].update(sane)
     optimizer.step()
     assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True))
