@@ -50,7 +50,8 @@ class FusedOptimizer(Optimizer):
         """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
         find_backend(backend)
         self._requested_backend = backend
-        self._phase = NOTHING if phase is None else phase
+        phase = NOTHING if phase is None else phase
+        self._phase = phase if phase.copy_to is None else replace(phase, copy_to=None)  # until all groups are there
         self._results: dict[int, Tensor] = {}  # of each table
         self._hidden_steps = HiddenSteps()
         self._main, self._spreads, self._unreported = 0, (None,), 0
@@ -59,6 +60,7 @@ class FusedOptimizer(Optimizer):
         self._traced_params: list[Tensor] = []
         self._is_sharded = False
         super().__init__(params, defaults)
+        self._phase = phase
         self._copies()  # refuses those that do not fit
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,7 +91,8 @@ class FusedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor:
         """The norm of all gradients before they were clipped, at the last step: float64, on the device, 0-dim.
 
-        With norm_by_group that of each group, in order: 1-dim.
+        With norm_by_group that of each group, in order: 1-dim. A step at which no parameter has a gradient does
+        nothing: it stays that of the step before, NaN where there was none.
 
         To read its number waits for the device; to pass the tensor on does not. The next step overwrites it.
 
@@ -269,13 +272,23 @@ class FusedOptimizer(Optimizer):
             backend.update_captures(table)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``."""
+        """Adds a group of parameters, as ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: the group has an option that no step could use, or ``copy_to`` is a list, which has no copy for
+                its parameters; it was not added.
+        """
         if isinstance(param_group, dict):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
             group = {**self.defaults, **param_group}
             self._phase.check_group(len(self.param_groups), group)
             check_modes(self._rule, group)
         super().add_param_group(param_group)
+        try:
+            self._copies()
+        except BaseException:
+            self.param_groups.pop()
+            raise
         self._see_params(self.param_groups[-1]["params"])
         self._forget_tables()
 

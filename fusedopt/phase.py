@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -48,10 +49,11 @@ class Phase:
     Attributes:
         ema_decay: keeps an average of every parameter in its state under "ema", moved at each of its steps by
             ``ema = decay * ema + (1 - decay) * parameter``; the first is the parameter itself. A float, or a tensor of
-            one element, read anew at every step. In float32 where the parameter has 16 bits.
+            one element, read anew at every step, in float32. The average is in float32 where the parameter has 16 bits.
         ema_warmup: the decay is at most ``(1 + t) / (10 + t)`` at the parameter's step t.
         copy_to: tensors that the parameter is written to as it is updated, each rounded to its own dtype: one for
-            each parameter, in order, or by parameter.
+            each parameter, in order, or by parameter. The list or dict is read once, when the optimizer is made: beside
+            a list no group can be added, beside a dict one whose parameters have no copy.
         zero_grads: sets every gradient to zero once it was read; its memory stays. Also in a step that is skipped.
         max_grad_norm: scales all gradients of the optimizer as ``torch.nn.utils.clip_grad_norm_`` does, so that their
             norm is at most this; the gradients themselves stay as they are.
@@ -116,6 +118,8 @@ class Phase:
                 raise TypeError(
                     f"got an unexpected keyword argument '{name}'; beside torch's there are {', '.join(OPTIONS)}"
                 )
+        if isinstance(options.get("copy_to"), (Mapping, Sequence)):
+            options = {**options, "copy_to": copy.copy(options["copy_to"])}  # the caller's may change
         return Phase(**options)
 
     @cached_property
@@ -208,7 +212,7 @@ class Phase:
                 f"copy_to has {len(self.copy_to)} tensors, where the optimizer has {len(params)} parameters"
             )
         pairs = zip(params, self.copy_to, strict=True)
-        return {param: copy for param, copy in pairs if copy is not None}
+        return {param: each for param, each in pairs if each is not None}
 
 
 OPTIONS = tuple(option.name for option in fields(Phase))

@@ -216,8 +216,8 @@ class Table:
         if any(local(row.param).device != self.device for row in rows):
             return False
         moved = [row for row in rows if row.lies and local(row.param).data_ptr() != row.lies]
-        if moved and _sharers(self.rows):
-            return False  # it was moved onto another parameter
+        if moved and (self.phase.copy_to is not None or _sharers(self.rows)):
+            return False  # it was moved onto another parameter, or may have been onto a copy
         self._remake(rows)
         return True
 
@@ -802,13 +802,14 @@ def _check_same(one: Row, other: Row) -> None:
 
 
 def _check_apart(rows: Sequence[Row], states: Sequence[dict[str, Tensor]], steps: Sequence[Tensor | None]) -> None:
-    """Refuses states and steps that share memory with each other or a parameter: one launch writes them all."""
+    """Refuses states, steps and copies that share memory with each other or a parameter: one launch writes them all."""
     members: list[tuple[Row, str, Tensor]] = []  # row, name within it, tensor
     for row, present, step in zip(rows, states, steps, strict=True):
         members.append((row, "", local(row.param)))
         members += ((row, name, local(tensor)) for name, tensor in present.items())
-        if step is not None:
-            members.append((row, "step", step))
+        members += (
+            (row, name, local(tensor)) for name, tensor in (("step", step), ("copy_to", row.copy)) if tensor is not None
+        )
     if addresses_apart([tensor for *_, tensor in members]) is not None:
         return
     members = [member for member in members if _storage_address(member[2])]

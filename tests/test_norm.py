@@ -245,15 +245,20 @@ def test_the_norm_of_large_finite_gradients_does_not_overflow() -> None:
     assert float(optimizer.skipped_steps) == 0.0
 
 
-def test_the_norm_is_a_tensor_that_the_next_step_overwrites() -> None:
+def test_the_norm_is_a_tensor_that_the_next_step_with_a_gradient_overwrites() -> None:
     param = torch.nn.Parameter(torch.ones(2))
     optimizer = fusedopt.SGD([param], lr=0.0, max_grad_norm=1.0)
     with pytest.raises(RuntimeError, match="max_grad_norm"):
         _ = optimizer.grad_norm
+    optimizer.step()  # without a gradient
+    assert math.isnan(float(optimizer.grad_norm))
     for scale in (1.0, 2.0):
         param.grad = scale * torch.tensor([3.0, 4.0])
         optimizer.step()
         assert float(optimizer.grad_norm) == 5.0 * scale
+    param.grad = None
+    optimizer.step()
+    assert float(optimizer.grad_norm) == 10.0
     twin = copy.deepcopy(optimizer)
     with pytest.raises(RuntimeError, match="max_grad_norm"):
         _ = twin.grad_norm

@@ -586,6 +586,99 @@ def test_a_gradient_that_is_a_copy_of_a_parameter_is_refused() -> None:
     assert params[0].tolist() == [1.0, 1.0, 1.0]
 
 
+# How a copy comes to be what the same launch writes: what is done to parameters, their states and copies; both names.
+SHARED_COPIES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "another's moment": (
+        lambda params, states, copies: states[1].update(exp_avg=copies[0]),
+        "exp_avg of parameter 1 of group 0",
+        "copy_to of parameter 0 of group 0",
+    ),
+    "its own average": (
+        lambda params, states, copies: states[0].update(ema=copies[0]),
+        "ema of parameter 0 of group 0",
+        "copy_to of parameter 0 of group 0",
+    ),
+    "a moment, moved": (
+        lambda params, states, copies: setattr(copies[1], "data", states[0]["exp_avg_sq"]),
+        "exp_avg_sq of parameter 0 of group 0",
+        "copy_to of parameter 1 of group 0",
+    ),
+    "a step": (
+        lambda params, states, copies: states[1].update(step=_at(copies[1], 0, 1.0)),
+        "step of parameter 1 of group 0",
+        "copy_to of parameter 1 of group 0",
+    ),
+    "a parameter, moved": (
+        lambda params, states, copies: setattr(params[1], "data", copies[0]),
+        "copy_to of parameter 0 of group 0",
+        "parameter 1 of group 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fault", SHARED_COPIES)
+def test_a_copy_that_comes_to_be_what_a_launch_writes_too_is_refused(fault: str, backend: str) -> None:
+    spoil, one, other = SHARED_COPIES[fault]
+    params, copies = [_param(3), _param(3)], [torch.zeros(3), torch.zeros(3)]
+    optimizer = fusedopt.Adam(params, copy_to=copies, ema_decay=0.5, backend=backend)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    spoil(params, [optimizer.state[param] for param in params], copies)
+    before = [tensor.detach().clone() for tensor in (*params, *copies)]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"(?=.*{one})(?=.*{other}).* and .* share memory"):
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip((*params, *copies), before, strict=True))
+
+
+@pytest.mark.parametrize("by_parameter", [False, True])
+def test_copies_are_those_that_the_optimizer_was_made_with(by_parameter: bool) -> None:
+    param, kept = _param(3), torch.zeros(3)
+    copies: Any = {param: kept} if by_parameter else [kept]
+    optimizer = fusedopt.SGD([param], lr=0.5, copy_to=copies)
+    copies[param if by_parameter else 0] = other = torch.zeros(3)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.refresh()
+    optimizer.step()
+    assert kept.tolist() == param.tolist() == [0.0, 0.0, 0.0]
+    assert other.tolist() == [0.0, 0.0, 0.0]
+
+
+# Copies that a group which is added does not fit: of a parameter, the new one, the message.
+NO_COPIES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
+    "list": (lambda param, other: [torch.zeros(3)], "copy_to has 1 tensors, where the optimizer has 2 parameters"),
+    "the new one": (
+        lambda param, other: {param: other.data},
+        "copy_to of parameter 0 .* and parameter 0 of group 1 sh",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", NO_COPIES)
+def test_a_group_that_the_copies_do_not_fit_is_not_added(fault: str) -> None:
+    make, message = NO_COPIES[fault]
+    param, other = _param(3), _param(3)
+    optimizer = fusedopt.SGD([param], lr=0.5, copy_to=make(param, other))
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [other]})
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    assert param.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_group_may_come_beside_copies_by_parameter() -> None:
+    param, other, kept = _param(3), _param(3), torch.zeros(3)
+    optimizer = fusedopt.SGD([param], lr=0.5, copy_to={param: kept})
+    optimizer.add_param_group({"params": [other]})
+    param.grad = other.grad = torch.ones(3)
+    optimizer.step()
+    assert kept.tolist() == other.tolist() == [0.5, 0.5, 0.5]
+
+
 @pytest.fixture(scope="module")
 def memory_outcomes() -> dict[str, list[str]]:
     """What the steps raised by fault, as far as the process came."""
