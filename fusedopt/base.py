@@ -364,8 +364,8 @@ class FusedOptimizer(Optimizer):
         self._see_params(traced.params_of(self))
         self._forget_tables()
         self._fill_groups(self.param_groups)
-        for param, values in self.state.items() if self._rule.keeps_step else ():
-            if isinstance(param, Tensor) and not isinstance(values.get("step", param), Tensor):
+        for param, values in self._own_states() if self._rule.keeps_step else ():
+            if not isinstance(values.get("step", param), Tensor):
                 values["step"] = checkpoint.as_step(values["step"], local(param).device)
 
     def _see_params(self, params: list[Tensor]) -> None:
@@ -389,11 +389,19 @@ class FusedOptimizer(Optimizer):
             for key, value in self._group_defaults.items():
                 group.setdefault(key, value)
 
+    def _own_states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The state of every parameter that has one. What else somebody keeps in ``state`` is not the optimizer's."""
+        return (
+            (param, state)
+            for param, state in self.state.items()
+            if isinstance(param, Tensor) and isinstance(state, dict)
+        )
+
     def _unstepped(self) -> list[Tensor]:
         """Parameters that have a state which no step has written yet."""
         counts = {param: step for param, step in self._hidden_steps.known.items() if param in self.state}
         if not self._rule.keeps_step:
-            counts |= {param: state["step"] for param, state in self.state.items() if "step" in state}
+            counts |= {param: state["step"] for param, state in self._own_states() if "step" in state}
         return [param for param, step in counts.items() if float(step) == 0.0]
 
     def _name_of(self, group: int, place: int) -> str:
@@ -509,14 +517,18 @@ class FusedOptimizer(Optimizer):
         return copies
 
     def _check_averages(self) -> None:
-        """Refuses a parameter that took the place of another: its average would begin anew, and nobody say so."""
+        """Refuses a parameter that took the place of another: its average would begin anew, and nobody say so.
+
+        One that was there before, and has its first gradient late, took nobody's place.
+        """
         if self._phase.ema_decay is None:
             return
-        params = set(traced.params_of(self))
-        left = {param.shape for param, state in self.state.items() if param not in params and EMA in state}
+        averaged = {param for param, state in self._own_states() if EMA in state}
+        left = {param.shape for param in averaged.difference(traced.params_of(self))}
+        known = averaged.union(self._traced_params)
         for g, group in enumerate(self.param_groups) if left else ():
             for k, param in enumerate(group["params"]):
-                if EMA not in self.state.get(param, {}) and param.shape in left:
+                if param not in known and param.shape in left:
                     raise RuntimeError(
                         f"{self._name_of(g, k)} has no average, and there is one of a parameter of its shape "
                         f"{tuple(param.shape)} that is in no group: it was replaced. Give the new one the state of the "

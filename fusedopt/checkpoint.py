@@ -17,6 +17,7 @@ from torch import Tensor
 from .check import check_flags, check_hyperparameters, check_state, check_step, local
 from .precision import (
     MASTER_KEYS,
+    ROUNDING_KEY,
     STATE_DTYPES,
     check_codes,
     check_master,
@@ -73,7 +74,7 @@ def read(
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict["state"].items():
         if key not in place_of:
-            _check_stranger(rule, key, value)
+            _check_stranger((*rule.states, *more, *MASTER_KEYS, ROUNDING_KEY), key, value)
             state[key] = value  # not of a parameter: kept as it is, as torch does
             continue
         g, k = place_of[key]
@@ -169,9 +170,9 @@ def _place_of(
     return place_of
 
 
-def _check_stranger(rule: Rule, key: Any, value: Any) -> None:
+def _check_stranger(names: Sequence[str], key: Any, value: Any) -> None:
     """Refuses the state of a parameter that no group has, as where JSON has made text of the numbers."""
-    if isinstance(value, Mapping) and any(name in value for name in ("step", *rule.states)):
+    if isinstance(value, Mapping) and any(name in value for name in names):
         raise ValueError(f"loaded state dict has a state of a parameter {key!r}, which is in none of its groups")
 
 

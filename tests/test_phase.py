@@ -415,6 +415,18 @@ def test_a_parameter_that_takes_anothers_place_needs_its_average_or_that_this_is
     assert torch.equal(optimizer.state[new]["ema"], (average + new) / 2)
 
 
+def test_a_first_gradient_may_come_after_another_parameter_of_its_shape_has_left() -> None:
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = fusedopt.SGD([{"params": [param]} for param in params], lr=0.5, ema_decay=0.5)
+    params[0].grad = torch.ones(4)
+    optimizer.step()
+    del optimizer.param_groups[0]  # frozen; its state stays
+    params[1].grad = torch.ones(4)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[params[1]]["ema"].tolist() == [0.25] * 4
+
+
 def test_an_average_that_is_swapped_in_twice_lets_no_step_be_lost() -> None:
     param = torch.nn.Parameter(torch.ones(4))
     optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.5)

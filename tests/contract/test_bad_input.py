@@ -967,6 +967,39 @@ def test_a_group_that_is_given_nonsense_is_named_and_nothing_is_stepped(fault: s
     assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True))
 
 
+# What a script keeps in the state beside the parameters', as torch.optim lets it.
+STRANGERS: dict[str, Any] = {"note": "ema, step", "count": 5, "global": {"step": 0.0, "best": [1.0]}}
+STRANGERS_MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "velocity": ("SGD", {"momentum": 0.9}),
+    "average": ("SGD", {"momentum": 0.9, "ema_decay": 0.5}),
+    "rounded at random": ("SGD", {"momentum": 0.9, "rounding": "stochastic"}),
+    "8 bits": ("AdamW", {"state_dtype": torch.int8, "ema_decay": 0.5}),
+}
+
+
+@pytest.mark.parametrize("mode", STRANGERS_MODES)
+def test_what_is_no_state_of_a_parameter_is_left_as_it_is(mode: str) -> None:
+    cls, options = STRANGERS_MODES[mode]
+    param = _param(3, dtype=torch.bfloat16)
+    optimizer = getattr(fusedopt, cls)([param], lr=0.5, **options)
+    optimizer.state.update(copy.deepcopy(STRANGERS))
+    param.grad = torch.ones_like(param)
+
+    def assert_kept(state: Any) -> None:
+        assert {key: value for key, value in state.items() if key in STRANGERS} == STRANGERS
+
+    for _ in range(2):
+        optimizer.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    twin = copy.deepcopy(optimizer)
+    for state in (optimizer.state_dict()["state"], optimizer.state_dict_torch()["state"], twin.state, optimizer.state):
+        assert_kept(state)
+    assert_kept(fusedopt.fuse(fusedopt.unfuse(optimizer)).state)
+    optimizer.step()
+    assert optimizer.state[param]["step" if cls == "AdamW" else "momentum_buffer"].any()
+
+
 # What an attribute of an optimizer is set to, the message.
 ATTRIBUTES: dict[str, tuple[str, Any, str]] = {
     "groups of none": ("param_groups", None, "param_groups must be a list of dicts, but it is None"),
