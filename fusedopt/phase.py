@@ -57,7 +57,7 @@ class Phase:
         zero_grads: sets every gradient to zero once it was read; its memory stays. Also in a step that is skipped.
         max_grad_norm: scales all gradients of the optimizer as ``torch.nn.utils.clip_grad_norm_`` does, so that their
             norm is at most this; the gradients themselves stay as they are.
-        norm_type: 2, or infinity: the largest magnitude.
+        norm_type: 2, or infinity: the largest magnitude, which complex parameters can not have.
         norm_by_group: every group is clipped by its own norm, as where ``clip_grad_norm_`` is called for each. A group
             may then have a ``max_grad_norm`` of its own, read at every step; None: it is not clipped.
         skip_nonfinite: a step with an infinite or NaN gradient changes no parameter, state or count.
@@ -143,6 +143,14 @@ class Phase:
     def reads_twice(self) -> bool:
         """Whether a step reads all gradients before it updates anything."""
         return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def check_norm(self, name: str, param: Tensor) -> None:
+        """Refuses a parameter whose norm the kernels can not find: they see the two parts of a complex number."""
+        if self.reads_twice and self.is_largest and param.is_complex():
+            raise TypeError(
+                f"{name} has dtype {param.dtype}, whose largest magnitude can not be found: norm_type={self.norm_type} "
+                "is for real parameters"
+            )
 
     def max_norm_of(self, group: Mapping[str, Any]) -> float:
         """What the gradients of a group are clipped to; below 0: they are not."""

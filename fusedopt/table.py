@@ -492,6 +492,7 @@ class Table:
     def _check_row(self, row: Row, grad: Tensor) -> None:
         """Refuses what does not fit together, by name."""
         check_parameter(row.name, row.param)
+        self.phase.check_norm(row.name, row.param)
         check_gradient(row.name, row.param, grad, takes_sparse=self.rule.takes_sparse)
         self._check_found(row)
         if row.copy is not None:
