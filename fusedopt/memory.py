@@ -29,7 +29,10 @@ def check_memory(name: str, tensor: Tensor) -> None:
     tensor = local(tensor)
     if tensor.layout != torch.strided or is_pending(tensor) or tensor.numel() == 0:
         return
-    storage = tensor.untyped_storage()
+    try:
+        storage = tensor.untyped_storage()
+    except NotImplementedError as error:
+        raise TypeError(f"{name} has no memory of its own, as within torch.vmap or torch.func.grad: {error}") from error
     end = tensor.data_ptr() + tensor.nbytes if tensor.is_contiguous() else span(tensor)[1]
     reach = end - storage.data_ptr()
     if reach > storage.nbytes():

@@ -139,6 +139,11 @@ class Phase:
         """Whether the norm is the largest magnitude."""
         return math.isinf(self.norm_type)
 
+    @property
+    def measures_largest(self) -> bool:
+        """Whether a step finds the largest magnitude."""
+        return self.reads_twice and self.is_largest
+
     @cached_property
     def reads_twice(self) -> bool:
         """Whether a step reads all gradients before it updates anything."""
@@ -146,7 +151,7 @@ class Phase:
 
     def check_norm(self, name: str, param: Tensor) -> None:
         """Refuses a parameter whose norm the kernels can not find: they see the two parts of a complex number."""
-        if self.reads_twice and self.is_largest and param.is_complex():
+        if self.measures_largest and param.is_complex():
             raise TypeError(
                 f"{name} has dtype {param.dtype}, whose largest magnitude can not be found: norm_type={self.norm_type} "
                 "is for real parameters"

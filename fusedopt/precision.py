@@ -5,7 +5,7 @@ A mode is a storage of a slot: the rule does not know of it. A group has the key
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -216,16 +216,17 @@ def widened(state: Mapping[str, Any], name: str, group: Group) -> Tensor:
 
 def check_codes(rule: Rule, name: str, param: Tensor, group: Group, state: Mapping[str, Any]) -> None:
     """Refuses codes that the group did not ask for, or those of another block size."""
-    wanted = coded_states(rule, param, group)
-    if wanted:
+    if coded_states(rule, param, group):
         check_even(f"states in 8 bits: {name}", param)
     for key in rule.states:
         tensor = state.get(key)
         if not isinstance(tensor, Tensor) or tensor.dtype not in CODE_STORAGES:
             continue
-        if key not in wanted or tensor.dtype != code_dtype(rule, group, key):
+        if not is_coded(param, group, key) or tensor.dtype != code_dtype(rule, group, key):
+            asked = f"but state_dtype is {state_dtype_of(group, key)}"
+            why = asked if takes_modes(param) else f"which a parameter of {param.dtype} cannot have"
             raise ValueError(
-                f"{key} of {name} is codes of {tensor.dtype}, but state_dtype is {state_dtype_of(group, key)}; "
+                f"{key} of {name} is codes of {tensor.dtype}, {why}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"
             )
         check_scales(key, name, param, group, state)
@@ -285,8 +286,11 @@ def check_master(name: str, param: Tensor, group: Group, state: Mapping[str, Any
         if kept is None:
             continue
         if other != key:
+            mode = group.get("master")
+            is_asked = mode is not None and MASTERS[mode][0] == other
+            why = f"which a parameter of {param.dtype} cannot have" if is_asked else f"but master is {mode!r}"
             raise ValueError(
-                f"the state of {name} has '{other}', but master is {group.get('master')!r}; "
+                f"the state of {name} has '{other}', {why}; "
                 "state_dict_torch() of the optimizer that saved it is free of modes"
             )
         if not isinstance(kept, Tensor):
@@ -299,17 +303,16 @@ def check_master(name: str, param: Tensor, group: Group, state: Mapping[str, Any
         check_own_memory(f"{other} of {name}", kept)
 
 
-def check_no_double(rule: Rule, name: str, param: Tensor, group: Group, tensors: Sequence[Tensor | None]) -> None:
-    """Refuses float64 beside a mode whose kernels compute in float32."""
-    if not any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+def check_no_double(rule: Rule, name: str, param: Tensor, group: Group, tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuses float64 beside a mode whose kernels compute in float32. The tensors are those of a parameter, by name."""
+    double = [what for what, tensor in tensors.items() if tensor is not None and tensor.dtype == torch.float64]
+    if not double:
         return
     modes = [f"master={group['master']!r}"] if master_key(param, group) else []
     modes += [f"rounding={group['rounding']!r}"] if rounds_at_random(param, group) else []
     modes += [f"state_dtype={state_dtype_of(group, key)} of {key}" for key in coded_states(rule, param, group)]
     if modes:
-        raise TypeError(
-            f"{name} has a gradient, a state, a copy or an average of torch.float64, which {modes[0]} cannot have"
-        )
+        raise TypeError(f"{double[0]} of {name} has dtype torch.float64, which {modes[0]} cannot have")
 
 
 def keep_modes(saved: dict[str, Any], group: Group) -> None:

@@ -501,8 +501,8 @@ class Table:
         group, state = self.groups[row.group], self._found(row)
         if has_modes(group):
             kept = [name for name in self.rule.states if state_dtype_of(group, name) is None]
-            wanted = [state.get(name) for name in (*kept, *self.phase.states)]
-            check_no_double(self.rule, row.name, row.param, group, [grad, row.copy, *wanted])
+            wanted = {name: state.get(name) for name in (*kept, *self.phase.states)}
+            check_no_double(self.rule, row.name, row.param, group, {"gradient": grad, "copy_to": row.copy, **wanted})
 
     def _check_first_velocity(self, row: Row) -> None:
         """Refuses a velocity that begins when an average or random bits have counted steps already.
@@ -560,7 +560,8 @@ class Table:
 
     def _plain_rows(self, rows: list[Row]) -> tuple[list[int], bool]:
         """Those that are new and of tensors that need no closer look, almost all of a first step; if they are apart."""
-        if self.phase.states or self.phase.zero_grads or self.phase.copy_to is not None:
+        phase = self.phase
+        if phase.states or phase.zero_grads or phase.copy_to is not None or phase.measures_largest:
             return [], False
         modes = [has_modes(group) for group in self.groups]
         return self.core.plain_rows(

@@ -272,16 +272,17 @@ def test_bad_norms_are_refused_when_the_optimizer_is_made(options: dict[str, Any
 
 @each_run
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("beside", [torch.float32, torch.complex64], ids=str)
 def test_the_largest_magnitude_of_complex_gradients_is_refused_and_their_norm_of_squares_taken(
-    options: dict[str, Any], run: Run, settings: Run
+    beside: torch.dtype, options: dict[str, Any], run: Run, settings: Run
 ) -> None:
-    params = [torch.nn.Parameter(torch.ones(1, dtype=dtype, device=run.device)) for dtype in (None, torch.complex64)]
-    for param in params:
-        param.grad = torch.full_like(param, 3 + 4j if param.is_complex() else 12.0)
+    params = [torch.nn.Parameter(torch.ones(1, dtype=dtype, device=run.device)) for dtype in (torch.complex64, beside)]
+    for param, value in zip(params, (3 + 4j, 12.0), strict=True):
+        param.grad = torch.full_like(param, value)
     optimizer = fusedopt.SGD(params, lr=1.0, norm_type=math.inf, backend=run.backend, **options)
     for _ in range(2):
         with pytest.raises(
-            TypeError, match=r"parameter 1 of group 0 has dtype torch.complex64, .* norm_type=inf is for"
+            TypeError, match=r"parameter 0 of group 0 has dtype torch.complex64, .* norm_type=inf is for"
         ):
             optimizer.step()
     assert [param.item() for param in params] == [1.0, 1.0]

@@ -115,6 +115,49 @@ def test_a_mode_that_is_written_into_a_group_between_steps_holds_from_the_next_o
     assert_same(*found)
 
 
+# A mode of bfloat16, what the parameter is cast to after a step, the message.
+CASTS: list[tuple[dict[str, Any], torch.dtype, str]] = [
+    ({"master": "fp32"}, F32, "has 'master', which a parameter of torch.float32 cannot have"),
+    ({"master": "split"}, torch.float64, "has 'low_bits', which a parameter of torch.float64 cannot have"),
+    ({"master": "kahan"}, F32, "has 'compensation', which a parameter of torch.float32 cannot have"),
+    (
+        {"state_dtype": torch.int8},
+        torch.float64,
+        "exp_avg of .* is codes of torch.int8, which a parameter of torch.float64 cannot have",
+    ),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
+@pytest.mark.parametrize(("options", "dtype", "message"), CASTS, ids=str)
+def test_what_a_parameter_cannot_have_after_a_cast_is_told(
+    options: dict[str, Any], dtype: torch.dtype, message: str
+) -> None:
+    params = make_params(BF16)
+    optimizer = fusedopt.AdamW(params, **options)
+    take_steps(optimizer, params, 1)
+    for param in params:
+        param.grad = None
+        param.data = param.data.to(dtype)
+    before = bits_of(optimizer, params)
+    with pytest.raises(ValueError, match=message):
+        take_steps(optimizer, params, 1)
+    assert_same(bits_of(optimizer, params), before)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
+def test_codes_that_no_flag_asks_for_any_more_stay_as_they_are() -> None:
+    params = make_params(BF16)
+    optimizer = fusedopt.AdamW(params, state_dtype=torch.int8, amsgrad=True)
+    for is_asked in (True, False, True):
+        before = optimizer.state[params[3]].get("max_exp_avg_sq")
+        largest = None if before is None else before.clone()
+        optimizer.param_groups[0]["amsgrad"] = is_asked
+        take_steps(optimizer, params, 1)
+        assert is_asked or torch.equal(optimizer.state[params[3]]["max_exp_avg_sq"], largest)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="no kernel of its own")
 def test_a_checkpoint_of_torch_goes_into_a_mode_and_back() -> None:
     params = make_params(F32)

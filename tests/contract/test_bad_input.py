@@ -155,6 +155,28 @@ GRADIENTS: dict[str, tuple[Setup, type[Exception], str]] = {
 }
 
 
+# Functions over a step that torch.func calls with tensors that have no memory; what the message names.
+TRANSFORMS: dict[str, tuple[Callable[[Callable[[Tensor], Tensor]], Any], str]] = {
+    "vmap": (lambda step: torch.vmap(step)(torch.ones(2, 3)), "gradient of parameter 0 of group 0"),
+    "grad": (lambda step: torch.func.grad(step)(torch.ones(3)), "parameter 0 of group 0"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_step_within_a_transform_of_functions_is_refused(transform: str, backend: str) -> None:
+    apply, what = TRANSFORMS[transform]
+
+    def step(grad: Tensor) -> Tensor:
+        param = _param(3)
+        param.grad = grad * 1.0
+        fusedopt.AdamW([param], backend=backend).step()
+        return grad.sum()
+
+    with pytest.raises(TypeError, match=f"{what} has no memory of its own, as within torch.vmap or torch.func.grad"):
+        apply(step)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("fault", GRADIENTS)
 def test_tensors(cls: str, fault: str) -> None:
