@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import traced
 from .backends import choose_backend
 from .base import FusedOptimizer
 from .check import check_flags
@@ -117,6 +118,7 @@ def unfuse(optimizer: Optimizer) -> Optimizer:
     _drop_velocities(optimizer, unstarted)
     attributes, keys = _additions(type(optimizer), twin)
     _become(optimizer, twin, {})
+    traced.forget(optimizer._number)
     for name in attributes & vars(optimizer).keys():
         delattr(optimizer, name)
     for group in (optimizer.defaults, *optimizer.param_groups):

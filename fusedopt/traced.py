@@ -34,6 +34,11 @@ def register(optimizer: FusedOptimizer, number: int | None = None) -> int:
     return number
 
 
+def forget(number: int) -> None:
+    """Lets go of an optimizer that is none of this package any more, by what :func:`register` returned."""
+    _optimizers.pop(number, None)
+
+
 def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
     """All parameters, in order: what a trace looks at, so that it need not look at the groups."""
     return [param for group in optimizer.param_groups for param in group["params"]]

@@ -155,6 +155,15 @@ def test_unfuse_leaves_what_torch_would_have_made(case: Case) -> None:
     ours.step(1)
 
 
+def test_fuse_and_unfuse_leave_nothing_behind() -> None:
+    optimizer: Any = fusedopt.AdamW([nn.Parameter(torch.ones(3))])
+    references = set()
+    for _ in range(3):
+        fusedopt.fuse(fusedopt.unfuse(optimizer))
+        references.add(weakref.getweakrefcount(optimizer))
+    assert references == {1}
+
+
 def test_unfuse_forgets_a_velocity_whose_first_step_was_skipped() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = fusedopt.SGD([param], lr=0.1, momentum=0.9, dampening=0.5)
