@@ -27,9 +27,19 @@ from fusedopt import exact
 from fusedopt.blocks import FLOAT8
 from fusedopt.precision import MASTER_KEYS
 
+F16 = torch.float16
+
 ALL_MODES = {
     **MODES,
     "fp32, float32 states": Mode(BF16, {"master": "fp32", "state_dtype": F32}),
+    "float32, bfloat16 states": Mode(F32, {"state_dtype": BF16}),
+    "split, bfloat16 states": Mode(BF16, {"master": "split", "state_dtype": BF16}),
+    "kahan, bfloat16 states": Mode(BF16, {"master": "kahan", "state_dtype": BF16}),
+    "fp32, int8 states": Mode(BF16, {"master": "fp32", "state_dtype": I8}),
+    "kahan, int8 states": Mode(BF16, {"master": "kahan", "state_dtype": I8}),
+    "float16": Mode(F16, {}),
+    "float16, kahan, float32 states": Mode(F16, {"master": "kahan", "state_dtype": F32}),
+    "float16, stochastic, float32 states": Mode(F16, {"rounding": "stochastic", "state_dtype": F32}),
     "float32, exp_avg in int8": Mode(F32, {"state_dtype": {"exp_avg": I8}}),
     "float32, exp_avg in float8": Mode(F32, {"state_dtype": {"exp_avg": FLOAT8}}),
     "float32, exp_avg_sq in int8": Mode(F32, {"state_dtype": {"exp_avg_sq": I8}}),

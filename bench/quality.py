@@ -57,6 +57,7 @@ MODES = {
     "kahan, float32 states": Mode(BF16, {"master": "kahan", "state_dtype": F32}),
     "stochastic, float32 states": Mode(BF16, {"rounding": "stochastic", "state_dtype": F32}),
     "stochastic, int8 states": Mode(BF16, {"rounding": "stochastic", "state_dtype": I8}),
+    "stochastic, float8 states": Mode(BF16, {"rounding": "stochastic", "state_dtype": FLOAT8}),
 }
 
 

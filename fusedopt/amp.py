@@ -16,8 +16,8 @@ class GradScaler(torch.amp.GradScaler):
 
     torch's own reads every gradient to look for infinities before it calls a fused optimizer's ``step``. Here the
     launch does that, with what it reads anyway for ``max_grad_norm`` and ``skip_nonfinite``; the host does not wait.
-    An optimizer that is not fusedopt's, one whose gradients were unscaled by ``unscale_``, one that lies on several
-    devices or in DTensors, and one constructed with ``fused=False`` go torch's way.
+    An optimizer that is not fusedopt's, one whose gradients were unscaled by ``unscale_``, one with hooks around its
+    ``step``, one that lies on several devices or in DTensors, and one constructed with ``fused=False`` go torch's way.
 
     Example:
         >>> import torch, fusedopt

@@ -4,9 +4,9 @@ Example:
     >>> import torch, fusedopt
     >>> with torch.device("meta"):
     ...     model = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
-    >>> plans = fusedopt.plan_memory(model, budget=11_000_000, verbose=False)
+    >>> plans = fusedopt.plan_memory(model, budget=9_000_000, verbose=False)
     >>> [plan.name for plan in plans if plan.fits and "int8" in plan.name]
-    ['int8 states', 'int8 states, split', 'int8 states, stochastic']
+    ['int8 states', 'int8 states, split', 'int8 states, kahan', 'int8 states, stochastic']
     >>> plans[-2].state_bytes
     4062508
 """
@@ -32,11 +32,16 @@ MODES: dict[str, dict[str, Any]] = {
     "float32 states": {"state_dtype": torch.float32},
     "float32 states, fp32": {"state_dtype": torch.float32, "master": "fp32"},
     "float32 states, split": {"state_dtype": torch.float32, "master": "split"},
+    "float32 states, kahan": {"state_dtype": torch.float32, "master": "kahan"},
+    "float32 states, stochastic": {"state_dtype": torch.float32, "rounding": "stochastic"},
+    "bfloat16 states": {"state_dtype": torch.bfloat16},
     "bfloat16 states, split": {"state_dtype": torch.bfloat16, "master": "split"},
     "bfloat16 states, kahan": {"state_dtype": torch.bfloat16, "master": "kahan"},
     "as torch, stochastic": {"rounding": "stochastic"},
     "int8 states": {"state_dtype": torch.int8},
+    "int8 states, fp32": {"state_dtype": torch.int8, "master": "fp32"},
     "int8 states, split": {"state_dtype": torch.int8, "master": "split"},
+    "int8 states, kahan": {"state_dtype": torch.int8, "master": "kahan"},
     "int8 states, stochastic": {"state_dtype": torch.int8, "rounding": "stochastic"},
     "float8 states": {"state_dtype": FLOAT8},
     "float8 states, split": {"state_dtype": FLOAT8, "master": "split"},
