@@ -168,6 +168,21 @@ def test_a_second_moment_that_is_not_0_never_becomes_0_nor_an_update_twice_as_la
     assert blocks.decoded(*blocks.coded(torch.zeros(5), torch.uint8, block=32), block=32).count_nonzero() == 0
 
 
+@pytest.mark.parametrize(("code", "least"), [(I8, 254), (F8, 416)], ids=str)
+@pytest.mark.parametrize("run", as_params(ONE_RUN_EACH))
+def test_no_random_bits_carry_the_largest_of_a_block_beyond_the_largest_code(
+    code: torch.dtype, least: int, run: Run, settings: Run
+) -> None:
+    """All of a block are its largest: of 2^17, some eight meet the highest two of 2^15 random words."""
+    sizes = torch.rand(2**12, generator=torch.Generator().manual_seed(0)).repeat_interleave(32)
+    param = torch.nn.Parameter(torch.zeros(2**17, device=run.device))
+    optimizer = fusedopt.AdamW([param], backend=run.backend, state_dtype=code, state_block=32)
+    param.grad = sizes.to(run.device)
+    optimizer.step()
+    codes = optimizer.state[param]["exp_avg_sq"].float()
+    assert float(codes.min()) >= least
+
+
 @needs_no_backend
 def test_a_decay_of_one_in_a_thousand_is_not_lost() -> None:
     """The root of a mean of squares loses 1/2000 a step, 1/20 of a code of 100: to nearest it would stay for ever."""
