@@ -111,9 +111,12 @@ def _command(*words: str) -> str | None:
 
 @cache
 def commit() -> str | None:
-    """The repository's commit, with `-dirty` where files differ from it; None without git or commits."""
+    """The repository's commit, with `-dirty` where code differs from it; None without git or commits."""
     head = _command("git", "rev-parse", "--short=12", "HEAD")
-    return head and head + ("-dirty" if _command("git", "status", "--porcelain", "--untracked-files=no") else "")
+    code = (":/", *(f":(top,exclude){words}" for words in ("docs", "bench/results", "*.md")))
+    return head and head + (
+        "-dirty" if _command("git", "status", "--porcelain", "--untracked-files=no", "--", *code) else ""
+    )
 
 
 @cache
