@@ -35,7 +35,7 @@ INTERPRETED_PARTS = {
     "precision": "bit_for_bit or SGD or kahan",
     "phase": "not all_side_outputs or AdamW-bf16 or SGD-f64",
     "norm": "not bits_of_the_reference or Adam-all",
-    "report": "f32-dense or split or fp32 or counted",
+    "report": "f32-dense or split or fp32 or counted or several_leaves",
 }
 
 

@@ -86,6 +86,15 @@ def test_a_report_of_codes_and_random_rounding_has_the_bits_of_the_reference(
     compare(run, "AdamW", dtype, layout, **options, **(BESIDE["all"] if layout == "dense" else {}))
 
 
+@each_run
+def test_a_report_of_codes_with_several_leaves_in_a_chunk_has_the_bits_of_the_reference(
+    run: Run, settings: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if run.backend == "triton":  # which would share so few elements among many programs
+        monkeypatch.setattr("fusedopt.triton_kernels.launch.resident_programs", lambda *_: 1)
+    compare(run, "AdamW", torch.float32, state_dtype=torch.int8)
+
+
 @pytest.mark.parametrize("run", as_params((*THREADS, *GRIDS)))
 def test_threads_and_grids_change_no_bit_of_a_report(run: Run, settings: Run) -> None:
     found = []
