@@ -274,11 +274,13 @@ def test_a_velocity_given_after_a_first_step_that_was_skipped_is_taken() -> None
     assert torch.equal(param.detach(), torch.zeros(3))
 
 
-def test_a_state_given_other_memory_is_found_without_being_told() -> None:
+@pytest.mark.parametrize("steps", [1, 2])  # its handle is looked for at the second
+def test_a_state_given_other_memory_is_found_without_being_told(steps: int) -> None:
     param = Parameter(torch.zeros(5))
     param.grad = torch.zeros(5)
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=1.0)
-    optimizer.step()
+    for _ in range(steps):
+        optimizer.step()
     optimizer.state[param]["momentum_buffer"].data = torch.ones(5)
     optimizer.step()
     assert torch.equal(param.detach(), -torch.ones(5))
