@@ -106,7 +106,7 @@ def test_a_step_without_the_scaler_looks_for_nothing_and_has_the_bits_it_had(run
     assert_same_bits(found, others)
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
 @pytest.mark.parametrize("unscaled", [None, 0, 1])
 def test_one_of_several_optimizers_that_meets_an_infinity_lowers_the_scale_of_all(
     order: tuple[int, ...], unscaled: int | None
