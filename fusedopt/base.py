@@ -637,7 +637,7 @@ class _Waiting:
 
 @torch.no_grad()
 def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
-    """Gives every parameter its value, and takes it off the list, whatever befalls another."""
+    """Gives every parameter its value, whatever shape another has got, and takes it off the list."""
     lost: list[str] = []
     while held:
         name, param, value = held[-1]

@@ -440,10 +440,8 @@ class Table:
             return set()
         firsts = (torch.stack([step.reshape(()).to(self.device) for _, step in counts]) == 0.0).tolist()
         unstepped = [row for (row, _), is_first in zip(counts, firsts, strict=True) if is_first]
-        present = [(row, self._present(row)) for row in unstepped]
-        return {
-            row.index for row, of in present if any(has_values(of[name]) for name in self.rule.states if name in of)
-        }
+        states = ((row, name, state) for row in unstepped for name, state in self._present(row).items())
+        return {row.index for row, name, state in states if name in self.rule.states and has_values(state)}
 
     def _keep_step(self, row: Row, step: Tensor) -> None:
         row.count = step
