@@ -82,7 +82,7 @@ struct Watch {
   Hold hold;
   std::vector<u64> state_addresses;  // of the entries that the state's watch has, and of the copy
   py::object copy{};                 // what a launch copies the parameter to, if it does
-  py::list keep{};                   // what else the row points into
+  std::vector<py::object> keep{};    // what else the row points into
 };
 
 // A tensor that must stay where it is, and can be asked without Python.
@@ -127,6 +127,13 @@ const void* impl_of(const py::object& tensor) {
   return impl;
 }
 
+// Reads a tensor's facts; false, and no exception, where only Python can say what it is.
+bool can_read(PyObject* tensor, TensorFacts& facts, std::vector<int64_t>& extents) {
+  if (reader.read(tensor, facts, extents)) return true;
+  PyErr_Clear();
+  return false;
+}
+
 // The bytes that a tensor lies in, from its first to behind its last; none where it is empty.
 using Span = std::pair<u64, u64>;
 
@@ -156,10 +163,7 @@ py::object addresses_apart(const py::list& tensors) {
   for (const py::handle tensor : tensors) {
     TensorFacts facts;
     extents.clear();
-    if (!reader.is_plain(tensor.ptr()) || !reader.read(tensor.ptr(), facts, extents)) {
-      PyErr_Clear();
-      return py::none();
-    }
+    if (!reader.is_plain(tensor.ptr()) || !can_read(tensor.ptr(), facts, extents)) return py::none();
     if (addresses.empty()) device = facts.device;
     const Span span = span_of(facts, extents);
     if (!(facts.device == device) || (span.second != 0 && span.first == 0)) return py::none();
@@ -260,7 +264,7 @@ class Table {
 
   void set_row(u64 row, const std::array<u64, kSlots>& addresses, const std::array<int, kElementSlots>& storages,
                u32 mode, i64 numel, u32 group, std::vector<i64> layout, py::object param, const py::object& grad,
-               bool unwrap, const py::object& copy, py::list keep) {
+               bool unwrap, const py::object& copy, std::vector<py::object> keep) {
     RowSpec spec;
     for (int s = 0; s < kSlots; ++s) spec.address[s] = addresses[size_t(s)];
     for (int s = 0; s < kElementSlots; ++s) spec.storage[s] = u8(storages[size_t(s)]);
@@ -273,6 +277,25 @@ class Table {
     Watch& watch = watches_[row];
     watch.copy = copy.is_none() ? py::object() : copy;
     watch.state_addresses = addresses_of(watch);
+  }
+
+  // A table of all parameters of these groups, and its rows that have a gradient, which begin_rows() can describe: see
+  // plain_rows(). None where a tensor or a group needs a closer look, as one that has any of the `unusual` keys does.
+  static py::object of_plain(const std::shared_ptr<const Schema>& schema, const py::object& groups,
+                             const py::object& states, const py::tuple& unusual) {
+    std::vector<std::tuple<u32, Py_ssize_t, py::object>> places;
+    std::vector<Py_ssize_t> sizes;
+    TensorFacts first;
+    std::vector<int64_t> extents;
+    if (!gradients.is_connected() || !PyDict_Check(states.ptr())) return py::none();
+    if (!find_places(groups, unusual, places, sizes) || places.empty()) return py::none();
+    if (!can_read(std::get<2>(places[0]).ptr(), first, extents)) return py::none();
+    const std::pair<int, int> device{first.device.type, first.device.index};
+    auto table = std::make_unique<Table>(schema, device, places, std::move(sizes),
+                                         py::reinterpret_borrow<py::dict>(states), std::vector<u64>{0});
+    std::vector<u64> rows;
+    if (!table->begin_groups(groups) || !table->see_all_plain(rows)) return py::none();
+    return py::make_tuple(std::move(table), std::move(rows));
   }
 
   // Of these rows those that begin_rows() can describe: the parameter has no state, and needs no closer look. It and
@@ -293,15 +316,22 @@ class Table {
 
   // Makes the states of rows that plain_rows() has just passed, and describes the rows. `needed`: which of the rule's
   // states each group needs; `steps`: a count for each row that has states, in order, or for each row where the rule
-  // always counts; `steps_in_state`: views of them that the state is to have. Returns the states of each row by name.
-  py::list begin_rows(const std::vector<u64>& rows, const std::vector<std::vector<bool>>& needed,
-                      const py::object& steps, const py::sequence& steps_in_state, u32 mode,
-                      const py::object& empty_like) {
-    py::list made;
+  // always counts; `steps_in_state`: views of them that the state is to have.
+  void begin_rows(const std::vector<u64>& rows, const std::vector<std::vector<bool>>& needed, const py::object& steps,
+                  const py::sequence& steps_in_state, u32 mode, const py::object& empty_like) {
     NewSteps left{steps, 0, steps_in_state};
     if (!reader.read_address(steps.ptr(), left.address)) fail();
-    for (const u64 row : rows) made.append(begin_row(row, needed.at(places_.at(row).group), left, mode, empty_like));
-    return made;
+    for (const u64 row : rows) begin_row(row, needed.at(places_.at(row).group), left, mode, empty_like);
+  }
+
+  // A row's group, its place in that, its parameter, where that lay when the row was described, and what its state is
+  // watched to hold.
+  py::tuple described(u64 row) const {
+    const Watch& watch = watches_.at(row);
+    py::dict entries;
+    for (const auto& [key, value] : watch.state.entries())
+      if (value) entries[key] = value;
+    return py::make_tuple(places_[row].group, places_[row].index, watch.param, watch.param_facts.address, entries);
   }
 
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
@@ -350,6 +380,12 @@ class Table {
     for (const Place& place : places_)
       if (PyList_GET_ITEM(params_[place.group], place.index) != place.param) return py::int_(-1);
     return changed.empty() ? py::object(py::none()) : py::object(changed);
+  }
+
+  py::list params() const {
+    py::list params(watches_.size());
+    for (u64 row = 0; row < watches_.size(); ++row) params[row] = watches_[row].param;
+    return params;
   }
 
   // The parameters that have a gradient, as of the last refresh.
@@ -432,7 +468,7 @@ class Table {
     for (const Watch& watch : watches_) {
       Py_VISIT(watch.param.ptr());
       Py_VISIT(watch.copy.ptr());
-      Py_VISIT(watch.keep.ptr());
+      for (const py::object& kept : watch.keep) Py_VISIT(kept.ptr());
       Py_VISIT(watch.grad_spec.ptr());
       if (const int stop = watch.state.traverse(visit, arg)) return stop;
     }
@@ -460,6 +496,64 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
+  // Finds the parameters of all groups, in order; false where a group or a parameter needs a closer look.
+  static bool find_places(const py::object& groups, const py::tuple& unusual,
+                          std::vector<std::tuple<u32, Py_ssize_t, py::object>>& places,
+                          std::vector<Py_ssize_t>& sizes) {
+    static const py::str& kParams = lasting_name("params");
+    if (!PyList_CheckExact(groups.ptr())) return false;
+    for (const py::handle group : py::reinterpret_borrow<py::list>(groups)) {
+      if (!PyDict_CheckExact(group.ptr())) return false;
+      for (const py::handle key : unusual)
+        if (has_key(group, key)) return false;
+      PyObject* const params = PyDict_GetItemWithError(group.ptr(), kParams.ptr());  // borrowed
+      if (params == nullptr && PyErr_Occurred()) fail();
+      if (params == nullptr || !PyList_CheckExact(params)) return false;
+      for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k) {
+        const auto param = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(params, k));
+        if (!reader.is_plain(param.ptr())) return false;
+        places.emplace_back(u32(sizes.size()), k, param);
+      }
+      sizes.push_back(PyList_GET_SIZE(params));
+    }
+    return true;
+  }
+
+  // Reads the groups of a new table; false where Python has to say what is wrong with one of them.
+  bool begin_groups(const py::object& groups) {
+    try {
+      read_groups(py::reinterpret_borrow<py::list>(groups));
+    } catch (const std::exception&) {
+      return false;
+    }
+    const auto is_refused = [](const GroupRow& group) { return (group.hypers.flags & kRefused) != 0; };
+    return std::none_of(host_.group_rows().begin(), host_.group_rows().end(), is_refused);
+  }
+
+  // Whether all rows that have a gradient, which are listed, need no closer look, and no two tensors share memory.
+  bool see_all_plain(std::vector<u64>& rows) {
+    std::vector<Span> spans;
+    for (u64 row = 0; row < watches_.size(); ++row) {
+      Watch& watch = watches_[row];
+      if (see_plain(watch)) {
+        rows.push_back(row);
+        spans.push_back(span_of(watch.grad_facts, extents_));
+      } else if (!see_without_gradient(watch)) {
+        return false;
+      }
+      spans.push_back(span_of(watch.param_facts, extents_));
+    }
+    return !rows.empty() && are_apart(std::move(spans));
+  }
+
+  // Whether a row's parameter has neither gradient nor state, and is where it is known to be.
+  bool see_without_gradient(Watch& watch) {
+    PyObject* const param = watch.param.ptr();
+    if (has_state(watch.param) || !grad_of(param).is_none()) return false;
+    return can_read(param, watch.param_facts, extents_) && watch.param_facts.device == device_ &&
+           watch.param_facts.address != 0;
+  }
+
   // Whether a row needs no closer look: see plain_rows(). What it is then is in its facts.
   bool see_plain(Watch& watch) {
     const py::object& param = watch.param;
@@ -469,9 +563,8 @@ class Table {
     if (!reader.is_plain(grad.ptr()) || gradients.is_inference(impl)) return false;
     const size_t known = extents_.size();
     TensorFacts p, g;
-    if (!reader.read(param.ptr(), p, extents_) || !reader.read(grad.ptr(), g, extents_)) {
-      PyErr_Clear();
-    } else if (p.dtype == g.dtype && has_same_shape(p, g)) {
+    const bool is_known = can_read(param.ptr(), p, extents_) && can_read(grad.ptr(), g, extents_);
+    if (is_known && p.dtype == g.dtype && has_same_shape(p, g)) {
       const u64 p_bytes = whole_bytes(impl, p), g_bytes = whole_bytes(impl_of(grad), g);
       const bool is_apart = p.address + p_bytes <= g.address || g.address + g_bytes <= p.address;
       if (p_bytes != 0 && g_bytes != 0 && is_apart) {
@@ -486,7 +579,11 @@ class Table {
 
   bool has_state(const py::object& param) const {
     if (PyDict_GET_SIZE(states_.ptr()) == 0) return false;  // so at almost every first step, without a tensor's hash
-    const int found = PyDict_Contains(states_.ptr(), param.ptr());
+    return has_key(states_, param);
+  }
+
+  static bool has_key(py::handle dict, py::handle key) {
+    const int found = PyDict_Contains(dict.ptr(), key.ptr());
     if (found < 0) fail();
     return found == 1;
   }
@@ -504,8 +601,7 @@ class Table {
     size_t given = 0;
   };
 
-  py::dict begin_row(u64 row, const std::vector<bool>& needed, NewSteps& steps, u32 mode,
-                     const py::object& empty_like) {
+  void begin_row(u64 row, const std::vector<bool>& needed, NewSteps& steps, u32 mode, const py::object& empty_like) {
     static PyObject* const kDetach = PyUnicode_InternFromString("detach");
     static const py::str& kStepKey = lasting_name("step");
     Watch& watch = watches_[row];
@@ -520,10 +616,14 @@ class Table {
     };
     set_slot(kParam, watch.param_facts.address);
     set_slot(kGrad, watch.grad_facts.address);
-    py::list keep;  // aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory
-    py::dict by_name, state;
+    // Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory. On the host every
+    // step sees that first, of a state that can be asked without Python.
+    std::vector<py::object> keep;
+    py::dict state;
     std::vector<DictWatch::Entry> entries;
     std::vector<u64> addresses;
+    entries.reserve(1 + schema_->states.size());
+    addresses.reserve(1 + schema_->states.size());
     const auto put = [&](const py::str& key, const py::object& tensor, u64 address) {  // in torch's order
       entries.emplace_back(key, tensor);
       if (!tensor) return;
@@ -532,7 +632,7 @@ class Table {
     };
     if (schema_->keeps_step || std::find(needed.begin(), needed.end(), true) != needed.end()) {
       spec.address[kStep] = steps.address;
-      keep.append(steps.all);
+      keep.push_back(steps.all);
       if (schema_->keeps_step) put(kStepKey, steps.in_state[steps.given++], steps.address);
       steps.address += sizeof(float);
     }
@@ -548,8 +648,8 @@ class Table {
       if (address == 0 || !reader.is_plain(tensor.ptr())) throw py::type_error("a new state has no memory");
       clear(tensor, address, size_t(spec.numel * storage_bytes(storage)));
       set_slot(kState0 + int(s), address);
-      keep.append(call(tensor, kDetach));
-      by_name[name] = tensor;
+      if (device_.type != dlpack::kHost || find_handle(tensor, address) == nullptr)
+        keep.push_back(call(tensor, kDetach));
       put(name, tensor, address);
     }
     host_.set_row(row, spec);
@@ -562,7 +662,6 @@ class Table {
     begin_watch(watch, std::move(keep), false);
     find_impl(watch);
     set_live(row, true);
-    return by_name;
   }
 
   // The bytes of a tensor that is what see_plain() wants one to be; else 0.
@@ -597,7 +696,7 @@ class Table {
     call(tensor, kZero);
   }
 
-  void watch_tensors(u64 row, py::object param, const py::object& grad, bool unwrap, py::list keep) {
+  void watch_tensors(u64 row, py::object param, const py::object& grad, bool unwrap, std::vector<py::object> keep) {
     Watch& watch = watches_[row];
     watch.param = std::move(param);
     places_[row].param = watch.param.ptr();
@@ -614,7 +713,7 @@ class Table {
   }
 
   // What a row's watch begins with, before its facts and its gradient are known to be what it reads.
-  void begin_watch(Watch& watch, py::list keep, bool unwrap) {
+  void begin_watch(Watch& watch, std::vector<py::object> keep, bool unwrap) {
     watch.hold = Hold();
     holding_ = false;
     placed_is_known_ = false;
@@ -626,6 +725,7 @@ class Table {
     watch.grad_spec = py::object();
   }
 
+  static constexpr u32 kRefused = 1u << 31;  // the flag of groups that no step takes: fusedopt/rules.py
   static constexpr i64 kCpuChunk = 32768;
   static constexpr size_t kMostCleared = 128 << 10;  // bytes that one thread clears as fast as several
   static constexpr u64 kBlockRows = 8;
@@ -1025,6 +1125,9 @@ PYBIND11_MODULE(_C, m) {
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("copy"), py::arg("keep"))
+      .def_static("of_plain", &Table::of_plain, py::arg("schema"), py::arg("groups"), py::arg("states"),
+                  py::arg("unusual"))
+      .def("described", &Table::described, py::arg("row"))
       .def("plain_rows", &Table::plain_rows, py::arg("rows"))
       .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"),
            py::arg("steps_in_state"), py::arg("mode"), py::arg("empty_like"))
@@ -1039,6 +1142,7 @@ PYBIND11_MODULE(_C, m) {
       .def("state_in_place", &Table::state_in_place, py::arg("row"))
       .def("refresh", &Table::refresh)
       .def("read_groups", &Table::read_groups, py::arg("groups"))
+      .def("params", &Table::params)
       .def("live_params", &Table::live_params)
       .def("launch_cpu", &Table::launch_on_cpu, py::arg("threads"), py::arg("isa"), py::arg("grad_scale") = 0,
            py::arg("found_inf") = 0)

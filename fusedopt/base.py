@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import is_
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -22,9 +23,11 @@ from .precision import check_modes, scale_key
 from .report import Report, read_report
 from .rules import Rule
 from .sharded import Spread, is_any_sharded, spread_of
-from .table import Table, name_of, part_of, rows_of, separate
+from .table import UNUSUAL_KEYS, Table, name_of, part_of, rows_of, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+SELDOM_KEYS = frozenset((*UNUSUAL_KEYS, "differentiable"))  # a group with none of them need not be looked at
 
 _increment_version = torch.autograd.graph.increment_version
 
@@ -48,8 +51,7 @@ class FusedOptimizer(Optimizer):
         self, params: ParamsT, defaults: dict[str, Any], backend: str | None, phase: Phase | None = None
     ) -> None:
         """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
-        find_backend(backend)
-        self._requested_backend = backend
+        self._requested_backend, self._asked_backend = backend, find_backend(backend)
         phase = NOTHING if phase is None else phase
         self._phase = phase if phase.copy_to is None else replace(phase, copy_to=None)  # until all groups are there
         self._results: dict[int, Tensor] = {}  # of each table
@@ -59,9 +61,11 @@ class FusedOptimizer(Optimizer):
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []
         self._is_sharded = False
+        check_modes(self._rule, defaults)
         super().__init__(params, defaults)
         self._phase = phase
-        self._copies()  # refuses those that do not fit
+        if phase.copy_to is not None:
+            self._copies()  # refuses those that do not fit
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in one launch per device.
@@ -278,17 +282,17 @@ class FusedOptimizer(Optimizer):
             ValueError: the group has an option that no step could use, or ``copy_to`` is a list, which has no copy for
                 its parameters; it was not added.
         """
-        if isinstance(param_group, dict):
+        if isinstance(param_group, dict) and not SELDOM_KEYS.isdisjoint(param_group):
             check_flags(foreach=False, fused=False, differentiable=param_group.get("differentiable", False))
-            group = {**self.defaults, **param_group}
-            self._phase.check_group(len(self.param_groups), group)
-            check_modes(self._rule, group)
+            self._phase.check_group(len(self.param_groups), param_group)
+            check_modes(self._rule, {**self.defaults, **param_group})
         super().add_param_group(param_group)
-        try:
-            self._copies()
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        if self._phase.copy_to is not None:
+            try:
+                self._copies()
+            except BaseException:
+                self.param_groups.pop()
+                raise
         self._see_params(self.param_groups[-1]["params"])
         self._forget_tables()
 
@@ -354,6 +358,7 @@ class FusedOptimizer(Optimizer):
         self._number = traced.register(self, getattr(self, "_number", None))
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
+        self._asked_backend = find_backend(self._requested_backend)
         if not hasattr(self, "_phase"):
             self._phase = NOTHING
         if not hasattr(self, "_results"):
@@ -380,7 +385,7 @@ class FusedOptimizer(Optimizer):
     def _forget_params(self, params: list[Tensor]) -> None:
         """Lets go of parameters that are in no group any more. A graph that knows them is traced anew."""
         before = self._traced_params
-        if len(before) != len(params) or any(one is not other for one, other in zip(before, params, strict=True)):
+        if len(before) != len(params) or not all(map(is_, before, params)):
             self._traced_params, self._is_sharded = params, is_any_sharded(params)
         self._hidden_steps.keep_only(params)
 
@@ -553,7 +558,7 @@ class FusedOptimizer(Optimizer):
             if tables is not None and self._are_true(tables):
                 return tables
             self._forget_tables()
-            self._tables = self._build_tables()
+            self._tables = self._begin_plainly() or self._build_tables()
         except BaseException:
             self._forget_tables()  # what was read so far is not to be trusted
             raise
@@ -567,7 +572,20 @@ class FusedOptimizer(Optimizer):
             return False
         return all(table.is_current() and table.refresh() for table, _ in tables)
 
+    def _begin_plainly(self) -> list[tuple[Table, Backend]]:
+        """The one table of a first step of which nothing needs a closer look, as of almost all; else none."""
+        table = Table.of_plain(self._rule, self.param_groups, self.state, self._hidden_steps, self._phase)
+        if table is None:
+            return []
+        self._forget_params(table.core.params())
+        self._spreads = (None,)
+        table.lasting = self._lasting.setdefault((table.device, 0), table.lasting)
+        table.results = self._results_of(0, table.device, self._phase)
+        table.begin()
+        return [(table, choose_backend(self._asked_backend, table.device))]
+
     def _build_tables(self) -> list[tuple[Table, Backend]]:
+        """Tables of all parameters, each looked at closely."""
         check_groups(self.param_groups)
         if not isinstance(self.state, dict):
             raise TypeError(f"the optimizer's state must be a dict, but it is {self.state!r}")
@@ -602,7 +620,7 @@ class FusedOptimizer(Optimizer):
                     self._spreads,
                 )
                 table.begin()
-                tables.append((table, _backend_for(table, self._requested_backend)))
+                tables.append((table, _backend_for(table, self._asked_backend)))
         return tables
 
 
@@ -611,7 +629,7 @@ class _Waiting:
 
     name = "waiting"
 
-    def __init__(self, requested: str | None, device: torch.device) -> None:
+    def __init__(self, requested: Backend | None, device: torch.device) -> None:
         self._requested = requested
         self._device = device
         self._chosen: Backend | None = None
@@ -650,7 +668,7 @@ def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
         raise RuntimeError(f"{'; '.join(lost)}: it keeps what it has")
 
 
-def _backend_for(table: Table, requested: str | None) -> Backend:
+def _backend_for(table: Table, requested: Backend | None) -> Backend:
     if not table.live_params():
         return _Waiting(requested, table.device)
     return choose_backend(requested, table.device)

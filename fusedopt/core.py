@@ -43,6 +43,10 @@ class Core(Protocol):
         """Changes with anything but gradients and groups."""
 
     @property
+    def rows(self) -> int:
+        """How many there are."""
+
+    @property
     def leaves(self) -> int:
         """How many leaves all rows have."""
 
@@ -108,20 +112,29 @@ class Core(Protocol):
 
     def begin_rows(
         self,
-        rows: list[int],
+        rows: Sequence[int],
         needed: list[list[bool]],
         steps: Tensor,
         steps_in_state: Sequence[Tensor],
         mode: int,
         empty_like: Callable[[Tensor], Tensor],
-    ) -> list[dict[str, Tensor]]:
-        """Makes the states of such rows, and describes them; returns each one's states by name."""
+    ) -> None:
+        """Makes the states of such rows, and describes them."""
+
+    def described(self, row: int) -> tuple[int, int, Tensor, int, dict[str, Any]]:
+        """A row's group, its place in that, its parameter, where that lay when the row was described, and its entries.
+
+        Those are what its state is watched to hold.
+        """
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
         """Reads hyperparameters again: groups whose needs changed, None, or -1: parameters or watched keys changed."""
 
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""
+
+    def params(self) -> list[Tensor]:
+        """The parameters of all rows."""
 
     def live_params(self) -> list[Tensor]:
         """Parameters that have a gradient."""
@@ -137,7 +150,7 @@ def make_core(
     group_sizes: list[int],
     states: dict[Tensor, dict[str, Any]],
     first_rows: list[int],
-    watched: Sequence[str],
+    watched: tuple[str, ...],
 ) -> Core:
     """A table for one device: the compiled one where it exists. Its rows are blank until they are described.
 
@@ -155,8 +168,25 @@ def make_core(
 
         return PyTable(rule, device, places, group_sizes, states, first_rows, watched)
     where = (_DEVICE_TYPES.get(device.type, 0), device.index or 0)
-    table: Core = compiled.Table(_schema(rule, tuple(watched)), where, places, group_sizes, states, first_rows)
+    table: Core = compiled.Table(_schema(rule, watched), where, places, group_sizes, states, first_rows)
     return table
+
+
+def make_plain_core(
+    rule: Rule,
+    groups: list[dict[str, Any]],
+    states: dict[Tensor, dict[str, Any]],
+    watched: tuple[str, ...],
+    unusual: tuple[str, ...],
+) -> tuple[Core, list[int]] | None:
+    """A table of all parameters of these groups, and its rows that have a gradient, for ``begin_rows``.
+
+    None where a tensor or a group needs a closer look, as one that has any of the ``unusual`` keys does.
+    """
+    if compiled is None:
+        return None
+    made: tuple[Core, list[int]] | None = compiled.Table.of_plain(_schema(rule, watched), groups, states, unusual)
+    return made
 
 
 @cache

@@ -25,7 +25,7 @@ class HiddenSteps:
 
     def keep_only(self, params: Sequence[Tensor]) -> None:
         """Lets go of the counts of all other parameters."""
-        if self.known:
+        if self._begun or self._known:
             present = set(params)
             self._known = {param: count for param, count in self.known.items() if param in present}
 

@@ -149,6 +149,11 @@ class Phase:
         """Whether a step reads all gradients before it updates anything."""
         return self.max_grad_norm is not None or self.skip_nonfinite
 
+    @cached_property
+    def leaves_rows_plain(self) -> bool:
+        """Whether it neither adds to what a step reads and writes of a parameter, nor wants its gradient looked at."""
+        return not (self.states or self.zero_grads or self.copy_to is not None or self.measures_largest)
+
     def check_norm(self, name: str, param: Tensor) -> None:
         """Refuses a parameter whose norm the kernels can not find: they see the two parts of a complex number."""
         if self.measures_largest and param.is_complex():

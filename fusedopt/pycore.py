@@ -379,11 +379,19 @@ class PyTable:
         """
         return [], False
 
-    def begin_rows(self, *arguments: Any) -> list[dict[str, Tensor]]:
+    def begin_rows(self, *arguments: Any) -> None:
         """Never called, as no row is plain.
 
         Args:
             arguments: those of the compiled table.
+        """
+        raise NotImplementedError
+
+    def described(self, row: int) -> tuple[int, int, Tensor, int, dict[str, Any]]:
+        """Never called, as no row is plain.
+
+        Args:
+            row: the row.
         """
         raise NotImplementedError
 
@@ -420,6 +428,10 @@ class PyTable:
             if watch is not None and groups[group_index]["params"][place] is not watch.param:
                 return -1
         return changed or None
+
+    def params(self) -> list[Tensor]:
+        """The parameters of all rows."""
+        return [watch.param for watch in self._watches if watch is not None]
 
     def live_params(self) -> list[Tensor]:
         """The parameters that have a gradient, as of the last refresh."""

@@ -16,7 +16,7 @@ DIFFERENTIABLE = 1 << 31  # and bit 31, that no kernel ever sees: a table refuse
 MODE_KEYS = ("state_dtype", "state_block", "master", "rounding")  # what a group may ask for: precision.py
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """The host's side of csrc/rules/<stem>.h.
 

@@ -27,12 +27,23 @@ from .check import (
     local,
     real_dtype,
 )
-from .core import Core, addresses_apart, make_core
+from .core import Core, addresses_apart, make_core, make_plain_core
 from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .layout import crossings, is_same_memory, may_share_memory, neighbours, strided_layout
 from .memory import is_wrapper
-from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
+from .phase import (
+    EMA,
+    LEAF,
+    MOST_LEAVES,
+    NOTHING,
+    OPTIONS,
+    WHOLE_STEP,
+    Phase,
+    average_dtype,
+    check_cleared,
+    check_copy,
+)
 from .precision import (
     DEFAULT_BLOCK,
     ROUNDING_KEY,
@@ -56,7 +67,7 @@ from .precision import (
     takes_modes,
 )
 from .reference import REPORT_COLUMNS
-from .rules import Group, Rule
+from .rules import MODE_KEYS, Group, Rule
 from .sharded import Spread, is_sharded, like_local, places_of, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
@@ -65,6 +76,7 @@ __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 PLAIN_MODE = DEFAULT_BLOCK.bit_length() - 1  # precision.row_mode of a group without modes
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATES_AT, STATE_SLOTS, PLACE_SLOTS = 2, 3, 3
+UNUSUAL_KEYS = (*MODE_KEYS, *OPTIONS)  # a group that has one needs a closer look
 
 
 @dataclass(eq=False, slots=True)
@@ -126,6 +138,15 @@ class Row:
         return self.param.grad if self.stand_in is None else self.stand_in
 
 
+@dataclass(eq=False, slots=True)
+class Begun:
+    """Rows whose states were just made: their indices, of which the stepped ones have a count each in ``steps``."""
+
+    rows: Sequence[int]
+    stepped: Sequence[int]
+    steps: Tensor
+
+
 def name_of(groups: Sequence[Group], group: int, place: int) -> str:
     """What error messages call the parameter at a place of a group."""
     names = groups[group].get("param_names")
@@ -141,8 +162,8 @@ class Table:
         rule: the optimizer's rule.
         device: where all of these parameters are.
         groups: the optimizer's ``param_groups``.
-        rows: the table's parameters, in order.
-        beside: the rows of all tables of the device, this one's among them.
+        rows: the table's parameters, in order; None: those that ``core`` has.
+        beside: the rows of all tables of the device, this one's among them; None: there are no others.
         state: the optimizer's ``state``.
         hidden_steps: counts of rules that keep none in their state.
         lasting: what it takes over from the table that it takes the place of.
@@ -150,6 +171,8 @@ class Table:
         results: float64 on the device: where the count of skipped steps goes, and the norms.
         spreads: the ways in which the optimizer's parameters lie over ranks. The rows of a norm follow one another,
             among these those of a spread: see ``part_of``.
+        core: the compiled table of all parameters, where there is one already: then none needs a closer look.
+        live: its rows that have a gradient.
     """
 
     def __init__(
@@ -157,21 +180,25 @@ class Table:
         rule: Rule,
         device: torch.device,
         groups: list[dict[str, Any]],
-        rows: list[Row],
-        beside: Sequence[Row],
+        rows: list[Row] | None,
+        beside: Sequence[Row] | None,
         state: dict[Tensor, dict[str, Any]],
         hidden_steps: HiddenSteps,
         lasting: Lasting,
         phase: Phase = NOTHING,
         results: Tensor | None = None,
         spreads: Sequence[Spread] = (None,),
+        core: Core | None = None,
+        live: Sequence[int] = (),
     ) -> None:
         """See the class."""
         self.rule = rule
         self.device = device
         self.groups = groups
-        self.rows = rows
-        self._beside = beside
+        self._rows = rows
+        self._others = beside
+        self._live = live
+        self._begun: Begun | None = None
         self.lasting = lasting
         self.phase = phase
         self.results = results
@@ -181,19 +208,62 @@ class Table:
         self._state = state
         self._hidden_steps = hidden_steps
         self.parts = [0]
-        if self.norms * len(spreads) > 1:
-            parts = [part_of(row, phase, spreads) for row in rows]
-            self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
-        places = [(row.group, row.place, row.param) for row in rows]
-        sizes = [len(group["params"]) for group in groups]
-        self.core: Core = make_core(rule, device, places, sizes, state, self.parts, phase.watched_keys)
+        self.core: Core = self._make_core(spreads) if core is None else core
         holds.register(self.core)
-        self._adopt([row for row in rows if state.get(row.param)] if state else [])
+
+    @classmethod
+    def of_plain(
+        cls,
+        rule: Rule,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        hidden_steps: HiddenSteps,
+        phase: Phase,
+    ) -> Table | None:
+        """The one table of a first step of which nothing needs a closer look, as of almost all; None: something does.
+
+        It has neither results nor anything lasting yet.
+        """
+        if not phase.leaves_rows_plain or phase.norm_by_group:
+            return None
+        made = make_plain_core(rule, groups, state, phase.watched_keys, UNUSUAL_KEYS)
+        if made is None:
+            return None
+        core, live = made
+        device = core.params()[0].device
+        return cls(rule, device, groups, None, None, state, hidden_steps, Lasting(), phase, core=core, live=live)
 
     def begin(self) -> None:
         """Makes every row of a new table: nothing is known of what any of them was."""
+        if self._rows is None:
+            self._begin(self._live)
+            return
+        self._adopt([row for row in self._rows if self._state.get(row.param)] if self._state else [])
         self._check_flags(self._read_groups())
-        self._remake(self.rows)
+        self._remake(self._rows)
+
+    def _make_core(self, spreads: Sequence[Spread]) -> Core:
+        if self.norms * len(spreads) > 1:
+            parts = [part_of(row, self.phase, spreads) for row in self.rows]
+            self.parts = [bisect_left(parts, part) for part in range(self.norms * len(spreads))]
+        places = [(row.group, row.place, row.param) for row in self.rows]
+        sizes = [len(group["params"]) for group in self.groups]
+        return make_core(self.rule, self.device, places, sizes, self._state, self.parts, self.phase.watched_keys)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table's parameters, in order. Those of a table that began plainly are made when somebody asks."""
+        if self._rows is None:
+            self._rows = []
+            for index in range(self.core.rows):
+                group, place, param, address, _ = self.core.described(index)
+                self._rows.append(Row(index, group, place, param, self.groups, address))
+            self._take_begun()
+        return self._rows
+
+    @property
+    def _beside(self) -> Sequence[Row]:
+        return self.rows if self._others is None else self._others
 
     def refresh(self) -> bool:
         """Reads gradients and hyperparameters again, and makes new rows where something changed.
@@ -558,34 +628,46 @@ class Table:
 
     def _plain_rows(self, rows: list[Row]) -> tuple[list[int], bool]:
         """Those that are new and of tensors that need no closer look, almost all of a first step; if they are apart."""
-        phase = self.phase
-        if phase.states or phase.zero_grads or phase.copy_to is not None or phase.measures_largest:
+        if not self.phase.leaves_rows_plain:
             return [], False
         modes = [has_modes(group) for group in self.groups]
         return self.core.plain_rows(
             [row.index for row in rows if row.count is None and not row.states and not modes[row.group]]
         )
 
-    def _begin(self, plain: list[int]) -> None:
+    def _begin(self, plain: Sequence[int]) -> None:
         """States of zeros for plain rows, and their description, in one call."""
         if not plain:
             return
-        needed = [[self.rule.needs(name, group) for name in self.rule.states] for group in self.groups]
-        counted = [self.rule.keeps_step or any(names) for names in needed]
-        rows = [self.rows[index] for index in plain]
-        stepped = [row for row in rows if counted[row.group]]
+        rule = self.rule
+        needed = [[rule.needs(name, group) for name in rule.states] for group in self.groups]
+        stepped = plain
+        if not rule.keeps_step and not all(map(any, needed)):
+            stepped = [row for row in plain if any(needed[self.core.described(row)[0]])]
         steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
-        if not self.rule.keeps_step:  # known before there are states, so that those of a call that fails count as new
-            self._hidden_steps.begin([row.param for row in stepped], steps)
-        in_state = steps.unbind() if self.rule.keeps_step else ()
-        made = self.core.begin_rows(plain, needed, steps, in_state, PLAIN_MODE, torch.empty_like)
-        for row, states in zip(rows, made, strict=True):
-            row.states = states
+        if not rule.keeps_step:  # known before there are states, so that those of a call that fails count as new
+            params = self.core.params()
+            self._hidden_steps.begin(params if len(stepped) == len(params) else [params[row] for row in stepped], steps)
+        in_state = steps.unbind() if rule.keeps_step else ()
+        self.core.begin_rows(plain, needed, steps, in_state, PLAIN_MODE, torch.empty_like)
+        self._begun = Begun(plain, stepped, steps)
+        if self._rows is not None:
+            self._take_begun()
+
+    def _take_begun(self) -> None:
+        """Gives rows that were begun what they hold now."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        for row in map(self.rows.__getitem__, begun.rows):
+            entries = self.core.described(row.index)[-1]
+            row.states = {name: entries[name] for name in self.rule.states if name in entries}
+            row.count = entries.get("step")
             row.stand_in = None
             row.is_dense = True
             row.leaves = -(-row.param.numel() // LEAF)
-        for place, row in enumerate(stepped):
-            row.count = in_state[place] if in_state else (steps, place)
+        for place, index in enumerate(begun.stepped) if not self.rule.keeps_step else ():
+            self.rows[index].count = (begun.steps, place)
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()

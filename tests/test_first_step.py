@@ -1,0 +1,205 @@
+"""A table that begins plainly goes on as one whose tensors were each looked at: same bits, same errors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fusedopt
+from fusedopt import core, table
+
+Events = list[Callable[[Any], None]]
+STEPS = 3
+
+pytestmark = pytest.mark.skipif(
+    core.compiled is None or not core.compiled.reads_gradients_directly(),
+    reason="no table begins plainly without the extension, or with torch before 2.10",
+)
+
+
+def _params(optimizer: Any) -> list[Any]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _state(optimizer: Any, place: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = optimizer.state[_params(optimizer)[place]]
+    return found
+
+
+def _moment(optimizer: Any) -> str:
+    return next(name for name in _state(optimizer) if name != "step")
+
+
+def _replace_state(optimizer: Any) -> None:
+    name = _moment(optimizer)
+    _state(optimizer)[name] = torch.full_like(_state(optimizer)[name], 0.25)
+
+
+def _move_state(optimizer: Any) -> None:
+    tensor = _state(optimizer, 1)[_moment(optimizer)]
+    tensor.data = tensor.data.clone() + 0.5
+
+
+def _free_state(optimizer: Any) -> None:
+    tensor = _state(optimizer, 1)[_moment(optimizer)]
+    tensor.data = torch.empty(0)
+
+
+def _drop_state(optimizer: Any) -> None:
+    del optimizer.state[_params(optimizer)[0]]
+
+
+def _move_param(optimizer: Any) -> None:
+    param = _params(optimizer)[0]
+    param.data = param.data.clone()
+
+
+def _move_onto_another(optimizer: Any) -> None:
+    one, *_, other = _params(optimizer)
+    other.data = one.data
+    other.grad = torch.ones_like(other)
+
+
+def _move_into_another(optimizer: Any) -> None:
+    one, other, *_ = _params(optimizer)
+    other.data = one.data.view(-1)[1 : 1 + other.numel()].view_as(other)
+
+
+def _forget_gradient(optimizer: Any) -> None:
+    _params(optimizer)[0].grad = None
+
+
+def _thaw(optimizer: Any) -> None:
+    frozen = _params(optimizer)[-1]
+    frozen.grad = torch.ones_like(frozen)
+
+
+def _twist_gradient(optimizer: Any) -> None:
+    param = _params(optimizer)[1]
+    param.grad = torch.full((3, 7), 0.125).t()
+
+
+def _set(**values: Any) -> Callable[[Any], None]:
+    def event(optimizer: Any) -> None:
+        optimizer.param_groups[-1].update(values)
+
+    return event
+
+
+def _replace_param(optimizer: Any) -> None:
+    group = optimizer.param_groups[0]
+    group["params"][0] = nn.Parameter(torch.full((40,), 2.0))
+    group["params"][0].grad = torch.ones(40)
+
+
+def _add_group(optimizer: Any) -> None:
+    new = nn.Parameter(torch.ones(5))
+    new.grad = torch.ones(5)
+    optimizer.add_param_group({"params": [new]})
+
+
+def _reload(optimizer: Any) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+EVENTS: dict[str, Callable[[Any], None]] = {
+    "nothing": lambda optimizer: None,
+    "a state is replaced": _replace_state,
+    "a state is moved": _move_state,
+    "a state is freed": _free_state,
+    "a state is dropped": _drop_state,
+    "a parameter is moved": _move_param,
+    "a parameter is moved onto another": _move_onto_another,
+    "a parameter is moved into another": _move_into_another,
+    "a parameter is replaced": _replace_param,
+    "a gradient is forgotten": _forget_gradient,
+    "a frozen parameter is thawed": _thaw,
+    "a gradient lies otherwise": _twist_gradient,
+    "a learning rate changes": _set(lr=0.5),
+    "weight decay begins": _set(weight_decay=0.25),
+    "a mode is asked for": _set(state_dtype="int8"),
+    "a hyperparameter is none": _set(weight_decay="much"),
+    "it becomes differentiable": _set(differentiable=True),
+    "a group is added": _add_group,
+    "it is loaded": _reload,
+    "it is refreshed": lambda optimizer: optimizer.refresh(),
+}
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "AdamW": fusedopt.AdamW,
+    "AdamW amsgrad": lambda groups, **more: fusedopt.AdamW(groups, amsgrad=True, **more),
+    "SGD": lambda groups, **more: fusedopt.SGD(groups, momentum=0.9, dampening=0.5, **more),
+    "SGD with momentum in a group": lambda groups, **more: fusedopt.SGD(
+        [{**groups[0], "momentum": 0.9}, *groups[1:]], **more
+    ),
+}
+
+
+def _make(optimizer: str, **options: Any) -> Any:
+    """Two groups: 40 and 7 × 3 elements; 5 of bfloat16, 40 that are frozen."""
+    params = [torch.linspace(-1, 1, 40), torch.linspace(0, 2, 21).view(7, 3), torch.ones(5).bfloat16(), torch.ones(40)]
+    made = [nn.Parameter(param) for param in params]
+    for param in made[:-1]:
+        param.grad = torch.linspace(1, 2, param.numel()).to(param.dtype).view_as(param)
+    return OPTIMIZERS[optimizer]([{"params": made[:2]}, {"params": made[2:], "lr": 0.25}], lr=0.125, **options)
+
+
+def _outcome(optimizer: Any, event: Callable[[Any], None]) -> tuple[Any, ...]:
+    """What parameters and states come to, and what error ended it."""
+    error = ""
+    optimizer.step()
+    event(optimizer)
+    try:
+        for _ in range(STEPS):
+            optimizer.step()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    params = _params(optimizer)
+    states = [{name: found.tolist() for name, found in optimizer.state.get(param, {}).items()} for param in params]
+    return error, [param.tolist() for param in params], states, len(optimizer._hidden_steps.known)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_plain_beginning_goes_on_as_any_other(optimizer: str, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = _outcome(_make(optimizer), EVENTS[event])
+    monkeypatch.setattr(table, "make_plain_core", lambda *_: None)
+    assert plainly == _outcome(_make(optimizer), EVENTS[event])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_grad_norm": 0.5}, {"skip_nonfinite": True}, {"report": True}],
+    ids=["nothing else", "clipped", "skipped", "reported"],
+)
+def test_rows_of_a_plain_beginning_are_made_when_somebody_asks(optimizer: str, options: dict[str, Any]) -> None:
+    made = _make(optimizer, **options)
+    for _ in range(STEPS):
+        made.step()
+    ((built, _),) = made._tables
+    assert built._rows is None
+    assert [row.name for row in built.rows] == [f"parameter {k} of group {g}" for g in (0, 1) for k in (0, 1)]
+    assert [row.leaves for row in built.rows] == [1, 1, 1, 0]
+    assert all(state is made.state[row.param][name] for row in built.rows for name, state in row.states.items())
+
+
+LOOKED_AT: dict[str, Callable[[Any], None]] = {
+    "a strided gradient": _twist_gradient,
+    "shared memory": _move_onto_another,
+    "a mode": _set(state_dtype=torch.bfloat16),
+    "a state that is there": lambda optimizer: optimizer.state[_params(optimizer)[0]].update(),
+}
+
+
+@pytest.mark.parametrize("event", LOOKED_AT)
+def test_what_needs_a_closer_look_gets_one(event: str) -> None:
+    optimizer = _make("AdamW")
+    LOOKED_AT[event](optimizer)
+    optimizer.step()
+    assert all(built._rows is not None for built, _ in optimizer._tables)
