@@ -157,14 +157,14 @@ def _compile(
     _add_sources(ninja, root, compiler, headers, host.cold_flags(settings))
     embedding = folder / "images.cpp"
     ninja.add_object(embedding, needs=[image.path for image in made])
-    with _only_build(folder):
+    with _only_build(folder) as lock:
         _write_if_changed(
             embedding,
             images.embedding(made, device_build.description, compiler.description, " ".join(device_build.archs)),
         )
         ninja_file = folder / f"{sys.implementation.cache_tag}.ninja"
         _write_if_changed(ninja_file, ninja.text(library))
-        _run_ninja(ninja_file.relative_to(root), root, settings.jobs, device_build.compiler)
+        _run_ninja(ninja_file.relative_to(root), root, settings.jobs, device_build.compiler, lock)
     return library, made
 
 
@@ -183,22 +183,30 @@ def _add_sources(
 
 
 @contextlib.contextmanager
-def _only_build(folder: Path) -> Iterator[None]:
-    """Wait for another build in the same folder: ninja has no lock of its own."""
+def _only_build(folder: Path) -> Iterator[int]:
+    """Wait for another build in the same folder: ninja has no lock of its own. Yields the descriptor of the lock."""
     import fcntl  # not at the top: this module must load where there is none, to say what it builds for
 
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another build in {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield lock.fileno()
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # whatever ninja left running, such as a compiler's cache
 
 
-def _run_ninja(ninja_file: Path, root: Path, jobs: int, compiler: device.DeviceCompiler | None) -> None:
+def _run_ninja(ninja_file: Path, root: Path, jobs: int, compiler: device.DeviceCompiler | None, lock: int) -> None:
     environment = dict(os.environ)
     if compiler and compiler.kind == "nvrtc":
         environment |= {nvrtc.LIBRARY_VARIABLE: compiler.path, nvrtc.PYTHON_VARIABLE: sys.executable}
     sys.stdout.flush()
     command = [_ninja_program(), "-f", str(ninja_file), "-j", str(jobs)]
-    if subprocess.run(command, cwd=root, env=environment).returncode:
+    # Ninja holds the lock too: where this process is killed, it goes on, and two at a time lose what depends on what.
+    if subprocess.run(command, cwd=root, env=environment, pass_fds=[lock]).returncode:
         raise BuildError(
             "the extension did not compile; the messages above say why (FUSEDOPT_EXTENSION=0 goes without)"
         )

@@ -62,7 +62,7 @@ struct Schema {
   int rule;
   std::vector<HyperKey> hypers;
   std::vector<FlagKey> flags;
-  std::vector<py::str> modes;   // keys of precision modes
+  std::vector<py::str> modes;   // keys that ask for a mode, or for what no group may ask
   std::vector<py::str> states;  // names, by slot
   bool keeps_step;
 };
@@ -280,16 +280,17 @@ class Table {
   }
 
   // A table of all parameters of these groups, and its rows that have a gradient, which begin_rows() can describe: see
-  // plain_rows(). None where a tensor or a group needs a closer look, as one that has any of the `unusual` keys does.
+  // plain_rows(). None where a tensor or a group needs a closer look, as one that has any of the schema's modes does.
   static py::object of_plain(const std::shared_ptr<const Schema>& schema, const py::object& groups,
-                             const py::object& states, const py::tuple& unusual) {
+                             const py::object& states) {
     std::vector<std::tuple<u32, Py_ssize_t, py::object>> places;
     std::vector<Py_ssize_t> sizes;
     TensorFacts first;
     std::vector<int64_t> extents;
     if (!gradients.is_connected() || !PyDict_Check(states.ptr())) return py::none();
-    if (!find_places(groups, unusual, places, sizes) || places.empty()) return py::none();
+    if (!find_places(*schema, groups, places, sizes) || places.empty()) return py::none();
     if (!can_read(std::get<2>(places[0]).ptr(), first, extents)) return py::none();
+    if (first.device.type != dlpack::kHost && first.device.type != dlpack::kCuda) return py::none();
     const std::pair<int, int> device{first.device.type, first.device.index};
     auto table = std::make_unique<Table>(schema, device, places, std::move(sizes),
                                          py::reinterpret_borrow<py::dict>(states), std::vector<u64>{0});
@@ -324,14 +325,15 @@ class Table {
     for (const u64 row : rows) begin_row(row, needed.at(places_.at(row).group), left, mode, empty_like);
   }
 
-  // A row's group, its place in that, its parameter, where that lay when the row was described, and what its state is
-  // watched to hold.
+  // A row's group, its place in that, its parameter, where that lay when the row was described, how many elements it
+  // had, and what its state is watched to hold.
   py::tuple described(u64 row) const {
     const Watch& watch = watches_.at(row);
     py::dict entries;
     for (const auto& [key, value] : watch.state.entries())
       if (value) entries[key] = value;
-    return py::make_tuple(places_[row].group, places_[row].index, watch.param, watch.param_facts.address, entries);
+    const Place& place = places_[row];
+    return py::make_tuple(place.group, place.index, watch.param, watch.param_facts.address, host_.numel(row), entries);
   }
 
   // Reads every parameter's gradient again. Returns the rows that are not what the table says, or None.
@@ -497,14 +499,14 @@ class Table {
 
  private:
   // Finds the parameters of all groups, in order; false where a group or a parameter needs a closer look.
-  static bool find_places(const py::object& groups, const py::tuple& unusual,
+  static bool find_places(const Schema& schema, const py::object& groups,
                           std::vector<std::tuple<u32, Py_ssize_t, py::object>>& places,
                           std::vector<Py_ssize_t>& sizes) {
     static const py::str& kParams = lasting_name("params");
     if (!PyList_CheckExact(groups.ptr())) return false;
     for (const py::handle group : py::reinterpret_borrow<py::list>(groups)) {
       if (!PyDict_CheckExact(group.ptr())) return false;
-      for (const py::handle key : unusual)
+      for (const py::str& key : schema.modes)
         if (has_key(group, key)) return false;
       PyObject* const params = PyDict_GetItemWithError(group.ptr(), kParams.ptr());  // borrowed
       if (params == nullptr && PyErr_Occurred()) fail();
@@ -523,6 +525,9 @@ class Table {
   bool begin_groups(const py::object& groups) {
     try {
       read_groups(py::reinterpret_borrow<py::list>(groups));
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_Exception)) throw;  // an interrupt is not the group's fault
+      return false;
     } catch (const std::exception&) {
       return false;
     }
@@ -616,8 +621,7 @@ class Table {
     };
     set_slot(kParam, watch.param_facts.address);
     set_slot(kGrad, watch.grad_facts.address);
-    // Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory. On the host every
-    // step sees that first, of a state that can be asked without Python.
+    // Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
     std::vector<py::object> keep;
     py::dict state;
     std::vector<DictWatch::Entry> entries;
@@ -648,8 +652,7 @@ class Table {
       if (address == 0 || !reader.is_plain(tensor.ptr())) throw py::type_error("a new state has no memory");
       clear(tensor, address, size_t(spec.numel * storage_bytes(storage)));
       set_slot(kState0 + int(s), address);
-      if (device_.type != dlpack::kHost || find_handle(tensor, address) == nullptr)
-        keep.push_back(call(tensor, kDetach));
+      keep.push_back(call(tensor, kDetach));
       put(name, tensor, address);
     }
     host_.set_row(row, spec);
@@ -1125,8 +1128,7 @@ PYBIND11_MODULE(_C, m) {
       .def("set_row", &Table::set_row, py::arg("row"), py::arg("addresses"), py::arg("storages"), py::arg("mode"),
            py::arg("numel"), py::arg("group"), py::arg("layout"), py::arg("param"), py::arg("grad"), py::arg("unwrap"),
            py::arg("copy"), py::arg("keep"))
-      .def_static("of_plain", &Table::of_plain, py::arg("schema"), py::arg("groups"), py::arg("states"),
-                  py::arg("unusual"))
+      .def_static("of_plain", &Table::of_plain, py::arg("schema"), py::arg("groups"), py::arg("states"))
       .def("described", &Table::described, py::arg("row"))
       .def("plain_rows", &Table::plain_rows, py::arg("rows"))
       .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"),

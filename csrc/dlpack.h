@@ -9,7 +9,8 @@
 namespace fusedopt {
 namespace dlpack {
 
-constexpr int32_t kHost = 1;     // a Device's type
+constexpr int32_t kHost = 1;  // a Device's type
+constexpr int32_t kCuda = 2;
 constexpr uint8_t kComplex = 5;  // a DataType's code
 
 struct Device {

@@ -197,22 +197,19 @@ FUSEDOPT_FN void tally_vector(const LeafReport& report, bool keeps_rest, const W
   Access::template tally<W>(report, place, seen.grad, p, seen.update, events, count);
 }
 
-// A vector of what comes beside the update. The parameter is read back where its storage has rounded it: average and
-// copy are those of the parameter that the next forward pass will see.
+// A vector of what comes beside the update. Average, copy and report are those of the parameter as its storage has
+// rounded it, which the next forward pass will see.
 template <class Access, class V, class C, class W, class Index, class X, int M>
 FUSEDOPT_FN void sweep_sides(const ChunkView& chunk, const Side<C>& side, const Index& at, X (&p)[M],
                              const Witness<X, M>& seen, i32 place, int count) {
-  typename Access::template Packet<C, W::value> packet = {};
-  const int storage = V::storage(kParam, chunk.storage);
-  if (storage != (sizeof(C) == 8 ? kFloat64 : kFloat32) && (side.averages || side.copies || side.report.is_wanted())) {
-    Access::template fetch<W>(packet, storage, chunk.address[kParam], at(kParam), chunk.is_aligned(kParam));
-    Access::template decode<W>(packet, storage, p, count);
-  }
+  if (side.averages || side.copies || side.report.is_wanted())
+    Access::template round_as_stored<W>(V::storage(kParam, chunk.storage), p);
   if constexpr (V::kReports)
     if (side.report.is_wanted())
       tally_vector<Access, W>(side.report, V::kMastered && chunk.has(kMaster), seen, p, place, count);
   if (side.averages && chunk.has(kEma)) {
     X ema[M];
+    typename Access::template Packet<C, W::value> packet = {};
     const int ema_storage = V::storage(kEma, chunk.storage);
     Access::template fetch<W>(packet, ema_storage, chunk.address[kEma], at(kEma), chunk.is_aligned(kEma));
     Access::template decode<W>(packet, ema_storage, ema, count);

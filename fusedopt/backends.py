@@ -379,12 +379,13 @@ def find_backend(name: str | None) -> Backend | None:
     return _ALL[asked]
 
 
-def choose_backend(asked: Backend | None, device: torch.device) -> Backend:
+def choose_backend(name: str | None, device: torch.device) -> Backend:
     """The backend that serves a device: the one asked for, or the best that can.
 
     Raises:
         RuntimeError: the one asked for can not serve the device.
     """
+    asked = find_backend(name)
     if asked is not None:
         reason = asked.why_not(device)
         if reason:

@@ -18,16 +18,16 @@ from .backends import Backend, choose_backend, find_backend
 from .check import check_flags, check_groups, check_number, local
 from .hidden_steps import HiddenSteps
 from .lasting import Lasting
-from .phase import EMA, MEASURES, NOTHING, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
+from .phase import EMA, MEASURES, NOTHING, OPTIONS, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import check_modes, scale_key
 from .report import Report, read_report
-from .rules import Rule
+from .rules import MODE_KEYS, Rule
 from .sharded import Spread, is_any_sharded, spread_of
-from .table import UNUSUAL_KEYS, Table, name_of, part_of, rows_of, separate
+from .table import Table, name_of, part_of, rows_of, separate
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-SELDOM_KEYS = frozenset((*UNUSUAL_KEYS, "differentiable"))  # a group with none of them need not be looked at
+SELDOM_KEYS = frozenset((*MODE_KEYS, *OPTIONS, "differentiable"))  # a group with none of them need not be looked at
 
 _increment_version = torch.autograd.graph.increment_version
 
@@ -51,7 +51,8 @@ class FusedOptimizer(Optimizer):
         self, params: ParamsT, defaults: dict[str, Any], backend: str | None, phase: Phase | None = None
     ) -> None:
         """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
-        self._requested_backend, self._asked_backend = backend, find_backend(backend)
+        find_backend(backend)
+        self._requested_backend = backend
         phase = NOTHING if phase is None else phase
         self._phase = phase if phase.copy_to is None else replace(phase, copy_to=None)  # until all groups are there
         self._results: dict[int, Tensor] = {}  # of each table
@@ -358,7 +359,6 @@ class FusedOptimizer(Optimizer):
         self._number = traced.register(self, getattr(self, "_number", None))
         if not hasattr(self, "_requested_backend"):
             self._requested_backend = None
-        self._asked_backend = find_backend(self._requested_backend)
         if not hasattr(self, "_phase"):
             self._phase = NOTHING
         if not hasattr(self, "_results"):
@@ -420,7 +420,7 @@ class FusedOptimizer(Optimizer):
 
     def _launch(self) -> None:
         if torch.is_inference_mode_enabled():
-            with torch.inference_mode(mode=False), torch.no_grad():  # states made there could not be stepped outside
+            with torch.inference_mode(mode=False), torch.no_grad():
                 self._launch()
             return
         if self._is_swapped:
@@ -553,6 +553,9 @@ class FusedOptimizer(Optimizer):
 
     def _current_tables(self) -> list[tuple[Table, Backend]]:
         """The tables, true to what parameters, gradients, states and groups are now."""
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(mode=False), torch.no_grad():  # states made there could not be stepped outside
+                return self._current_tables()
         tables = self._tables
         try:
             if tables is not None and self._are_true(tables):
@@ -582,7 +585,7 @@ class FusedOptimizer(Optimizer):
         table.lasting = self._lasting.setdefault((table.device, 0), table.lasting)
         table.results = self._results_of(0, table.device, self._phase)
         table.begin()
-        return [(table, choose_backend(self._asked_backend, table.device))]
+        return [(table, choose_backend(self._requested_backend, table.device))]
 
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         """Tables of all parameters, each looked at closely."""
@@ -620,7 +623,7 @@ class FusedOptimizer(Optimizer):
                     self._spreads,
                 )
                 table.begin()
-                tables.append((table, _backend_for(table, self._asked_backend)))
+                tables.append((table, _backend_for(table, self._requested_backend)))
         return tables
 
 
@@ -629,7 +632,7 @@ class _Waiting:
 
     name = "waiting"
 
-    def __init__(self, requested: Backend | None, device: torch.device) -> None:
+    def __init__(self, requested: str | None, device: torch.device) -> None:
         self._requested = requested
         self._device = device
         self._chosen: Backend | None = None
@@ -660,7 +663,10 @@ def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
     while held:
         name, param, value = held[-1]
         if param.shape == value.shape:
-            param.copy_(value)
+            try:
+                param.copy_(value)
+            except RuntimeError as error:  # one that is on the meta device now, or was made in inference mode
+                lost.append(f"{name} can not be given its value: {error}")
         else:
             lost.append(f"{name} had shape {tuple(value.shape)} before swap_ema() and has {tuple(param.shape)} now")
         held.pop()
@@ -668,7 +674,7 @@ def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
         raise RuntimeError(f"{'; '.join(lost)}: it keeps what it has")
 
 
-def _backend_for(table: Table, requested: Backend | None) -> Backend:
+def _backend_for(table: Table, requested: str | None) -> Backend:
     if not table.live_params():
         return _Waiting(requested, table.device)
     return choose_backend(requested, table.device)

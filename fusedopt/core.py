@@ -121,10 +121,10 @@ class Core(Protocol):
     ) -> None:
         """Makes the states of such rows, and describes them."""
 
-    def described(self, row: int) -> tuple[int, int, Tensor, int, dict[str, Any]]:
-        """A row's group, its place in that, its parameter, where that lay when the row was described, and its entries.
+    def described(self, row: int) -> tuple[int, int, Tensor, int, int, dict[str, Any]]:
+        """A row's group, its place in that, its parameter, and what the row was described with.
 
-        Those are what its state is watched to hold.
+        Where the parameter lay, how many elements it had, and what its state is watched to hold.
         """
 
     def read_groups(self, groups: list[dict[str, Any]]) -> list[int] | int | None:
@@ -177,15 +177,14 @@ def make_plain_core(
     groups: list[dict[str, Any]],
     states: dict[Tensor, dict[str, Any]],
     watched: tuple[str, ...],
-    unusual: tuple[str, ...],
 ) -> tuple[Core, list[int]] | None:
     """A table of all parameters of these groups, and its rows that have a gradient, for ``begin_rows``.
 
-    None where a tensor or a group needs a closer look, as one that has any of the ``unusual`` keys does.
+    None where a tensor or a group needs a closer look, as one that has any of the ``watched`` keys does.
     """
     if compiled is None:
         return None
-    made: tuple[Core, list[int]] | None = compiled.Table.of_plain(_schema(rule, watched), groups, states, unusual)
+    made: tuple[Core, list[int]] | None = compiled.Table.of_plain(_schema(rule, watched), groups, states)
     return made
 
 

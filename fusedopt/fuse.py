@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import traced
-from .backends import choose_backend, find_backend
+from .backends import choose_backend
 from .base import FusedOptimizer
 from .check import check_flags
 from .checkpoint import widened_state
@@ -155,7 +155,7 @@ def _check_group(index: int, group: dict[str, Any], backend: str | None) -> None
             differentiable=group.get("differentiable", False),
         )
         for device in {local(param).device for param in group["params"]}:
-            choose_backend(find_backend(backend), device)
+            choose_backend(backend, device)
     except RuntimeError as error:
         raise RuntimeError(f"group {index} can not be fused: {error}") from error
 

@@ -167,13 +167,14 @@ class Phase:
         own = group.get("max_grad_norm", self.max_grad_norm) if self.norm_by_group else self.max_grad_norm
         return -1.0 if own is None else float(own)
 
-    @property
+    @cached_property
     def watched_keys(self) -> tuple[str, ...]:
         """Keys of a group whose change has the tables built anew, and the group checked.
 
         A ``max_grad_norm`` that may change at every step is looked at by itself.
         """
-        return MODE_KEYS if self.norm_by_group else (*MODE_KEYS, "max_grad_norm")
+        options = OPTIONS if not self.norm_by_group else tuple(name for name in OPTIONS if name != "max_grad_norm")
+        return (*MODE_KEYS, *options)
 
     def check_group(self, index: int, group: Mapping[str, Any]) -> None:
         """Refuses options that are those of the whole optimizer, and a max_grad_norm that no step could use."""

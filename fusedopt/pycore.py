@@ -387,7 +387,7 @@ class PyTable:
         """
         raise NotImplementedError
 
-    def described(self, row: int) -> tuple[int, int, Tensor, int, dict[str, Any]]:
+    def described(self, row: int) -> tuple[int, int, Tensor, int, int, dict[str, Any]]:
         """Never called, as no row is plain.
 
         Args:

@@ -32,18 +32,7 @@ from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .layout import crossings, is_same_memory, may_share_memory, neighbours, strided_layout
 from .memory import is_wrapper
-from .phase import (
-    EMA,
-    LEAF,
-    MOST_LEAVES,
-    NOTHING,
-    OPTIONS,
-    WHOLE_STEP,
-    Phase,
-    average_dtype,
-    check_cleared,
-    check_copy,
-)
+from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, average_dtype, check_cleared, check_copy
 from .precision import (
     DEFAULT_BLOCK,
     ROUNDING_KEY,
@@ -67,7 +56,7 @@ from .precision import (
     takes_modes,
 )
 from .reference import REPORT_COLUMNS
-from .rules import MODE_KEYS, Group, Rule
+from .rules import Group, Rule
 from .sharded import Spread, is_sharded, like_local, places_of, settled, settled_by_rank, spread_of
 from .storages import CODE_STORAGES
 
@@ -76,7 +65,6 @@ __all__ = ["Row", "Table", "local", "real_dtype", "real_view", "separate"]
 PLAIN_MODE = DEFAULT_BLOCK.bit_length() - 1  # precision.row_mode of a group without modes
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATES_AT, STATE_SLOTS, PLACE_SLOTS = 2, 3, 3
-UNUSUAL_KEYS = (*MODE_KEYS, *OPTIONS)  # a group that has one needs a closer look
 
 
 @dataclass(eq=False, slots=True)
@@ -226,7 +214,7 @@ class Table:
         """
         if not phase.leaves_rows_plain or phase.norm_by_group:
             return None
-        made = make_plain_core(rule, groups, state, phase.watched_keys, UNUSUAL_KEYS)
+        made = make_plain_core(rule, groups, state, phase.watched_keys)
         if made is None:
             return None
         core, live = made
@@ -254,11 +242,12 @@ class Table:
     def rows(self) -> list[Row]:
         """The table's parameters, in order. Those of a table that began plainly are made when somebody asks."""
         if self._rows is None:
-            self._rows = []
+            rows = []
             for index in range(self.core.rows):
-                group, place, param, address, _ = self.core.described(index)
-                self._rows.append(Row(index, group, place, param, self.groups, address))
-            self._take_begun()
+                group, place, param, address, *_ = self.core.described(index)
+                rows.append(Row(index, group, place, param, self.groups, address))
+            self._take_begun(rows)
+            self._rows = rows  # last: an interrupt leaves none
         return self._rows
 
     @property
@@ -652,22 +641,24 @@ class Table:
         self.core.begin_rows(plain, needed, steps, in_state, PLAIN_MODE, torch.empty_like)
         self._begun = Begun(plain, stepped, steps)
         if self._rows is not None:
-            self._take_begun()
+            self._take_begun(self._rows)
 
-    def _take_begun(self) -> None:
+    def _take_begun(self, rows: Sequence[Row]) -> None:
         """Gives rows that were begun what they hold now."""
-        begun, self._begun = self._begun, None
+        begun = self._begun
         if begun is None:
             return
-        for row in map(self.rows.__getitem__, begun.rows):
-            entries = self.core.described(row.index)[-1]
+        for index in begun.rows:
+            *_, numel, entries = self.core.described(index)
+            row = rows[index]
             row.states = {name: entries[name] for name in self.rule.states if name in entries}
             row.count = entries.get("step")
             row.stand_in = None
             row.is_dense = True
-            row.leaves = -(-row.param.numel() // LEAF)
+            row.leaves = -(-numel // LEAF)
         for place, index in enumerate(begun.stepped) if not self.rule.keeps_step else ():
-            self.rows[index].count = (begun.steps, place)
+            rows[index].count = (begun.steps, place)
+        self._begun = None
 
     def _check_cleared(self, rows: list[Row]) -> None:
         live = self.live_rows()

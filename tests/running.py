@@ -109,7 +109,7 @@ def settings_of(run: Run) -> Iterator[None]:
     """Sets the number of threads, the instruction set and the emulated grid for a while; skips what is not here."""
     device = torch.device(run.device, 0) if run.device == "cuda" else torch.device(run.device)
     try:
-        backends.choose_backend(backends.find_backend(run.backend), device)
+        backends.choose_backend(run.backend, device)
     except RuntimeError as reason:
         if "does not load" in str(reason):  # what was built is broken, not absent
             raise

@@ -45,6 +45,20 @@ def _move_state(optimizer: Any) -> None:
     tensor.data = tensor.data.clone() + 0.5
 
 
+def _offload_state(optimizer: Any) -> None:
+    tensor = _state(optimizer, 1)[_moment(optimizer)]
+    kept = tensor.bfloat16().clone()
+    tensor.data = torch.empty(0)
+    tensor.data = kept.clone()
+
+
+def _halve_state(optimizer: Any) -> None:
+    tensor = _state(optimizer, 1)[_moment(optimizer)]
+    shape = tensor.shape
+    tensor.data = torch.empty(0)
+    tensor.data = torch.zeros(shape[0] // 2, *shape[1:])
+
+
 def _free_state(optimizer: Any) -> None:
     tensor = _state(optimizer, 1)[_moment(optimizer)]
     tensor.data = torch.empty(0)
@@ -112,6 +126,8 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "a state is replaced": _replace_state,
     "a state is moved": _move_state,
     "a state is freed": _free_state,
+    "a state was away and comes back in bfloat16": _offload_state,
+    "a state was away and comes back smaller": _halve_state,
     "a state is dropped": _drop_state,
     "a parameter is moved": _move_param,
     "a parameter is moved onto another": _move_onto_another,
@@ -122,7 +138,9 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "a gradient lies otherwise": _twist_gradient,
     "a learning rate changes": _set(lr=0.5),
     "weight decay begins": _set(weight_decay=0.25),
-    "a mode is asked for": _set(state_dtype="int8"),
+    "a mode is asked for": _set(state_dtype=torch.int8),
+    "a state is asked for in another dtype": _set(state_dtype=torch.bfloat16),
+    "a mode is misspelt": _set(state_dtype="int8"),
     "a hyperparameter is none": _set(weight_decay="much"),
     "it becomes differentiable": _set(differentiable=True),
     "a group is added": _add_group,
@@ -203,3 +221,56 @@ def test_what_needs_a_closer_look_gets_one(event: str) -> None:
     LOOKED_AT[event](optimizer)
     optimizer.step()
     assert all(built._rows is not None for built, _ in optimizer._tables)
+
+
+def _resized(optimizer: Any) -> Any:
+    """What a report tells of a step after which a parameter got another size."""
+    optimizer.step()
+    _params(optimizer)[0].data = torch.zeros(10000)
+    return optimizer.report().rows
+
+
+def test_a_report_is_of_the_leaves_that_the_step_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = _resized(_make("SGD", report=True))
+    monkeypatch.setattr(table, "make_plain_core", lambda *_: None)
+    assert plainly == _resized(_make("SGD", report=True))
+    assert plainly[1]["grad_norm"] > 0.0
+
+
+def test_an_interrupt_while_rows_are_made_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = _make("AdamW", report=True)
+    optimizer.step()
+    made, row = [], table.Row
+
+    def interrupted(*arguments: Any) -> table.Row:
+        made.append(row(*arguments))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(table, "Row", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.report()
+    assert len(optimizer.report().rows) == 3
+    ((built, _),) = optimizer._tables
+    assert len(built.rows) == 4
+
+
+def test_an_interrupt_while_groups_are_read_is_not_lost() -> None:
+    class Interrupting:
+        def __float__(self) -> float:
+            raise KeyboardInterrupt
+
+    optimizer = _make("AdamW")
+    optimizer.param_groups[0]["eps"] = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+
+
+def test_states_that_a_scaler_has_made_in_inference_mode_can_be_stepped_outside() -> None:
+    optimizer = _make("AdamW")
+    with torch.inference_mode():
+        assert optimizer.finds_inf()
+    assert not any(state.is_inference() for param in _params(optimizer) for state in optimizer.state[param].values())
+    optimizer.step()

@@ -280,6 +280,23 @@ def test_a_parameter_that_can_not_be_swapped_is_named_and_all_others_keep_their_
     assert [param.tolist() for param in params] == [[0.0] * 2, [1.0] * 3, [0.0] * 2]
 
 
+def test_a_parameter_that_can_not_be_written_within_a_swap_is_named_and_all_others_get_their_values_back() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = fusedopt.SGD(params, lr=0.5, ema_decay=0.5)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones(2)
+        optimizer.step()
+
+    def evaluate() -> None:
+        with optimizer.swap_ema():
+            params[1].data = torch.ones(1).expand(2)
+
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 can not be given its value: .*single memory"):
+        evaluate()
+    assert [param.tolist() for param in params] == [[0.0] * 2, [1.0] * 2, [0.0] * 2]
+
+
 def save_and_load(optimizer: fusedopt.SGD) -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 

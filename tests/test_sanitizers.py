@@ -143,6 +143,12 @@ def test_threads_with_tables_of_their_own_share_the_team_under_the_thread_saniti
     record_property("figure", f"thread sanitizer: {TEAM.run(1, 8).strip()}")
 
 
+def test_the_program_that_a_gpus_sanitizer_watches_is_right_itself() -> None:
+    command = [sys.executable, "-m", "tests.gpu_program", "steps", "--device", "cpu", "--backend", "reference"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.slow
 def test_many_more_random_tables_under_sanitizers(record_property: Any) -> None:
     record_property("figure", f"address and undefined-behaviour sanitizers: {SWEEPS.run(10_000, 5_000).strip()}")

@@ -64,6 +64,15 @@ struct HostAccess {
       store_called<W>(storage, address, in, count);
   }
 
+  // Makes of x what a storage would.
+  template <class W, class X, int M>
+  FUSEDOPT_FN static void round_as_stored(int storage, X (&x)[M]) {
+    if (__builtin_constant_p(storage))
+      round_as(storage, x);
+    else
+      round_called(storage, x);
+  }
+
   // 16 bits that are no number: sign-extended, in the bits of a float.
   template <class W, class X, int M>
   FUSEDOPT_FN static void decode_low(const Packet<float, W::value>& packet, X (&out)[M], int count) {
@@ -474,6 +483,25 @@ struct HostAccess {
   template <class F>
   FUSEDOPT_FN static Like<u16, F> encode_16(int storage, F x) {
     return storage == kFloat16 ? half_from_float(x) : brain_from_float(x);
+  }
+
+  template <class X, int M>
+  FUSEDOPT_FN static void round_as(int storage, X (&x)[M]) {
+    using C = std::remove_reference_t<decltype(X{}[0])>;
+    if (storage == (sizeof(C) == 8 ? kFloat64 : kFloat32)) return;
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < M; ++k) {
+      const auto narrow = convert<float>(x[k]);
+      x[k] = convert<C>(storage == kFloat32 ? narrow : as_16(storage, narrow));
+    }
+  }
+  template <class X, int M>
+  __attribute__((noinline)) static void round_called(int storage, X (&x)[M]) {
+    round_as(storage, x);
+  }
+  template <class F>
+  FUSEDOPT_FN static F as_16(int storage, F x) {
+    return storage == kFloat16 ? float_from_half(half_from_float(x)) : as_brain(x);
   }
 
   // M vectors of T, each converted. A partial one goes through a buffer, so that nothing beyond the tensor is touched.

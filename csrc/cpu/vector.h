@@ -78,6 +78,11 @@ template <class F>
 FUSEDOPT_FN Like<u16, F> brain_from_float(F x) {
   return narrow(bf16_from_float<Like<u32, F>>(x));
 }
+// What a float becomes on its way to bfloat16 and back.
+template <class F>
+FUSEDOPT_FN F as_brain(F x) {
+  return float_from_bf16<F>(bf16_from_float<Like<u32, F>>(x));
+}
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 FUSEDOPT_FN Vector<float, 16> float_from_brain(Vector<u16, 16> bits) {
   const Vector<u16, 32> place = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,

@@ -77,6 +77,15 @@ struct DeviceAccess {
     }
   }
 
+  // Makes of x what a storage would.
+  template <class W, class C>
+  FUSEDOPT_FN static void round_as_stored(int storage, C (&x)[W::value]) {
+    if (storage == (sizeof(C) == 8 ? kFloat64 : kFloat32)) return;
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < W::value; ++k)
+      x[k] = storage == kFloat32 ? C(float(x[k])) : decode16<C>(storage, u16(encode16(storage, x[k])));
+  }
+
   // 16 bits that are no number: sign-extended, in the bits of a float.
   template <class W>
   FUSEDOPT_FN static void decode_low(const Packet<float, W::value>& packet, float (&out)[W::value], int) {

@@ -856,6 +856,8 @@ def test_options(fault: str) -> None:
 
 # What a group is given later, the error, its message.
 GROUP_CHANGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a report": ({"report": 5}, ValueError, "group 1 has report=5, which is an option of the whole optimizer"),
+    "a rule for infinities": ({"skip_nonfinite": True}, ValueError, "group 1 has skip_nonfinite=True, which is an opt"),
     "text": ({"lr": "fast"}, TypeError, "'lr' of group 1 must be a number or a tensor of 1 element, but it is 'fast'"),
     "a third beta": (
         {"betas": (0.9, 0.99, 0.999)},
