@@ -58,6 +58,7 @@ INFINITE = Suite("infinite parameters", ("tests/contract/test_behaviours.py", "-
 MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
+FIRST = Suite("first step", ("tests/test_first_step.py",))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
 BLOCKS = Suite("blocks", ("tests/test_blocks.py", "-k", "cpu or emulated"))
 RANDOM = Suite("random words", ("tests/test_random.py",))
@@ -297,8 +298,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "average: of the parameter before it is rounded",
         SWEEP,
-        "(side.averages || side.copies || side.report.is_wanted())",
-        "false",
+        "if (side.averages || side.copies || side.report.is_wanted())",
+        "if (false)",
         (PHASE,),
     ),
     Fault("gradient not cleared", SWEEP, "  if (side.clears) {", "  if (false) {", (PHASE,)),
@@ -490,6 +491,33 @@ FAULTS: tuple[Fault, ...] = (
         "return watches_.at(row).state_addresses == addresses_of(watches_.at(row));",
         "return row < watches_.size();",
         (MOVED,),
+    ),
+    Fault(
+        "plain: shared memory not seen",
+        BINDINGS,
+        "!rows.empty() && are_apart(std::move(spans));",
+        "!rows.empty() && spans.size() > 0;",
+        (FIRST,),
+    ),
+    Fault(
+        "plain: modes of a group not seen", BINDINGS, "if (has_key(group, key)) return false;", "(void)key;", (FIRST,)
+    ),
+    Fault(
+        "plain: states that are there not seen",
+        BINDINGS,
+        "(param.ptr()) || has_state(param)",
+        "(param.ptr())",
+        (FIRST,),
+    ),
+    Fault("plain: refused groups not seen", BINDINGS, "kRefused = 1u << 31;", "kRefused = 0;", (FIRST,)),
+    Fault("plain: interrupts lost", BINDINGS, "if (!error.matches(PyExc_Exception)) throw;", "", (FIRST,)),
+    Fault("plain: memory of states not kept", BINDINGS, "keep.push_back(call(tensor, kDetach));", "", (FIRST,)),
+    Fault(
+        "plain: leaves of another step",
+        "fusedopt/table.py",
+        "-(-numel // LEAF)",
+        "-(-row.param.numel() // LEAF)",
+        (FIRST,),
     ),
     Fault("read directly: lazy gradients not seen", GRADIENTS, " || is_lazy(grad)", "", (READ,)),
     Fault(

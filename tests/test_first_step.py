@@ -223,6 +223,20 @@ def test_what_needs_a_closer_look_gets_one(event: str) -> None:
     assert all(built._rows is not None for built, _ in optimizer._tables)
 
 
+def test_memory_that_a_state_was_given_up_for_is_used_for_nothing_else() -> None:
+    param = nn.Parameter(torch.zeros(20000))
+    param.grad = torch.ones(20000)
+    optimizer = fusedopt.SGD([param], lr=0.5, momentum=0.5)
+    optimizer.step()
+    velocity = optimizer.state[param]["momentum_buffer"]
+    before = velocity.data_ptr()
+    velocity.data = torch.empty(0)
+    others = [torch.empty(size) for size in (20000, 10000, 5000, 20000)]
+    assert all(other.data_ptr() != before for other in others)
+    with pytest.raises(ValueError, match=r"momentum_buffer of parameter 0 of group 0 has shape \(0,\)"):
+        optimizer.step()
+
+
 def _resized(optimizer: Any) -> Any:
     """What a report tells of a step after which a parameter got another size."""
     optimizer.step()
@@ -258,14 +272,27 @@ def test_an_interrupt_while_rows_are_made_leaves_none(monkeypatch: pytest.Monkey
 
 
 def test_an_interrupt_while_groups_are_read_is_not_lost() -> None:
-    class Interrupting:
+    read = []
+
+    class Interrupted:
         def __float__(self) -> float:
-            raise KeyboardInterrupt
+            read.append(self)
+            if len(read) == 1:
+                raise KeyboardInterrupt
+            return 1.0
 
     optimizer = _make("AdamW")
-    optimizer.param_groups[0]["eps"] = Interrupting()
+    optimizer.param_groups[0]["eps"] = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
+
+
+def test_a_group_that_is_differentiable_before_the_first_step_is_refused() -> None:
+    optimizer = _make("AdamW")
+    EVENTS["it becomes differentiable"](optimizer)
+    with pytest.raises(RuntimeError, match="differentiable"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 def test_states_that_a_scaler_has_made_in_inference_mode_can_be_stepped_outside() -> None:
