@@ -607,7 +607,7 @@ class Table {
   };
 
   void begin_row(u64 row, const std::vector<bool>& needed, NewSteps& steps, u32 mode, const py::object& empty_like) {
-    static PyObject* const kDetach = PyUnicode_InternFromString("detach");
+    static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
     static const py::str& kStepKey = lasting_name("step");
     Watch& watch = watches_[row];
     RowSpec spec;
@@ -621,7 +621,7 @@ class Table {
     };
     set_slot(kParam, watch.param_facts.address);
     set_slot(kGrad, watch.grad_facts.address);
-    // Aliases: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
+    // Storages: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
     std::vector<py::object> keep;
     py::dict state;
     std::vector<DictWatch::Entry> entries;
@@ -652,7 +652,7 @@ class Table {
       if (address == 0 || !reader.is_plain(tensor.ptr())) throw py::type_error("a new state has no memory");
       clear(tensor, address, size_t(spec.numel * storage_bytes(storage)));
       set_slot(kState0 + int(s), address);
-      keep.push_back(call(tensor, kDetach));
+      keep.push_back(call(tensor, kStorage));
       put(name, tensor, address);
     }
     host_.set_row(row, spec);

@@ -511,7 +511,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("plain: refused groups not seen", BINDINGS, "kRefused = 1u << 31;", "kRefused = 0;", (FIRST,)),
     Fault("plain: interrupts lost", BINDINGS, "if (!error.matches(PyExc_Exception)) throw;", "", (FIRST,)),
-    Fault("plain: memory of states not kept", BINDINGS, "keep.push_back(call(tensor, kDetach));", "", (FIRST,)),
+    Fault("plain: memory of states not kept", BINDINGS, "keep.push_back(call(tensor, kStorage));", "", (FIRST,)),
     Fault(
         "plain: leaves of another step",
         "fusedopt/table.py",
