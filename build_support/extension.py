@@ -157,7 +157,7 @@ def _compile(
     _add_sources(ninja, root, compiler, headers, host.cold_flags(settings))
     embedding = folder / "images.cpp"
     ninja.add_object(embedding, needs=[image.path for image in made])
-    with _only_build(folder) as lock:
+    with only_build(folder) as lock:
         _write_if_changed(
             embedding,
             images.embedding(made, device_build.description, compiler.description, " ".join(device_build.archs)),
@@ -183,7 +183,7 @@ def _add_sources(
 
 
 @contextlib.contextmanager
-def _only_build(folder: Path) -> Iterator[int]:
+def only_build(folder: Path) -> Iterator[int]:
     """Wait for another build in the same folder: ninja has no lock of its own. Yields the descriptor of the lock."""
     import fcntl  # not at the top: this module must load where there is none, to say what it builds for
 

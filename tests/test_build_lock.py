@@ -16,7 +16,7 @@ BUILD = """
 import subprocess, sys
 from pathlib import Path
 from build_support import extension
-with extension._only_build(Path(sys.argv[1])) as lock:
+with extension.only_build(Path(sys.argv[1])) as lock:
     program = subprocess.Popen(["sh", "-c", "echo begun; cat"], stdin=0, pass_fds=[lock])
     program.wait()
 """
@@ -42,12 +42,12 @@ def test_a_killed_build_is_over_when_its_compilers_are(tmp_path: Path) -> None:
         assert not is_free(tmp_path)
         build.stdin.close()  # the program ends
         assert build.stdout.read() == b""
-    with extension._only_build(tmp_path):
+    with extension.only_build(tmp_path):
         pass
 
 
 def test_what_a_build_leaves_running_holds_no_lock(tmp_path: Path) -> None:
-    with extension._only_build(tmp_path) as lock:
+    with extension.only_build(tmp_path) as lock:
         left = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
         assert not is_free(tmp_path)
     try:
@@ -58,7 +58,7 @@ def test_what_a_build_leaves_running_holds_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_build_that_waits_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with extension._only_build(tmp_path):
+    with extension.only_build(tmp_path):
         waiting = subprocess.Popen([sys.executable, "-c", BUILD, tmp_path], cwd=ROOT, stdin=subprocess.DEVNULL)
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(timeout=3)

@@ -13,7 +13,6 @@ from torch import nn
 import fusedopt
 from fusedopt import core, table
 
-Events = list[Callable[[Any], None]]
 STEPS = 3
 
 pytestmark = pytest.mark.skipif(
@@ -141,7 +140,7 @@ EVENTS: dict[str, Callable[[Any], None]] = {
     "a mode is asked for": _set(state_dtype=torch.int8),
     "a state is asked for in another dtype": _set(state_dtype=torch.bfloat16),
     "a mode is misspelt": _set(state_dtype="int8"),
-    "a hyperparameter is none": _set(weight_decay="much"),
+    "a hyperparameter is text": _set(weight_decay="much"),
     "it becomes differentiable": _set(differentiable=True),
     "a group is added": _add_group,
     "it is loaded": _reload,

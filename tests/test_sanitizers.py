@@ -6,7 +6,6 @@ Buffers have exactly the bytes that their elements reach, so that AddressSanitiz
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from build_support import host, units
+from build_support import extension, host, units
 from build_support.ninja_file import NinjaFile
 from build_support.settings import ROOT, Unavailable
 
@@ -69,9 +68,8 @@ class Program:
         ninja_file = folder / f"{self.name}.ninja"
         ninja_file.write_text(ninja.text(program))
         command = [*ninja_command(), "-f", str(ninja_file.relative_to(ROOT)), "-j", jobs()]
-        with (folder / "lock").open("w") as lock:  # programs share objects, and ninja has no lock of its own
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        with extension.only_build(folder) as lock:  # programs share objects
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, pass_fds=[lock])
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
         return program
 
