@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <unordered_set>
 #include <utility>
 
 #include "cpu/dispatch.h"
@@ -41,11 +42,23 @@ struct FlagKey {
   u32 bit;
 };
 
+// What asks for a state of a group's tensors: a hyperparameter that is not 0, a flag that is set, or their being there.
+struct Need {
+  int hyper = -1;
+  u32 flag = 0;
+
+  bool is_asked_by(const Hypers& hypers) const {
+    if (hyper >= 0) return hypers.value[hyper] != 0.0;
+    return flag == 0 || (hypers.flags & flag) != 0;
+  }
+};
+
 // What every table of a rule knows of it: fusedopt/rules.py.
 struct Schema {
+  // `state_keys`: of each state its name, and the key that asks for it or "".
   Schema(const std::string& stem, const std::vector<std::pair<std::string, int>>& hyper_keys,
          const std::vector<std::pair<std::string, u32>>& flag_keys, const std::vector<std::string>& mode_keys,
-         const std::vector<std::string>& state_names, bool counts_always)
+         const std::vector<std::pair<std::string, std::string>>& state_keys, bool counts_always)
       : rule(rule_index(stem)), keeps_step(counts_always) {
     if (hyper_keys.size() > size_t(kHypers)) throw std::invalid_argument("a rule names at most 8 hyperparameters");
     for (const auto& [key, item] : hyper_keys) {
@@ -56,7 +69,14 @@ struct Schema {
     }
     for (const auto& [key, bit] : flag_keys) flags.push_back({py::str(key), bit});
     for (const std::string& key : mode_keys) modes.push_back(py::str(key));
-    for (const std::string& name : state_names) states.push_back(py::str(name));
+    for (const auto& [name, asked_by] : state_keys) {
+      states.push_back(py::str(name));
+      needs.push_back(need_of(asked_by, hyper_keys, flag_keys));
+    }
+  }
+
+  bool needs_any(const Hypers& group) const {
+    return std::any_of(needs.begin(), needs.end(), [&](const Need& need) { return need.is_asked_by(group); });
   }
 
   int rule;
@@ -64,7 +84,19 @@ struct Schema {
   std::vector<FlagKey> flags;
   std::vector<py::str> modes;   // keys that ask for a mode, or for what no group may ask
   std::vector<py::str> states;  // names, by slot
+  std::vector<Need> needs;      // by slot
   bool keeps_step;
+
+ private:
+  static Need need_of(const std::string& key, const std::vector<std::pair<std::string, int>>& hyper_keys,
+                      const std::vector<std::pair<std::string, u32>>& flag_keys) {
+    if (key.empty()) return {};
+    for (size_t h = 0; h < hyper_keys.size(); ++h)
+      if (hyper_keys[h].first == key) return {int(h), 0};
+    for (const auto& [name, bit] : flag_keys)
+      if (name == key) return {-1, bit};
+    throw std::invalid_argument("'" + key + "', which asks for a state, is neither a hyperparameter nor a flag");
+  }
 };
 
 // One parameter as the table last saw it. What every step looks at comes first, in as few cache lines as it takes.
@@ -222,7 +254,11 @@ class Table {
       watches_[row].param = param;
       watches_[row].param_facts.ndim = watches_[row].grad_facts.ndim = TensorFacts::kUnknown;
     }
+    living().insert(this);
   }
+  ~Table() { living().erase(this); }
+  Table(const Table&) = delete;
+  Table& operator=(const Table&) = delete;
 
   // From now on refresh() reports the row when `state` no longer holds these very objects.
   void watch_state(u64 row, const py::dict& state, const py::dict& entries) {
@@ -235,13 +271,17 @@ class Table {
     watches_[row].state_addresses = addresses_of(watches_[row]);
   }
 
-  // Whether refresh() lets torch's C++ side count a reference to every parameter.
-  void hold_params(bool wanted) { wants_holds_ = wanted; }
+  // From now on refresh() does not have torch's C++ side count a reference to every parameter.
+  void hold_nothing() { wants_holds_ = false; }
 
-  // Gives them back until the next refresh().
-  void release_params() {
-    for (Watch& watch : watches_) watch.hold = Hold();
-    holding_ = false;
+  // Has all tables give theirs back until the next refresh().
+  static void release_params() {
+    std::vector<Hold> released;  // destroyed at the end: the last reference to a parameter may end a table
+    for (Table* const table : living()) {
+      for (Watch& watch : table->watches_)
+        if (watch.hold) released.push_back(std::move(watch.hold));
+      table->holding_ = false;
+    }
   }
 
   // Whether the watched states and copies are where they were: `tensor.data = ...` leaves no other trace, and after
@@ -315,14 +355,22 @@ class Table {
     return {std::move(plain), are_apart(std::move(spans))};
   }
 
-  // Makes the states of rows that plain_rows() has just passed, and describes the rows. `needed`: which of the rule's
-  // states each group needs; `steps`: a count for each row that has states, in order, or for each row where the rule
-  // always counts; `steps_in_state`: views of them that the state is to have.
-  void begin_rows(const std::vector<u64>& rows, const std::vector<std::vector<bool>>& needed, const py::object& steps,
-                  const py::sequence& steps_in_state, u32 mode, const py::object& empty_like) {
+  // Of these rows those whose steps are counted: that have states, or all where the rule always counts.
+  std::vector<u64> counted_rows(const std::vector<u64>& rows) const {
+    std::vector<u64> counted;
+    counted.reserve(rows.size());
+    for (const u64 row : rows)
+      if (is_counted(places_.at(row).group)) counted.push_back(row);
+    return counted;
+  }
+
+  // Makes the states of rows that plain_rows() has just passed, and describes the rows. `steps`: a count for each of
+  // counted_rows(), in order; `steps_in_state`: views of them that the state is to have.
+  void begin_rows(const std::vector<u64>& rows, const py::object& steps, const py::sequence& steps_in_state, u32 mode,
+                  const py::object& empty_like) {
     NewSteps left{steps, 0, steps_in_state};
     if (!reader.read_address(steps.ptr(), left.address)) fail();
-    for (const u64 row : rows) begin_row(row, needed.at(places_.at(row).group), left, mode, empty_like);
+    for (const u64 row : rows) begin_row(row, left, mode, empty_like);
   }
 
   // A row's group, its place in that, its parameter, where that lay when the row was described, how many elements it
@@ -384,10 +432,14 @@ class Table {
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
 
-  py::list params() const {
-    py::list params(watches_.size());
-    for (u64 row = 0; row < watches_.size(); ++row) params[row] = watches_[row].param;
-    return params;
+  // The parameters of all rows: the same list at every call.
+  py::object params() {
+    if (params_of_rows_.is_none()) {
+      py::list params(watches_.size());
+      for (u64 row = 0; row < watches_.size(); ++row) params[row] = watches_[row].param;
+      params_of_rows_ = params;
+    }
+    return params_of_rows_;
   }
 
   // The parameters that have a gradient, as of the last refresh.
@@ -464,6 +516,7 @@ class Table {
   int traverse(visitproc visit, void* arg) const {
     Py_VISIT(states_.ptr());
     Py_VISIT(live_params_.ptr());
+    Py_VISIT(params_of_rows_.ptr());
     for (const py::object& value : values_) Py_VISIT(value.ptr());
     for (const DictWatch& watch : mode_watches_)
       if (const int stop = watch.traverse(visit, arg)) return stop;
@@ -485,7 +538,7 @@ class Table {
     mode_watches_.clear();
     states_watch_ = {};
     states_ = py::object();
-    live_params_ = py::none();
+    live_params_ = params_of_rows_ = py::none();
     placed_.clear();
     asked_.clear();
     placed_is_known_ = false;
@@ -498,6 +551,11 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
+  static std::unordered_set<Table*>& living() {
+    static auto& tables = *new std::unordered_set<Table*>;  // outlives every table
+    return tables;
+  }
+
   // Finds the parameters of all groups, in order; false where a group or a parameter needs a closer look.
   static bool find_places(const Schema& schema, const py::object& groups,
                           std::vector<std::tuple<u32, Py_ssize_t, py::object>>& places,
@@ -606,7 +664,10 @@ class Table {
     size_t given = 0;
   };
 
-  void begin_row(u64 row, const std::vector<bool>& needed, NewSteps& steps, u32 mode, const py::object& empty_like) {
+  const Hypers& hypers_of(u32 group) const { return host_.group_rows()[group].hypers; }
+  bool is_counted(u32 group) const { return schema_->keeps_step || schema_->needs_any(hypers_of(group)); }
+
+  void begin_row(u64 row, NewSteps& steps, u32 mode, const py::object& empty_like) {
     static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
     static const py::str& kStepKey = lasting_name("step");
     Watch& watch = watches_[row];
@@ -623,6 +684,7 @@ class Table {
     set_slot(kGrad, watch.grad_facts.address);
     // Storages: they go on owning this memory where `tensor.data = ...` gives a tensor other memory.
     std::vector<py::object> keep;
+    keep.reserve(1 + schema_->states.size());
     py::dict state;
     std::vector<DictWatch::Entry> entries;
     std::vector<u64> addresses;
@@ -634,7 +696,7 @@ class Table {
       state[key] = tensor;
       addresses.push_back(address);
     };
-    if (schema_->keeps_step || std::find(needed.begin(), needed.end(), true) != needed.end()) {
+    if (is_counted(spec.group)) {
       spec.address[kStep] = steps.address;
       keep.push_back(steps.all);
       if (schema_->keeps_step) put(kStepKey, steps.in_state[steps.given++], steps.address);
@@ -642,7 +704,7 @@ class Table {
     }
     for (size_t s = 0; s < schema_->states.size(); ++s) {
       const py::str& name = schema_->states[s];
-      if (!needed[s]) {
+      if (!schema_->needs[s].is_asked_by(hypers_of(spec.group))) {
         put(name, py::object(), 0);
         continue;
       }
@@ -933,6 +995,7 @@ class Table {
     if (watch.watches(group.ptr())) return watch.is_current();
     if (!watch.watches(nullptr)) return false;  // another dict than before
     std::vector<DictWatch::Entry> entries;
+    entries.reserve(schema_->modes.size());
     for (const py::str& key : schema_->modes) {
       PyObject* const value = PyDict_GetItemWithError(group.ptr(), key.ptr());  // borrowed
       if (value == nullptr && PyErr_Occurred()) fail();
@@ -1042,7 +1105,7 @@ class Table {
   std::vector<Place> places_;
   std::vector<int64_t> extents_;  // shapes and strides that the facts point into
   std::vector<bool> live_;
-  bool wants_holds_ = false;
+  bool wants_holds_ = true;
   bool holding_ = false;  // every live parameter that can be held
   bool placed_is_known_ = false;
   std::vector<Placed> placed_;  // of all rows
@@ -1053,6 +1116,7 @@ class Table {
   std::vector<Py_ssize_t> sizes_;
   std::vector<PyObject*> params_;  // each group's list, borrowed for as long as the groups are read
   py::object live_params_ = py::none();
+  py::object params_of_rows_ = py::none();
   py::object states_;  // the optimizer's: parameter to dict
   DictWatch states_watch_;
 };
@@ -1090,6 +1154,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("uses_exchange", [] { return reader.uses_exchange(); });
   m.def("reads_gradients_directly", [] { return gradients.is_connected(); });
   m.def("addresses_apart", &addresses_apart, py::arg("tensors"));
+  m.def("release_params", &Table::release_params);
   m.def("rules", &rule_names);
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);
@@ -1115,7 +1180,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Schema, std::shared_ptr<Schema>>(m, "Schema")
       .def(py::init<const std::string&, const std::vector<std::pair<std::string, int>>&,
                     const std::vector<std::pair<std::string, u32>>&, const std::vector<std::string>&,
-                    const std::vector<std::string>&, bool>(),
+                    const std::vector<std::pair<std::string, std::string>>&, bool>(),
            py::arg("rule"), py::arg("hypers"), py::arg("flags"), py::arg("modes"), py::arg("states"),
            py::arg("keeps_step"));
 
@@ -1131,15 +1196,15 @@ PYBIND11_MODULE(_C, m) {
       .def_static("of_plain", &Table::of_plain, py::arg("schema"), py::arg("groups"), py::arg("states"))
       .def("described", &Table::described, py::arg("row"))
       .def("plain_rows", &Table::plain_rows, py::arg("rows"))
-      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("needed"), py::arg("steps"),
-           py::arg("steps_in_state"), py::arg("mode"), py::arg("empty_like"))
+      .def("counted_rows", &Table::counted_rows, py::arg("rows"))
+      .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("steps"), py::arg("steps_in_state"),
+           py::arg("mode"), py::arg("empty_like"))
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))
       .def_property_readonly("leaves", &Table::leaves)
       .def("watch_state", &Table::watch_state, py::arg("row"), py::arg("state"), py::arg("entries"))
-      .def("hold_params", &Table::hold_params, py::arg("wanted"))
-      .def("release_params", &Table::release_params)
+      .def("hold_nothing", &Table::hold_nothing)
       .def("states_in_place", &Table::states_in_place)
       .def("state_in_place", &Table::state_in_place, py::arg("row"))
       .def("refresh", &Table::refresh)

@@ -51,13 +51,14 @@ class FusedOptimizer(Optimizer):
         self, params: ParamsT, defaults: dict[str, Any], backend: str | None, phase: Phase | None = None
     ) -> None:
         """Takes parameters and defaults as ``torch.optim.Optimizer``, the name of a backend or None, and a phase."""
-        find_backend(backend)
+        if backend is not None:
+            find_backend(backend)  # refuses a name that there is not
         self._requested_backend = backend
         phase = NOTHING if phase is None else phase
         self._phase = phase if phase.copy_to is None else replace(phase, copy_to=None)  # until all groups are there
         self._results: dict[int, Tensor] = {}  # of each table
         self._hidden_steps = HiddenSteps()
-        self._main, self._spreads, self._unreported = 0, (None,), 0
+        self._main, self._spreads, self._unreported = 0, (None,), 0  # unfuse() takes off what is set here
         self._forget_tables()
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []
@@ -431,19 +432,20 @@ class FusedOptimizer(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         phase = self._phase_of_step()
-        live = [number for number, (table, _) in enumerate(tables) if table.live_params()]
+        live = {number: params for number, (table, _) in enumerate(tables) if (params := table.live_params())}
         if phase.reads_twice:
-            self._choose_main(live)
+            self._choose_main(list(live))
         is_one = not phase.reads_twice or self._is_one_launch(tables)
         for stage in (WHOLE_STEP,) if is_one else (MEASURES, UPDATES):
-            for number in live:
+            for number, params in live.items():
                 table, backend = tables[number]
-                params = table.live_params()
-                scalars = _on(table.device, "grad_scale", grad_scale), _on(table.device, "found_inf", found_inf)
+                scale = grad_scale if grad_scale is None else _on(table.device, "grad_scale", grad_scale)
+                found = found_inf if found_inf is None else _on(table.device, "found_inf", found_inf)
                 if stage != MEASURES:
                     _increment_version(params)
-                self._announce(number, table, params, phase, stage)
-                backend.launch(table, *scalars)
+                if phase.flags or table.phase.flags:
+                    self._announce(number, table, params, phase, stage)
+                backend.launch(table, scale, found)
             if stage == MEASURES and live:
                 self._join_norms([tables[number][0] for number in live], phase)
 
@@ -477,8 +479,6 @@ class FusedOptimizer(Optimizer):
 
     def _announce(self, number: int, table: Table, params: list[Tensor], phase: Phase, stage: int) -> None:
         """Tells a table, and autograd, what else the launch does."""
-        if not phase.flags and not table.phase.flags:
-            return
         table.phase, table.results = phase, self._results_of(number, table.device, phase)
         decay = phase.ema_decay
         table.ema_decay = _on(table.device, "ema_decay", decay) if isinstance(decay, Tensor) else decay
@@ -680,10 +680,8 @@ def _backend_for(table: Table, requested: str | None) -> Backend:
     return choose_backend(requested, table.device)
 
 
-def _on(device: torch.device, name: str, scalar: Tensor | None) -> Tensor | None:
+def _on(device: torch.device, name: str, scalar: Tensor) -> Tensor:
     """A scalar that the launch reads, float32 on a table's device."""
-    if scalar is None:
-        return None
     if not isinstance(scalar, Tensor):
         raise TypeError(f"{name} must be a tensor of 1 element, but it is {scalar!r}")
     check_number(name, scalar)

@@ -72,11 +72,8 @@ class Core(Protocol):
     ) -> None:
         """What else a launch does: the fields of ``Phase`` in csrc/phase.h, and what each group is clipped to."""
 
-    def hold_params(self, wanted: bool) -> None:
-        """Whether ``refresh`` lets torch's C++ side count a reference to every parameter: see ``fusedopt.holds``."""
-
-    def release_params(self) -> None:
-        """Gives these references back until the next ``refresh``."""
+    def hold_nothing(self) -> None:
+        """Keeps ``refresh`` from having torch's C++ side count a reference to every parameter: ``fusedopt.holds``."""
 
     def states_in_place(self) -> bool:
         """Whether the watched states, and copies, lie where they lay when their watch began.
@@ -110,16 +107,18 @@ class Core(Protocol):
         Also whether their parameters and gradients are known to share no memory.
         """
 
+    def counted_rows(self, rows: Sequence[int]) -> list[int]:
+        """Of these rows those whose steps are counted: that have states, or all where the rule always counts."""
+
     def begin_rows(
         self,
         rows: Sequence[int],
-        needed: list[list[bool]],
         steps: Tensor,
         steps_in_state: Sequence[Tensor],
         mode: int,
         empty_like: Callable[[Tensor], Tensor],
     ) -> None:
-        """Makes the states of such rows, and describes them."""
+        """Makes the states of such rows, and describes them. ``steps`` has a count for each of ``counted_rows``."""
 
     def described(self, row: int) -> tuple[int, int, Tensor, int, int, dict[str, Any]]:
         """A row's group, its place in that, its parameter, and what the row was described with.
@@ -134,7 +133,7 @@ class Core(Protocol):
         """Reads gradients again: rows that are no longer what the table says, or None."""
 
     def params(self) -> list[Tensor]:
-        """The parameters of all rows."""
+        """The parameters of all rows: the same list at every call."""
 
     def live_params(self) -> list[Tensor]:
         """Parameters that have a gradient."""
@@ -149,7 +148,7 @@ def make_core(
     places: list[tuple[int, int, Tensor]],
     group_sizes: list[int],
     states: dict[Tensor, dict[str, Any]],
-    first_rows: list[int],
+    first_rows: Sequence[int],
     watched: tuple[str, ...],
 ) -> Core:
     """A table for one device: the compiled one where it exists. Its rows are blank until they are described.
@@ -192,9 +191,8 @@ def make_plain_core(
 def _schema(rule: Rule, watched: tuple[str, ...]) -> Any:
     """What the compiled tables know of a rule, made once."""
     assert compiled is not None  # there are compiled tables
-    return compiled.Schema(
-        rule.stem, list(rule.hypers), list(rule.flags), list(watched), list(rule.states), rule.keeps_step
-    )
+    states = [(name, rule.asked_by.get(name, "")) for name in rule.states]
+    return compiled.Schema(rule.stem, list(rule.hypers), list(rule.flags), list(watched), states, rule.keeps_step)
 
 
 def addresses_apart(tensors: list[Tensor]) -> list[int] | None:

@@ -10,33 +10,29 @@ from __future__ import annotations
 
 import gc
 import sys
-import weakref
 from typing import Any
 
 import torch
 
-from .core import Core
-
-_cores: weakref.WeakSet[Core] = weakref.WeakSet()
+from .core import Core, compiled
 
 # Collections of this generation or an older one look at long-lived objects: since Python 3.14 bit by bit.
 _OLD = 1 if sys.version_info >= (3, 14) else 2
 
 
-def register(core: Core) -> None:
-    """Lets a table hold its parameters between collections.
+def limit(core: Core) -> None:
+    """Has a table hold nothing where somebody wants to find no other reference.
 
-    ``torch.utils.swap_tensors``, which ``torch.__future__.set_swap_module_params_on_conversion`` makes
-    ``Module.to`` use, wants to find no other reference: with that set, nothing is held.
+    That is ``torch.utils.swap_tensors``, which ``torch.__future__.set_swap_module_params_on_conversion`` makes
+    ``Module.to`` use.
     """
-    core.hold_params(not torch.__future__.get_swap_module_params_on_conversion())
-    _cores.add(core)
+    if torch.__future__.get_swap_module_params_on_conversion():
+        core.hold_nothing()
 
 
 def _release(phase: str, info: dict[str, Any]) -> None:
-    if phase == "start" and info["generation"] >= _OLD:
-        for core in list(_cores):
-            core.release_params()
+    if phase == "start" and info["generation"] >= _OLD and compiled is not None:
+        compiled.release_params()
 
 
 gc.callbacks.append(_release)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -36,8 +36,8 @@ def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
         with _annotation(f"Optimizer.step#{type(self).__name__}.step"):
-            pre_hooks = _all_of(torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
-            for pre_hook in pre_hooks:
+            before_all, before_own = torch_optimizer._global_optimizer_pre_hooks, self._optimizer_step_pre_hooks
+            for pre_hook in chain(before_all.values(), before_own.values()) if before_all or before_own else ():
                 result = pre_hook(self, args, kwargs)
                 if isinstance(result, tuple) and len(result) == 2:
                     args, kwargs = result
@@ -47,8 +47,8 @@ def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
                     )
             out = step(*args, **kwargs)
             self._optimizer_step_code()
-            post_hooks = _all_of(self._optimizer_step_post_hooks, torch_optimizer._global_optimizer_post_hooks)
-            for post_hook in post_hooks:
+            after_all, after_own = torch_optimizer._global_optimizer_post_hooks, self._optimizer_step_post_hooks
+            for post_hook in chain(after_own.values(), after_all.values()) if after_all or after_own else ():
                 post_hook(self, args, kwargs)
             return out
 
@@ -63,10 +63,6 @@ def are_around(optimizer: torch.optim.Optimizer) -> bool:
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
     )
-
-
-def _all_of(first: dict[int, Any], second: dict[int, Any]) -> Iterable[Any]:
-    return chain(first.values(), second.values()) if first or second else ()  # almost never
 
 
 def _annotation(name: str) -> AbstractContextManager[Any]:

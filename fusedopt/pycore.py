@@ -169,7 +169,7 @@ class PyTable:
         places: list[tuple[int, int, Tensor]],
         group_sizes: list[int],
         states: dict[Tensor, dict[str, Any]],
-        first_rows: list[int],
+        first_rows: Sequence[int],
         watched: Sequence[str],
     ) -> None:
         """See the class."""
@@ -287,11 +287,8 @@ class PyTable:
             self._phase = flags
             self._revision = next(_REVISIONS)
 
-    def hold_params(self, wanted: bool) -> None:
+    def hold_nothing(self) -> None:
         """Has no effect here: there is no C++ side to hold anything."""
-
-    def release_params(self) -> None:
-        """Has no effect here."""
 
     def states_in_place(self) -> bool:
         """Whether the watched states, and copies, lie where they lay when their watch began: some rows at a time."""
@@ -378,6 +375,14 @@ class PyTable:
             rows: which to look at.
         """
         return [], False
+
+    def counted_rows(self, rows: Sequence[int]) -> list[int]:
+        """Never called, as no row is plain.
+
+        Args:
+            rows: which to look at.
+        """
+        raise NotImplementedError
 
     def begin_rows(self, *arguments: Any) -> None:
         """Never called, as no row is plain.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,22 +26,23 @@ class Rule:
             within that value or -1 for the value itself.
         flags: the group's keys that are flags, and their bits in the rule's ``enum Flag``.
         states: names of the state tensors, in the order of the table's state slots.
-        needs: whether a group's tensors need a state, by its name.
         keeps_step: whether the state has a ``step`` in every mode; else the count is kept beside it, out of the state.
         takes_sparse: whether torch takes sparse gradients for it; they are made dense, one parameter at a time.
         update: the rule in ``fusedopt.reference``, called with tensors, states by name, and hyperparameters.
         squares: names of the states that are means of squares: their range is twice a gradient's.
+        asked_by: of the states that not every group's tensors need, the group's key that asks for them: a
+            hyperparameter that is not 0, or a flag that is set.
     """
 
     stem: str
     hypers: tuple[tuple[str, int], ...]
     flags: tuple[tuple[str, int], ...]
     states: tuple[str, ...]
-    needs: Callable[[str, Group], bool]
     keeps_step: bool
     takes_sparse: bool
     update: Callable[[Tensor, Tensor, Mapping[str, Tensor], int, Group, float | None], dict[str, Tensor | None]]
     squares: tuple[str, ...] = ()
+    asked_by: Mapping[str, str] = field(default_factory=dict)
 
     def counts_in_state(self, group: Group) -> bool:
         """Whether the state of a group's tensors has a ``step``: always, or because random bits are of the step."""
@@ -53,4 +54,9 @@ class Rule:
 
     def states_of(self, group: Group) -> tuple[str, ...]:
         """Names of the states that a group's tensors need."""
-        return tuple(name for name in self.states if self.needs(name, group))
+        return tuple(name for name in self.states if name not in self.asked_by or _asks(group[self.asked_by[name]]))
+
+
+def _asks(value: Any) -> bool:
+    """Whether a group's value asks for a state. What a tensor on a GPU holds is not looked at: that would wait."""
+    return (isinstance(value, Tensor) and value.device.type != "cpu") or bool(value)

@@ -163,6 +163,12 @@ class Table:
         live: its rows that have a gradient.
     """
 
+    stage = WHOLE_STEP
+    reported: Sequence[Tensor] = ()  # the parameters that it tells of
+    ema_decay: float | Tensor | None = None  # as the next launch reads it
+    parts: Sequence[int] = (0,)  # the first row of each
+    _begun: Begun | None = None
+
     def __init__(
         self,
         rule: Rule,
@@ -186,18 +192,13 @@ class Table:
         self._rows = rows
         self._others = beside
         self._live = live
-        self._begun: Begun | None = None
         self.lasting = lasting
         self.phase = phase
         self.results = results
-        self.stage = WHOLE_STEP
-        self.reported: list[Tensor] = []  # the parameters that it tells of
-        self.ema_decay: float | Tensor | None = None  # as the next launch reads it
         self._state = state
         self._hidden_steps = hidden_steps
-        self.parts = [0]
         self.core: Core = self._make_core(spreads) if core is None else core
-        holds.register(self.core)
+        holds.limit(self.core)
 
     @classmethod
     def of_plain(
@@ -524,7 +525,7 @@ class Table:
             self._describe(others, strange)
         self._begin(plain)
         if self.reported and leaves != [row.leaves for row in rows]:
-            self.reported = []  # what was kept is by leaves that no longer are these
+            self.reported = ()  # what was kept is by leaves that no longer are these
 
     def _check_rows(self, rows: list[Row]) -> list[Row]:
         """Refuses what does not fit together; returns the rows whose state is not what they hold."""
@@ -628,17 +629,13 @@ class Table:
         """States of zeros for plain rows, and their description, in one call."""
         if not plain:
             return
-        rule = self.rule
-        needed = [[rule.needs(name, group) for name in rule.states] for group in self.groups]
-        stepped = plain
-        if not rule.keeps_step and not all(map(any, needed)):
-            stepped = [row for row in plain if any(needed[self.core.described(row)[0]])]
+        stepped = self.core.counted_rows(plain)
         steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
-        if not rule.keeps_step:  # known before there are states, so that those of a call that fails count as new
+        if not self.rule.keeps_step:  # known before there are states, so that those of a call that fails count as new
             params = self.core.params()
             self._hidden_steps.begin(params if len(stepped) == len(params) else [params[row] for row in stepped], steps)
-        in_state = steps.unbind() if rule.keeps_step else ()
-        self.core.begin_rows(plain, needed, steps, in_state, PLAIN_MODE, torch.empty_like)
+        in_state = steps.unbind() if self.rule.keeps_step else ()
+        self.core.begin_rows(plain, steps, in_state, PLAIN_MODE, torch.empty_like)
         self._begun = Begun(plain, stepped, steps)
         if self._rows is not None:
             self._take_begun(self._rows)

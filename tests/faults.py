@@ -481,8 +481,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "cpu: references to parameters not given back",
         BINDINGS,
-        "for (Watch& watch : watches_) watch.hold = Hold();",
-        "",
+        "if (watch.hold) released.push_back(std::move(watch.hold));",
+        "{}",
         (COLLECTED,),
     ),
     Fault(

@@ -50,11 +50,11 @@ RULE = Rule(
     hypers=(("lr", -1), ("betas", 0), ("betas", 1), ("eps", -1), ("weight_decay", -1)),
     flags=(("maximize", MAXIMIZE), ("differentiable", DIFFERENTIABLE), ("amsgrad", 2), ("decoupled_weight_decay", 4)),
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-    needs=lambda name, group: name != "max_exp_avg_sq" or bool(group["amsgrad"]),
     keeps_step=True,
     takes_sparse=False,
     update=_update,
     squares=("exp_avg_sq", "max_exp_avg_sq"),
+    asked_by={"max_exp_avg_sq": "amsgrad"},
 )
 
 

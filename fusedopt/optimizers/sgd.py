@@ -42,20 +42,15 @@ def _update(
     return update._asdict()
 
 
-def _is_on_gpu(value: object) -> bool:
-    """Whether looking at a value would wait for a GPU."""
-    return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
 RULE = Rule(
     stem="sgd",
     hypers=(("lr", -1), ("momentum", -1), ("dampening", -1), ("weight_decay", -1)),
     flags=(("maximize", MAXIMIZE), ("differentiable", DIFFERENTIABLE), ("nesterov", 2)),
     states=("momentum_buffer",),
-    needs=lambda name, group: _is_on_gpu(group["momentum"]) or float(group["momentum"]) != 0.0,
     keeps_step=False,
     takes_sparse=True,
     update=_update,
+    asked_by={"momentum_buffer": "momentum"},
 )
 
 
