@@ -296,6 +296,9 @@ class CudaClock:
     BUSY_S = 0.5
     """How long the device is kept busy before its clock rate is taken."""
 
+    TRIES = 3
+    """How many traces may be taken of a block until the profiler has seen a kernel in one."""
+
     def __init__(self) -> None:
         l2_bytes = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
         self._flush = torch.empty(max(4 * l2_bytes, 2**28), dtype=torch.int8, device="cuda")
@@ -320,10 +323,19 @@ class CudaClock:
         host = _host_seconds(timed, steps, torch.cuda.synchronize)
         torch.cuda.synchronize()
         if by_kernels:
-            return Sample(kernels_of(timed, steps, self.flush).seconds, host)
+            return Sample(self._kernel_seconds(timed, steps), host)
         with _no_garbage_collection():
             spans = [hidden_span(lambda spin_s: self._span(timed, spin_s), host) for _ in range(steps)]
         return Sample(sum(seconds for seconds, _ in spans) / steps, host, all(hidden for _, hidden in spans))
+
+    def _kernel_seconds(self, timed: Timed, steps: int) -> float:
+        for _ in range(self.TRIES):
+            seconds = kernels_of(timed, steps, self.flush).seconds
+            if seconds > 0:
+                return seconds
+        raise RuntimeError(
+            f"{timed.name}: the profiler saw no kernel in {self.TRIES} traces; is CUPTI in use elsewhere?"
+        )
 
     def _span(self, timed: Timed, spin_s: float) -> tuple[float, bool]:
         """Seconds between events around a step behind a spin, and whether the spin still ran when it was queued."""

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+class StreamUse:
+    """Tells torch's allocator on which streams launches use memory that was made on another.
+
+    Else memory that is given up goes to whoever asks for some on the stream that it was made on, at once, while a
+    launch on the other may still read or write it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was launched yet."""
+        self._last: Any = None
+
+    def record(self, device: torch.device, tensors: Iterable[Tensor | None]) -> None:
+        """Says what the next launch on a device uses; of a capture, whose memory stays, nothing."""
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(device)
+        if stream != self._last:
+            self._last = stream
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(stream)
 
 
 @dataclass(eq=False)
@@ -17,12 +42,14 @@ class Lasting:
         leaf_sums: float64, what every leaf joins to: csrc/phase.h; None: no norm is wanted.
         joined: float64, what the leaves of each part come to; then, at its begin, of each norm.
         report: float64, the columns of csrc/report.h and one behind; None: nothing is reported.
+        streams: where launches use these.
     """
 
     launcher: Any = None
     leaf_sums: Tensor | None = None
     joined: Tensor | None = None
     report: Tensor | None = None
+    streams: StreamUse = field(default_factory=StreamUse)
     _captured: list[Tensor] = field(default_factory=list)
 
     @property

@@ -289,6 +289,7 @@ class Table:
         address = decay.data_ptr() if isinstance(decay, Tensor) else 0
         self._make_room()
         room = self.lasting
+        room.streams.record(self.device, (room.leaf_sums, room.joined, room.report, self.results))
         self.core.set_phase(
             self.phase.flags,
             stage,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import Core
+from .lasting import StreamUse
 from .phase import LEAF, MEASURES, UPDATES
 from .pycore import GRAD, SLOTS
 from .reference import REPORT_COLUMNS
@@ -66,6 +67,7 @@ class Launcher:
         self._tensors: dict[str, Tensor] = {}
         self._terms: Tensor | None = None
         self._captures: list[Capture] = []
+        self._streams = StreamUse()
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Sends what changed and launches."""
@@ -90,6 +92,8 @@ class Launcher:
             )
         if is_captured and all(capture.columns is not self.columns for capture in self._captures):
             self._captures.append(Capture(self.columns, self._sent))
+        decay, measured = self._decay(table.ema_decay), self._measured(table)
+        self._streams.record(self.device, (*self._tensors.values(), self._terms, decay))
         launch(
             table.rule.stem,
             core.variant,
@@ -97,9 +101,9 @@ class Launcher:
             grad_scale=grad_scale,
             found_inf=found_inf,
             phase_flags=table.phase.flags,
-            ema_decay=self._decay(table.ema_decay),
+            ema_decay=decay,
             sweeps=table.stage != MEASURES,
-            **self._measured(table),
+            **measured,
         )
 
     @property
@@ -163,6 +167,7 @@ class Launcher:
 
         programs = resident_programs(table.core.variant, self.device)
         if self._terms is None or self._terms.shape[0] < programs:
+            table.lasting.keep(self._terms)
             self._terms = torch.empty(programs, REPORT_COLUMNS, LEAF, dtype=torch.float64, device=self.device)
         return self._terms
 

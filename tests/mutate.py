@@ -254,7 +254,9 @@ def describe_commit() -> str:
 
 
 def git(*words: str) -> str:
-    """What git says in the repository; empty where there is none."""
+    """What git says in the repository; empty where there is neither."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 

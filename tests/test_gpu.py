@@ -133,9 +133,10 @@ def captured(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def everything(optimizer: Any) -> list[torch.Tensor]:
-    """Parameters and states."""
+    """Parameters and states, and the keys of random bits among these, which are Python numbers."""
     params = [param.detach() for group in optimizer.param_groups for param in group["params"]]
-    return [*params, *(value for param in params_of(optimizer) for value in optimizer.state[param].values())]
+    values = [value for param in params_of(optimizer) for value in optimizer.state[param].values()]
+    return [*params, *map(torch.as_tensor, values)]
 
 
 def params_of(optimizer: Any) -> list[Parameter]:
@@ -310,6 +311,30 @@ def test_a_step_on_a_side_stream_is_ordered_there_and_leaves_the_current_one(run
 
 
 @each_run
+def test_what_was_made_on_one_stream_is_not_given_away_while_another_uses_it(run: Run, settings: Run) -> None:
+    """Tables, sums and terms are replaced at every step, and their old memory is asked for and overwritten at once."""
+    optimizers = []
+    for streams in ([torch.cuda.current_stream()], [torch.cuda.Stream(), torch.cuda.Stream()]):
+        params = make_params(MORE_THAN_RIDE_IN_A_LAUNCH, run.device)
+        optimizer = fusedopt.AdamW(params, lr=0.5, max_grad_norm=1.0, report=True, backend=run.backend)
+        grads = [param.grad for param in params]
+        last = torch.cuda.current_stream()
+        for k in range(20):
+            stream = streams[k % len(streams)]
+            stream.wait_stream(last)
+            with torch.cuda.stream(stream):
+                for param, grad in zip(params[:100], grads[:100], strict=True):
+                    param.grad = grad if k % 3 else None
+                optimizer.step()
+            with torch.cuda.stream(streams[0]):
+                [torch.full((size,), 255, dtype=torch.uint8, device=run.device) for size in (512, 4096, 65536, 1 << 20)]
+            last = stream
+        torch.cuda.synchronize()
+        optimizers.append(optimizer)
+    assert_same(*optimizers)
+
+
+@each_run
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, there are {torch.cuda.device_count()}")
 def test_parameters_on_two_gpus_are_updated_in_one_launch_on_each(run: Run, settings: Run) -> None:
     first, second = make_params(device="cuda:0"), make_params(device="cuda:1")
@@ -339,7 +364,7 @@ def test_more_than_two_to_the_31_elements(run: Run, settings: Run) -> None:
 
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 # Only our kernels: what else torch launches is not looked at, which saves most of the time; but what it has written.
-OURS = ("--kernel-regex", "kns=fusedopt_")
+OURS = ("--kernel-name", "kns=fusedopt_")
 OPTIONS = {
     "memcheck": ("--leak-check", "no", *OURS),
     "racecheck": OURS,

@@ -15,6 +15,7 @@ import torch
 
 import fusedopt
 from fusedopt import reference
+from fusedopt.lasting import StreamUse
 
 from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
 from .tensors import same_bits
@@ -180,16 +181,22 @@ def test_more_leaves_than_one_group_have_the_bits_of_the_reference(run: Run, set
 @pytest.mark.parametrize("largest", [False, True])
 def test_groups_of_leaves_join_in_triton_as_they_should(largest: bool, run: Run, settings: Run) -> None:
     """The kernel that measures, without a chunk to measure: its last program joins what the leaves are said to be."""
+    from fusedopt.triton_kernels import launch
     from fusedopt.triton_kernels.reduce import LARGEST_NORM, measure
 
     sizes = (3, 2048, 0, 2049, 3 * 2048 + 7)
     leaves = torch.rand(sum(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(run.device)
     part_leaf = torch.tensor([0, *itertools.accumulate(sizes)], device=run.device)
     joined = torch.full((len(sizes),), math.nan, dtype=torch.float64, device=run.device)
-    nothing, arrivals = (torch.zeros(1, dtype=torch.int32, device=run.device) for _ in range(2))
-    table = (nothing,) * 6
+    places, chunks, arrivals = (
+        torch.zeros(1, dtype=dtype, device=run.device) for dtype in (torch.int64, torch.int32, torch.int32)
+    )
+    table = (places, places, places, places, chunks, places)  # address, grads, numel, storage, layout, layouts
     flags = LARGEST_NORM.value if largest else 0
-    measure[(2,)](*table, 0, nothing, 0, 2048, 0, flags, nothing, leaves, part_leaf, len(sizes), joined, arrivals)
+    options = launch._device_options(None, joined.device)
+    measure[(2,)](
+        *table, 0, chunks, 0, 2048, 0, flags, places, leaves, part_leaf, len(sizes), joined, arrivals, **options
+    )
     assert arrivals.item() == 0
     for one, part in zip(joined, leaves.cpu().split(sizes), strict=True):
         assert one.item() == reference.joined_leaves(part, largest=largest).item()
@@ -360,6 +367,26 @@ def test_memory_that_a_graph_may_use_outlives_the_tables() -> None:
         optimizer.step()
         assert [ref() is not None for ref in watched] == 4 * [bool(captures)]
         assert not any(one is ref() for one, ref in zip(room_of(optimizer), watched, strict=True) if captures)
+
+
+def test_memory_that_launches_use_on_another_stream_is_told_to_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each change of the stream, and never during a capture."""
+    told: list[tuple[str, str]] = []
+
+    class Told:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_stream(self, stream: str) -> None:
+            told.append((self.name, stream))
+
+    use, tensors = StreamUse(), (Told("sums"), None, Told("terms"))
+    for stream, is_capturing in (("one", False), ("one", False), ("other", True), ("other", False), ("one", False)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=is_capturing: answer)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, answer=stream: answer)
+        use.record(torch.device("cuda", 0), tensors)  # type: ignore[arg-type]
+        use.record(torch.device("cpu"), tensors)  # type: ignore[arg-type]
+    assert told == [(name, stream) for stream in ("one", "other", "one") for name in ("sums", "terms")]
 
 
 def room_of(optimizer: Any) -> list[torch.Tensor]:

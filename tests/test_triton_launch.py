@@ -5,6 +5,7 @@ The interpreter does not look at types, so that it cannot see an argument that n
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
 from fusedopt.triton_kernels import launch as kernels  # noqa: E402
+from fusedopt.triton_launch import Capture  # noqa: E402
 
 from .test_triton_aot import MEASURE_SIGNATURE, SIGNATURE  # noqa: E402
 
@@ -129,6 +131,30 @@ def test_a_step_launches_what_is_compiled_ahead_of_time(cls: str, step: str, cou
         assert handed["measure"].signature == MEASURE_SIGNATURE
         assert not handed["measure"].constants
         assert handed["measure"].options["num_warps"] == kernels.MEASURE_THREADS // TARGET.warp_size
+
+
+def test_a_report_keeps_the_terms_that_a_graph_writes_when_another_variant_wants_more(
+    handed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = {"full_report": 264, "f32_report": 396}
+    monkeypatch.setattr(kernels, "resident_programs", lambda variant, device: programs[variant])
+    for is_captured in (False, True):
+        param = Parameter(torch.ones(5))
+        param.grad = torch.ones(5)
+        optimizer: Any = fusedopt.AdamW([param], lr=0.5, backend="triton", report=True)
+        other = Parameter(torch.ones(5).bfloat16())
+        other.grad = torch.ones(5).bfloat16()
+        optimizer.add_param_group({"params": [other]})
+        optimizer.step()
+        ((table, _),) = optimizer._tables
+        assert table.core.variant == "full_report"
+        launcher = table.lasting.launcher
+        launcher._captures += [Capture(launcher.columns, launcher._sent)] * is_captured
+        terms = weakref.ref(launcher._terms)
+        del optimizer.param_groups[1]
+        optimizer.step()
+        assert optimizer._tables[0][0].core.variant == "f32_report"
+        assert (terms() is not None) == is_captured
 
 
 def test_scalars_of_a_gradient_scaler_are_handed_as_any_other(handed: Any) -> None:

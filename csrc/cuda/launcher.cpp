@@ -281,10 +281,16 @@ struct CudaLaunch::State {
   driver::Event finished = nullptr;  // the last launch
   driver::Stream last_stream = nullptr;
 
-  void send_table(HostTable& host, driver::Stream stream, bool capturing) {
+  // Before anything that a capture forbids, as to load the kernels is.
+  void refuse_unknown(const HostTable& host) const {
+    if (revision != host.revision())
+      throw std::runtime_error(
+          "the optimizer's tensors, or what a step does with them, changed since its last step: run one step like it "
+          "before the capture");
+  }
+
+  void send_table(HostTable& host, driver::Stream stream) {
     if (revision == host.revision()) return;
-    if (capturing)
-      throw std::runtime_error("the optimizer's tensors changed since its last step: run one step before the capture");
     if (!captures.empty()) {
       captured_tables.push_back(std::move(table));
       table = std::make_unique<Upload>();
@@ -401,15 +407,17 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   const driver::CurrentContext current(state.gpu.context());
   const driver::Stream stream = reinterpret_cast<driver::Stream>(stream_handle);
   const bool capturing = is_capturing(stream);
+  if (capturing) state.refuse_unknown(host);
   const Gpu::Kernel& kernel = state.gpu.kernel(host.rule(), host.variant());
   constexpr i64 kMostElements = 65536;
   host.plan(kernel.blocks, kLeaf, kMostElements);
   if (host.chunks().empty() && host.rows() == 0) return;
   state.order_after_last_launch(stream, capturing);
-  state.send_table(host, stream, capturing);
   if (capturing) {
+    state.refuse_unknown(host);
     state.capture_step(host);
   } else {
+    state.send_table(host, stream);
     state.send_step(host, stream);
     state.send_arrivals(stream);
   }

@@ -121,7 +121,7 @@ void check_refusals(driver::Stream stream) {
   const u64 number = u64(reinterpret_cast<std::uintptr_t>(stream));
   CudaLaunch cuda(0);
   host::begin_capture(stream);
-  expect_refusal("run one step before the capture", [&] { cuda.launch(table.host, number, 0, 0); });
+  expect_refusal("run one step like it before the capture", [&] { cuda.launch(table.host, number, 0, 0); });
   expect_refusal("during a capture", [&] { cuda.update_captures(table.host, number); });
   host::end_capture(stream);
   cuda.launch(table.host, number, 0, 0);

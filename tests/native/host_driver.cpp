@@ -135,6 +135,7 @@ Api make_api() {
   made.push_context = [](Context) { return 0; };
   made.pop_context = [](Context* context) { return *context = nullptr, 0; };
   made.load_module = [](Module* module, const void* data) {
+    if (is_forbidden()) return kRefused;
     *module = static_cast<Module>(const_cast<void*>(data));
     return 0;
   };
