@@ -15,8 +15,9 @@ from . import blocks, exact, reference
 from .core import compiled, why_not_compiled
 from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP
 from .precision import ROUNDING_KEY, coded_states, master_key, recoded, rounds_at_random, scale_key, widened
-from .sharded import all_places
-from .table import Row, Table, local, real_view
+from .rows import Row
+from .sharded import all_places, local
+from .table import Table, real_view
 
 # Best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -413,6 +414,40 @@ def best_backend(device: torch.device) -> tuple[Backend, list[str]]:
             return _ALL[name], reasons
         reasons.append(f"'{name}' can not serve it: {reason}")
     raise RuntimeError(f"no backend serves {device}: {'; '.join(reasons)}")
+
+
+class Waiting:
+    """Stands for a backend that nothing has needed yet: frozen parameters may lie where no backend serves."""
+
+    name = "waiting"
+
+    def __init__(self, requested: str | None, device: torch.device) -> None:
+        """Takes what ``choose_backend`` takes."""
+        self._requested = requested
+        self._device = device
+        self._chosen: Backend | None = None
+
+    def why_not(self, device: torch.device) -> str:
+        """See Backend."""
+        return ""
+
+    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See Backend."""
+        self._choose().launch(table, grad_scale, found_inf)
+
+    def moved_since_captures(self, table: Table) -> list[int]:
+        """See Backend."""
+        return self._choose().moved_since_captures(table) if table.lasting.launcher is not None else []
+
+    def update_captures(self, table: Table) -> None:
+        """See Backend."""
+        if table.lasting.launcher is not None:
+            self._choose().update_captures(table)
+
+    def _choose(self) -> Backend:
+        if self._chosen is None:
+            self._chosen = choose_backend(self._requested, self._device)
+        return self._chosen
 
 
 def available_backends(device: str | torch.device = "cpu") -> list[str]:

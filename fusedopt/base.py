@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint, hooks, norms, traced
-from .backends import Backend, choose_backend, find_backend
+from . import averages, checkpoint, hooks, norms, traced
+from .apart import separate
+from .backends import Backend, Waiting, choose_backend, find_backend
 from .check import check_flags, check_groups, check_number, local
 from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .phase import EMA, MEASURES, NOTHING, OPTIONS, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import check_modes, scale_key
 from .report import Report, read_report
+from .rows import name_of, part_of, rows_of
 from .rules import MODE_KEYS, Rule
 from .sharded import Spread, is_any_sharded, spread_of
-from .table import Table, name_of, part_of, rows_of, separate
+from .table import Table
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -213,35 +215,13 @@ class FusedOptimizer(Optimizer):
         """
         if self._phase.ema_decay is None:
             raise RuntimeError("no average is kept: construct the optimizer with ema_decay")
-        averaged = list(self._averaged())
-        held = [(name, param, param.detach().clone()) for name, param, _ in averaged]
         was_swapped = self._is_swapped
         try:
-            try:
-                self._is_swapped = True
-                with torch.no_grad():
-                    for _, param, average in averaged:
-                        param.copy_(average)
+            self._is_swapped = True
+            with averages.swapped_in(self.param_groups, self.state):
                 yield
-            finally:
-                _put_back(held)
         finally:
-            _put_back(held)  # what an interrupt of that left
             self._is_swapped = was_swapped
-
-    def _averaged(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, parameter and average of each parameter that has one."""
-        for g, group in enumerate(self.param_groups):
-            for k, param in enumerate(group["params"]):
-                average = self.state.get(param, {}).get(EMA)
-                if average is None:
-                    continue
-                if average.shape != param.shape:
-                    raise RuntimeError(
-                        f"the average of {self._name_of(g, k)} has shape {tuple(average.shape)}, and the parameter "
-                        f"{tuple(param.shape)}: they can not change places"
-                    )
-                yield self._name_of(g, k), param, average
 
     def refresh(self) -> None:
         """Looks at all tensors again.
@@ -521,25 +501,6 @@ class FusedOptimizer(Optimizer):
             check_distinct([*named, *params], among=len(named))
         return copies
 
-    def _check_averages(self) -> None:
-        """Refuses a parameter that took the place of another: its average would begin anew, and nobody say so.
-
-        One that was there before, and has its first gradient late, took nobody's place.
-        """
-        if self._phase.ema_decay is None:
-            return
-        averaged = {param for param, state in self._own_states() if EMA in state}
-        left = {param.shape for param in averaged.difference(traced.params_of(self))}
-        known = averaged.union(self._traced_params)
-        for g, group in enumerate(self.param_groups) if left else ():
-            for k, param in enumerate(group["params"]):
-                if param not in known and param.shape in left:
-                    raise RuntimeError(
-                        f"{self._name_of(g, k)} has no average, and there is one of a parameter of its shape "
-                        f"{tuple(param.shape)} that is in no group: it was replaced. Give the new one the state of the "
-                        "old, optimizer.state[new] = optimizer.state.pop(old), or delete that"
-                    )
-
     @torch.no_grad()
     def _trace_launch(self) -> None:
         """What ``torch.compile`` sees of a step: one operator."""
@@ -596,7 +557,8 @@ class FusedOptimizer(Optimizer):
             self._phase.check_group(index, group)
             check_modes(self._rule, group)
         copies = self._copies()
-        self._check_averages()
+        if self._phase.ema_decay is not None:
+            averages.check_not_replaced(self.param_groups, self._own_states(), self._traced_params)
         rows, are_apart = rows_of(self.param_groups, copies)
         tables: list[tuple[Table, Backend]] = []
         params = traced.params_of(self)
@@ -623,61 +585,9 @@ class FusedOptimizer(Optimizer):
                     self._spreads,
                 )
                 table.begin()
-                tables.append((table, _backend_for(table, self._requested_backend)))
+                choose = choose_backend if table.live_params() else Waiting
+                tables.append((table, choose(self._requested_backend, device)))
         return tables
-
-
-class _Waiting:
-    """Stands for a backend that nothing has needed yet: frozen parameters may lie where no backend serves."""
-
-    name = "waiting"
-
-    def __init__(self, requested: str | None, device: torch.device) -> None:
-        self._requested = requested
-        self._device = device
-        self._chosen: Backend | None = None
-
-    def why_not(self, device: torch.device) -> str:
-        return ""
-
-    def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        self._choose().launch(table, grad_scale, found_inf)
-
-    def moved_since_captures(self, table: Table) -> list[int]:
-        return self._choose().moved_since_captures(table) if table.lasting.launcher is not None else []
-
-    def update_captures(self, table: Table) -> None:
-        if table.lasting.launcher is not None:
-            self._choose().update_captures(table)
-
-    def _choose(self) -> Backend:
-        if self._chosen is None:
-            self._chosen = choose_backend(self._requested, self._device)
-        return self._chosen
-
-
-@torch.no_grad()
-def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
-    """Gives every parameter its value, whatever shape another has got, and takes it off the list."""
-    lost: list[str] = []
-    while held:
-        name, param, value = held[-1]
-        if param.shape == value.shape:
-            try:
-                param.copy_(value)
-            except RuntimeError as error:  # one that is on the meta device now, or was made in inference mode
-                lost.append(f"{name} can not be given its value: {error}")
-        else:
-            lost.append(f"{name} had shape {tuple(value.shape)} before swap_ema() and has {tuple(param.shape)} now")
-        held.pop()
-    if lost:
-        raise RuntimeError(f"{'; '.join(lost)}: it keeps what it has")
-
-
-def _backend_for(table: Table, requested: str | None) -> Backend:
-    if not table.live_params():
-        return _Waiting(requested, table.device)
-    return choose_backend(requested, table.device)
 
 
 def _on(device: torch.device, name: str, scalar: Tensor) -> Tensor:

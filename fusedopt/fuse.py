@@ -20,7 +20,7 @@ from .optimizers.adam import Adam, AdamW
 from .optimizers.sgd import SGD
 from .precision import ROUNDING_KEY
 from .rules import MODE_KEYS
-from .table import local
+from .sharded import local
 
 TWINS: dict[type[Optimizer], type[FusedOptimizer]] = {
     torch.optim.SGD: SGD,

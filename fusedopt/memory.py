@@ -56,3 +56,10 @@ def is_wrapper(tensor: Tensor) -> bool:
 def layout_of(tensor: Tensor) -> str:
     """What a tensor's layout is called; that of some nested tensors claims to be strided."""
     return "nested" if tensor.is_nested and tensor.layout == torch.strided else str(tensor.layout)
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: itself, or a copy of one that is sparse or a lazy view."""
+    if tensor.is_sparse:
+        return tensor.to_dense()
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
