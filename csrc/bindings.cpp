@@ -43,12 +43,13 @@ struct FlagKey {
 };
 
 // What asks for a state of a group's tensors: a hyperparameter that is not 0, a flag that is set, or their being there.
+// As fusedopt/rules.py has it: `unseen` are the hyperparameters, as bits, that would have to be fetched from a GPU.
 struct Need {
   int hyper = -1;
   u32 flag = 0;
 
-  bool is_asked_by(const Hypers& hypers) const {
-    if (hyper >= 0) return hypers.value[hyper] != 0.0;
+  bool is_asked_by(const Hypers& hypers, u32 unseen) const {
+    if (hyper >= 0) return hypers.value[hyper] != 0.0 || (unseen >> hyper & 1) != 0;
     return flag == 0 || (hypers.flags & flag) != 0;
   }
 };
@@ -75,9 +76,6 @@ struct Schema {
     }
   }
 
-  bool needs_any(const Hypers& group) const {
-    return std::any_of(needs.begin(), needs.end(), [&](const Need& need) { return need.is_asked_by(group); });
-  }
 
   int rule;
   std::vector<HyperKey> hypers;
@@ -92,10 +90,10 @@ struct Schema {
                       const std::vector<std::pair<std::string, u32>>& flag_keys) {
     if (key.empty()) return {};
     for (size_t h = 0; h < hyper_keys.size(); ++h)
-      if (hyper_keys[h].first == key) return {int(h), 0};
+      if (hyper_keys[h].first == key && hyper_keys[h].second < 0) return {int(h), 0};
     for (const auto& [name, bit] : flag_keys)
       if (name == key) return {-1, bit};
-    throw std::invalid_argument("'" + key + "', which asks for a state, is neither a hyperparameter nor a flag");
+    throw std::invalid_argument("'" + key + "', which asks for a state, is neither one hyperparameter nor a flag");
   }
 };
 
@@ -241,6 +239,7 @@ class Table {
         live_(places.size(), false),
         values_(sizes.size() * (schema_->hypers.size() + schema_->flags.size())),
         shapes_(sizes.size(), ~u64(0)),
+        unseen_(sizes.size(), 0),
         sizes_(std::move(sizes)),
         params_(sizes_.size(), nullptr),
         states_(states) {
@@ -664,8 +663,15 @@ class Table {
     size_t given = 0;
   };
 
-  const Hypers& hypers_of(u32 group) const { return host_.group_rows()[group].hypers; }
-  bool is_counted(u32 group) const { return schema_->keeps_step || schema_->needs_any(hypers_of(group)); }
+  bool needs(u32 group, size_t state) const {
+    return schema_->needs[state].is_asked_by(host_.group_rows()[group].hypers, unseen_[group]);
+  }
+
+  bool is_counted(u32 group) const {
+    for (size_t s = 0; s < schema_->states.size(); ++s)
+      if (needs(group, s)) return true;
+    return schema_->keeps_step;
+  }
 
   void begin_row(u64 row, NewSteps& steps, u32 mode, const py::object& empty_like) {
     static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
@@ -704,7 +710,7 @@ class Table {
     }
     for (size_t s = 0; s < schema_->states.size(); ++s) {
       const py::str& name = schema_->states[s];
-      if (!schema_->needs[s].is_asked_by(hypers_of(spec.group))) {
+      if (!needs(spec.group, s)) {
         put(name, py::object(), 0);
         continue;
       }
@@ -1020,8 +1026,9 @@ class Table {
       const bool is_constant = PyFloat_CheckExact(now.ptr()) || PyLong_CheckExact(now.ptr());
       if (now.is(before) && is_constant) continue;
       before = now;
+      unseen_[g] &= ~(1u << h);
       if (is_tensor)
-        read_tensor_value(host_.group(g), int(h), now);
+        read_tensor_value(g, int(h), now);
       else
         set_value(host_.group(g), int(h), number(now));
     }
@@ -1039,7 +1046,8 @@ class Table {
   }
 
   // A tensor on the table's device is read by the launch itself, any other one here and now.
-  void read_tensor_value(GroupRow& group, int h, const py::object& tensor) {
+  void read_tensor_value(u64 g, int h, const py::object& tensor) {
+    GroupRow& group = host_.group(g);
     TensorFacts facts;
     std::vector<int64_t> extents;
     if (!reader.read(tensor.ptr(), facts, extents)) fail();
@@ -1048,6 +1056,7 @@ class Table {
     if (elements != 1) throw py::value_error("a tensor of 1 element is wanted, not one of " + std::to_string(elements));
     const int storage = storage_of(facts.dtype);
     const bool here = facts.device.type == device_.type && facts.device.index == device_.index && storage >= 0;
+    if (!here && facts.device.type != dlpack::kHost) unseen_[g] |= 1u << h;
     if (!here) return set_value(group, h, number(tensor.attr("item")()));
     // Only whether this is 0 matters before the launch; a GPU's value is not known by then.
     group.hypers.value[h] = device_.type == dlpack::kHost ? number(tensor.attr("item")()) : 1.0;
@@ -1113,6 +1122,7 @@ class Table {
   size_t next_asked_ = 0;
   std::vector<py::object> values_;  // per group: hyperparameters and flags as last read
   std::vector<u64> shapes_;
+  std::vector<u32> unseen_;  // of each group, the hyperparameters on a GPU that is not the table's device, as bits
   std::vector<Py_ssize_t> sizes_;
   std::vector<PyObject*> params_;  // each group's list, borrowed for as long as the groups are read
   py::object live_params_ = py::none();

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +13,67 @@ from .rows import name_of
 from .rules import Group
 
 
-@contextmanager
-def swapped_in(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
-    """Gives parameters the values of their averages, and at the end their own back, whatever happened within.
+class Held(NamedTuple):
+    """A parameter whose average takes its place for a while, and the value that it will have again."""
+
+    name: str
+    param: Tensor
+    average: Tensor
+    value: Tensor
+
+
+def held_values(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]]) -> list[Held]:
+    """Copies of the values of all parameters that have an average.
 
     Args:
         groups: the optimizer's ``param_groups``.
         state: the optimizer's ``state``.
+
+    Raises:
+        RuntimeError: a parameter has another shape than its average.
     """
-    averaged = list(_averaged(groups, state))
-    held = [(name, param, param.detach().clone()) for name, param, _ in averaged]
-    try:
-        try:
-            with torch.no_grad():
-                for _, param, average in averaged:
-                    param.copy_(average)
-            yield
-        finally:
-            _put_back(held)
-    finally:
-        _put_back(held)  # what an interrupt of that left
+    held = []
+    for g, group in enumerate(groups):
+        for k, param in enumerate(group["params"]):
+            average = state.get(param, {}).get(EMA)
+            if average is None:
+                continue
+            if average.shape != param.shape:
+                raise RuntimeError(
+                    f"the average of {name_of(groups, g, k)} has shape {tuple(average.shape)}, and the parameter "
+                    f"{tuple(param.shape)}: they can not change places"
+                )
+            held.append(Held(name_of(groups, g, k), param, average, param.detach().clone()))
+    return held
+
+
+@torch.no_grad()
+def swap_in(held: Sequence[Held]) -> None:
+    """Gives every parameter the value of its average."""
+    for each in held:
+        each.param.copy_(each.average)
+
+
+@torch.no_grad()
+def put_back(held: list[Held]) -> None:
+    """Gives every parameter its value, whatever shape another has got, and takes it off the list.
+
+    Raises:
+        RuntimeError: some keep what they have, by name; all others have got theirs.
+    """
+    lost: list[str] = []
+    while held:
+        name, param, _, value = held[-1]
+        if param.shape == value.shape:
+            try:
+                param.copy_(value)
+            except RuntimeError as error:  # one that is on the meta device now, or was made in inference mode
+                lost.append(f"{name} can not be given its value: {error}")
+        else:
+            lost.append(f"{name} had shape {tuple(value.shape)} before swap_ema() and has {tuple(param.shape)} now")
+        held.pop()
+    if lost:
+        raise RuntimeError(f"{'; '.join(lost)}: it keeps what it has")
 
 
 def check_not_replaced(
@@ -60,36 +100,3 @@ def check_not_replaced(
                     f"{tuple(param.shape)} that is in no group: it was replaced. Give the new one the state of the "
                     "old, optimizer.state[new] = optimizer.state.pop(old), or delete that"
                 )
-
-
-def _averaged(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, parameter and average of each parameter that has one."""
-    for g, group in enumerate(groups):
-        for k, param in enumerate(group["params"]):
-            average = state.get(param, {}).get(EMA)
-            if average is None:
-                continue
-            if average.shape != param.shape:
-                raise RuntimeError(
-                    f"the average of {name_of(groups, g, k)} has shape {tuple(average.shape)}, and the parameter "
-                    f"{tuple(param.shape)}: they can not change places"
-                )
-            yield name_of(groups, g, k), param, average
-
-
-@torch.no_grad()
-def _put_back(held: list[tuple[str, Tensor, Tensor]]) -> None:
-    """Gives every parameter its value, whatever shape another has got, and takes it off the list."""
-    lost: list[str] = []
-    while held:
-        name, param, value = held[-1]
-        if param.shape == value.shape:
-            try:
-                param.copy_(value)
-            except RuntimeError as error:  # one that is on the meta device now, or was made in inference mode
-                lost.append(f"{name} can not be given its value: {error}")
-        else:
-            lost.append(f"{name} had shape {tuple(value.shape)} before swap_ema() and has {tuple(param.shape)} now")
-        held.pop()
-    if lost:
-        raise RuntimeError(f"{'; '.join(lost)}: it keeps what it has")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import averages, checkpoint, hooks, norms, traced
 from .apart import separate
 from .backends import Backend, Waiting, choose_backend, find_backend
-from .check import check_flags, check_groups, check_number, local
+from .check import check_flags, check_groups, check_number
 from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .phase import EMA, MEASURES, NOTHING, OPTIONS, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
@@ -24,7 +24,7 @@ from .precision import check_modes, scale_key
 from .report import Report, read_report
 from .rows import name_of, part_of, rows_of
 from .rules import MODE_KEYS, Rule
-from .sharded import Spread, is_any_sharded, spread_of
+from .sharded import Spread, is_any_sharded, local, spread_of
 from .table import Table
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -215,12 +215,17 @@ class FusedOptimizer(Optimizer):
         """
         if self._phase.ema_decay is None:
             raise RuntimeError("no average is kept: construct the optimizer with ema_decay")
+        held = averages.held_values(self.param_groups, self.state)
         was_swapped = self._is_swapped
         try:
-            self._is_swapped = True
-            with averages.swapped_in(self.param_groups, self.state):
+            try:
+                self._is_swapped = True
+                averages.swap_in(held)
                 yield
+            finally:
+                averages.put_back(held)
         finally:
+            averages.put_back(held)  # what an interrupt of that left
             self._is_swapped = was_swapped
 
     def refresh(self) -> None:
@@ -545,8 +550,9 @@ class FusedOptimizer(Optimizer):
         self._spreads = (None,)
         table.lasting = self._lasting.setdefault((table.device, 0), table.lasting)
         table.results = self._results_of(0, table.device, self._phase)
+        backend = choose_backend(self._requested_backend, table.device)  # refuses before a state is made
         table.begin()
-        return [(table, choose_backend(self._requested_backend, table.device))]
+        return [(table, backend)]
 
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         """Tables of all parameters, each looked at closely."""
@@ -584,9 +590,10 @@ class FusedOptimizer(Optimizer):
                     self._results_of(len(tables), device, self._phase),
                     self._spreads,
                 )
+                choose = choose_backend if any(row.param.grad is not None for row in part) else Waiting
+                backend = choose(self._requested_backend, device)  # refuses before a state is made
                 table.begin()
-                choose = choose_backend if table.live_params() else Waiting
-                tables.append((table, choose(self._requested_backend, device)))
+                tables.append((table, backend))
         return tables
 
 

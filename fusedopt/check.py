@@ -13,8 +13,7 @@ from .core import STORAGES
 from .layout import overlaps_itself
 from .memory import check_memory, check_own_memory, is_wrapper, layout_of
 from .rules import Group, Rule
-from .sharded import check_placements, check_together, is_pending
-from .sharded import local as local
+from .sharded import check_placements, check_together, is_pending, local
 from .storages import CODE_STORAGES
 
 USUAL = 1e300  # numbers below it are no larger than a float can be, whatever their type

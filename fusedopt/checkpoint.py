@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .check import check_flags, check_hyperparameters, check_state, check_step, local
+from .check import check_flags, check_hyperparameters, check_state, check_step
 from .precision import (
     MASTER_KEYS,
     ROUNDING_KEY,
@@ -28,6 +28,7 @@ from .precision import (
     widened,
 )
 from .rules import MODE_KEYS, Rule
+from .sharded import local
 from .storages import CODE_STORAGES
 
 StateDict = dict[str, Any]

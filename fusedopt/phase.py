@@ -12,10 +12,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from .check import check_at_least_0, check_number, local, real_dtype, shown
+from .check import check_at_least_0, check_number, real_dtype, shown
 from .layout import may_share_memory, neighbours, overlaps_itself
 from .memory import check_own_memory
 from .rules import MODE_KEYS
+from .sharded import local
 from .storages import STORAGES
 
 EMA = "ema"  # the key of the average in a parameter's state

@@ -54,9 +54,17 @@ class Rule:
 
     def states_of(self, group: Group) -> tuple[str, ...]:
         """Names of the states that a group's tensors need."""
-        return tuple(name for name in self.states if name not in self.asked_by or _asks(group[self.asked_by[name]]))
+        return tuple(name for name in self.states if self._is_asked_for(name, group))
 
+    def _is_asked_for(self, name: str, group: Group) -> bool:
+        """Whether a group asks for a state, as csrc/bindings.cpp has it.
 
-def _asks(value: Any) -> bool:
-    """Whether a group's value asks for a state. What a tensor on a GPU holds is not looked at: that would wait."""
-    return (isinstance(value, Tensor) and value.device.type != "cpu") or bool(value)
+        What a hyperparameter on a GPU is, is not looked at: that would wait for the GPU.
+        """
+        if name not in self.asked_by:
+            return True
+        key = self.asked_by[name]
+        value = group[key]
+        if any(key == flag for flag, _ in self.flags):
+            return bool(value)
+        return (isinstance(value, Tensor) and value.device.type != "cpu") or float(value) != 0.0

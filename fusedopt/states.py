@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .apart import check_states_apart
-from .check import check_state, check_step, local
+from .check import check_state, check_step
 from .hidden_steps import HiddenSteps
 from .memory import resolved
 from .phase import EMA, average_dtype
@@ -33,7 +33,7 @@ from .precision import (
 )
 from .rows import Row
 from .rules import Group, Rule
-from .sharded import like_local, settled, settled_by_rank
+from .sharded import like_local, local, settled, settled_by_rank
 from .storages import CODE_STORAGES
 
 

@@ -24,7 +24,6 @@ from .check import (
     check_groups,
     check_hyperparameters,
     check_parameter,
-    local,
 )
 from .core import Core, make_core, make_plain_core
 from .gradients import check_gradients_apart, stand_in
@@ -47,7 +46,7 @@ from .precision import (
 from .reference import REPORT_COLUMNS
 from .rows import Row, part_of
 from .rules import Rule
-from .sharded import Spread, is_sharded, places_of
+from .sharded import Spread, is_sharded, local, places_of
 from .states import States
 
 PLAIN_MODE = DEFAULT_BLOCK.bit_length() - 1  # precision.row_mode of a group without modes
@@ -156,7 +155,7 @@ class Table:
 
     @cached_property
     def _states(self) -> States:
-        """What the optimizer's state has for the rows. A table that begins plainly never asks."""
+        """What the optimizer's state has for the rows. A table that began plainly asks where rows are made anew."""
         return States(self.rule, self.device, self.groups, self._state, self._hidden_steps, self.phase.states)
 
     def _make_core(self, spreads: Sequence[Spread]) -> Core:

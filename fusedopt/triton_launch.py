@@ -131,6 +131,7 @@ class Launcher:
             # Other launches read a tensor of their own: what captures read is no longer what was sent to them.
             self._tensors[name], self._sent[name] = values, columns[name]
             self.columns = replace(self.columns, **{name: values})
+        self._streams.record(self.device, self._tensors.values())
 
     def _all_columns(self, core: Core, *, only_step: bool) -> dict[str, Any]:
         from .triton_kernels.launch import resident_programs
@@ -144,7 +145,8 @@ class Launcher:
             raise RuntimeError(
                 f"backend 'triton' can capture only a step whose tables are on the device, and {', '.join(changed)} "
                 "would have to be sent: before the capture take a step with the same gradients, in the same memory "
-                "(zero_grad(set_to_none=False)), states and hyperparameters; or use backend='cuda', which needs none"
+                "(zero_grad(set_to_none=False)), states and hyperparameters; backend='cuda' wants one of the same "
+                "parameters and states"
             )
 
     def _measured(self, table: Table) -> dict[str, Any]:

@@ -59,6 +59,9 @@ MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
+LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
+LASTING = Suite("lasting memory", ("tests/test_norm.py", "-k", "memory_that"))
+TERMS = Suite("terms of a report", ("tests/test_triton_launch.py", "-k", "terms"))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
 BLOCKS = Suite("blocks", ("tests/test_blocks.py", "-k", "cpu or emulated"))
 RANDOM = Suite("random words", ("tests/test_random.py",))
@@ -120,6 +123,7 @@ HOST_ACCESS = "csrc/cpu/access.h"
 VECTOR = "csrc/cpu/vector.h"
 BINDINGS = "csrc/bindings.cpp"
 GRADIENTS = "csrc/gradient_reader.h"
+LAUNCHER = "csrc/cuda/launcher.cpp"
 TRITON_RULES = "triton_kernels/rules.py"
 TRITON_STORAGE = "triton_kernels/storage.py"
 TRITON_SWEEP = "triton_kernels/sweep.py"
@@ -518,6 +522,99 @@ FAULTS: tuple[Fault, ...] = (
         "-(-numel // LEAF)",
         "-(-row.param.numel() // LEAF)",
         (FIRST,),
+    ),
+    Fault(
+        "plain: states that no hyperparameter asks for",
+        BINDINGS,
+        "return hypers.value[hyper] != 0.0 || (unseen >> hyper & 1) != 0;",
+        "return hypers.value[hyper] == hypers.value[hyper] || unseen != 0;",
+        (STEP,),
+    ),
+    Fault(
+        "plain: states that no flag asks for",
+        BINDINGS,
+        "return flag == 0 || (hypers.flags & flag) != 0;",
+        "return true;",
+        (STEP,),
+    ),
+    Fault(
+        "plain: steps of rows without states counted",
+        BINDINGS,
+        "return schema_->keeps_step;",
+        "return schema_ != nullptr;",
+        (FIRST,),
+    ),
+    # the CUDA launcher, over a driver that works late
+    Fault(
+        "launcher: kernels loaded within a capture",
+        LAUNCHER,
+        "if (capturing) state.refuse_unknown(host);",
+        "",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: tables that graphs read given up",
+        LAUNCHER,
+        "captured_tables.push_back(std::move(table));",
+        "",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: a launch overtakes the one before on another stream",
+        LAUNCHER,
+        "if (stream != last_stream && !capturing)",
+        "if (stream == nullptr && !capturing)",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: host memory rewritten while it is copied",
+        LAUNCHER,
+        'check(api().wait_event(staging.read), "cuEventSynchronize");\n    std::memcpy',
+        "std::memcpy",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: changed hyperparameters not sent",
+        LAUNCHER,
+        "if (!same) groups.send(",
+        "if (now.empty()) groups.send(",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: gradients that moved not sent",
+        LAUNCHER,
+        "if (!same) grads.send(",
+        "if (host.rows() == 0) grads.send(",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: a graph keeps the hyperparameters of its capture",
+        LAUNCHER,
+        "    params.inline_groups = 0;\n    params.launch.groups",
+        "    params.launch.groups",
+        (LAUNCHER_RUN,),
+    ),
+    # memory that outlives a table
+    Fault(
+        "lasting: another stream not told to the allocator",
+        "fusedopt/lasting.py",
+        "if stream != self._last:",
+        "if self._last is None:",
+        (LASTING,),
+    ),
+    Fault(
+        "lasting: memory that graphs use given up",
+        "fusedopt/lasting.py",
+        "if tensor is not None and self.has_captures:",
+        "if tensor is None:",
+        (LASTING,),
+    ),
+    Fault(
+        "lasting: terms that graphs use given up",
+        "fusedopt/triton_launch.py",
+        "            table.lasting.keep(self._terms)\n",
+        "",
+        (TERMS,),
     ),
     Fault("read directly: lazy gradients not seen", GRADIENTS, " || is_lazy(grad)", "", (READ,)),
     Fault(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import decimal
+import fractions
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +206,43 @@ def test_rows_of_a_plain_beginning_are_made_when_somebody_asks(optimizer: str, o
     assert [row.name for row in built.rows] == [f"parameter {k} of group {g}" for g in (0, 1) for k in (0, 1)]
     assert [row.leaves for row in built.rows] == [1, 1, 1, 0]
     assert all(state is made.state[row.param][name] for row in built.rows for name, state in row.states.items())
+
+
+def test_a_velocity_that_begins_after_other_steps_is_not_dampened_at_first() -> None:
+    """Steps without a velocity are not counted: as in torch, its first one is a whole gradient."""
+    found = []
+    for make in (fusedopt.SGD, torch.optim.SGD):
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = make([param], lr=0.25, dampening=0.5)
+        for momentum in (0.0, 0.0, 0.5, 0.5):
+            optimizer.param_groups[0]["momentum"] = momentum
+            optimizer.step()
+        found.append(param.tolist())
+    assert found[0] == found[1]
+
+
+ODD_VALUES: dict[str, tuple[type, dict[str, Any]]] = {
+    "a number that is true and 0.0": (fusedopt.SGD, {"momentum": decimal.Decimal("1e-400")}),
+    "a fraction": (fusedopt.SGD, {"momentum": fractions.Fraction(0)}),
+    "a tensor for a flag": (fusedopt.AdamW, {"amsgrad": torch.tensor(False)}),
+    "a number for a flag": (fusedopt.AdamW, {"amsgrad": 1}),
+}
+
+
+@pytest.mark.parametrize("value", ODD_VALUES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_asks_for_a_state_is_the_same_in_a_first_step_and_in_later_ones(value: str, backend: str) -> None:
+    cls, options = ODD_VALUES[value]
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = cls([param], lr=0.5, backend=backend)
+    optimizer.param_groups[0].update(options)
+    optimizer.step()
+    states = list(optimizer.state.get(param, {}))
+    optimizer.refresh()
+    optimizer.step()
+    assert list(optimizer.state.get(param, {})) == states
 
 
 LOOKED_AT: dict[str, Callable[[Any], None]] = {

@@ -312,19 +312,24 @@ def test_a_step_on_a_side_stream_is_ordered_there_and_leaves_the_current_one(run
 
 @each_run
 def test_what_was_made_on_one_stream_is_not_given_away_while_another_uses_it(run: Run, settings: Run) -> None:
-    """Tables, sums and terms are replaced at every step, and their old memory is asked for and overwritten at once."""
+    """Tables and sums are replaced by steps on another stream, while the first asks for memory and overwrites it."""
     optimizers = []
-    for streams in ([torch.cuda.current_stream()], [torch.cuda.Stream(), torch.cuda.Stream()]):
+    alone, one, other = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
+    for streams in ([alone], [one, other, other]):
         params = make_params(MORE_THAN_RIDE_IN_A_LAUNCH, run.device)
         optimizer = fusedopt.AdamW(params, lr=0.5, max_grad_norm=1.0, report=True, backend=run.backend)
         grads = [param.grad for param in params]
-        last = torch.cuda.current_stream()
-        for k in range(20):
+        for param in params[200:]:
+            param.grad = None
+        last = alone
+        for k in range(30):
             stream = streams[k % len(streams)]
             stream.wait_stream(last)
             with torch.cuda.stream(stream):
                 for param, grad in zip(params[:100], grads[:100], strict=True):
-                    param.grad = grad if k % 3 else None
+                    param.grad = grad if k % 3 == 2 else None
+                for late in range(200 + 5 * k, 205 + 5 * k):  # more leaves than before
+                    params[late].grad = grads[late]
                 optimizer.step()
             with torch.cuda.stream(streams[0]):
                 [torch.full((size,), 255, dtype=torch.uint8, device=run.device) for size in (512, 4096, 65536, 1 << 20)]
@@ -332,6 +337,19 @@ def test_what_was_made_on_one_stream_is_not_given_away_while_another_uses_it(run
         torch.cuda.synchronize()
         optimizers.append(optimizer)
     assert_same(*optimizers)
+
+
+@pytest.mark.gpu
+def test_a_hyperparameter_on_the_gpu_asks_for_its_state_without_being_looked_at() -> None:
+    """Of parameters on the CPU too, in a first step as in later ones."""
+    param = Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    optimizer = fusedopt.SGD([param], lr=0.5, momentum=torch.tensor(0.0, device="cuda"))
+    for _ in range(2):
+        optimizer.step()
+        assert list(optimizer.state[param]) == ["momentum_buffer"]
+        optimizer.refresh()
+    assert param.tolist() == [0.0] * 5
 
 
 @each_run

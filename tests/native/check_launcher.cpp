@@ -140,6 +140,38 @@ void check_refusals(driver::Stream stream) {
   host::end_capture(stream);
 }
 
+// Takes the events both ways.
+void compare(RandomTable& table, const std::vector<Event>& events, const driver::Stream (&streams)[2], u64 seed) {
+  const Contents before = table.contents();
+  const Moment start(table.host);
+  take_plainly(table, events);
+  const Contents expected = table.contents();
+  table.restore(before);
+  start.apply(table.host);
+  try {
+    take_by_launches(table, events, streams);
+  } catch (const std::exception& error) {
+    fail("seed " + std::to_string(seed) + ": " + error.what());
+  }
+  const std::string difference = table.difference(expected);
+  if (!difference.empty()) fail("seed " + std::to_string(seed) + ": " + difference);
+  if (host::blocks_of_memory() != 0) fail("device memory was not freed");
+}
+
+// More copies in a row than there is pinned memory for, before the first of them is made.
+void check_late_copies(const driver::Stream (&streams)[2]) {
+  Random random(2);
+  RandomTable table(random, "adam", std::vector<i64>(size_t(kInlineGrads) + 1, 1));
+  std::vector<Event> events = {{Event::kStep}};
+  for (u64 row = 0; row < 8; ++row) {
+    events.push_back({Event::kGradient, row});
+    events.push_back({Event::kStep});
+  }
+  host::put_off(true);
+  compare(table, events, streams, 2);
+  host::put_off(false);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -147,6 +179,7 @@ int main(int argc, char** argv) {
   const int tables = argc > 2 ? std::atoi(argv[2]) : 100;
   const driver::Stream streams[2] = {host::make_stream(), host::make_stream()};
   check_refusals(streams[0]);
+  check_late_copies(streams);
   u64 events_taken = 0;
   for (int k = 0; k < tables; ++k) {
     Random random(seed + u64(k));
@@ -156,20 +189,7 @@ int main(int argc, char** argv) {
     RandomTable table(random, random.pick(rule_names()), numels);
     const std::vector<Event> events = random_events(random, table);
     events_taken += events.size();
-    const Contents before = table.contents();
-    const Moment start(table.host);
-    take_plainly(table, events);
-    const Contents expected = table.contents();
-    table.restore(before);
-    start.apply(table.host);
-    try {
-      take_by_launches(table, events, streams);
-    } catch (const std::exception& error) {
-      fail("seed " + std::to_string(seed + u64(k)) + ": " + error.what());
-    }
-    const std::string difference = table.difference(expected);
-    if (!difference.empty()) fail("seed " + std::to_string(seed + u64(k)) + ": " + difference);
-    if (host::blocks_of_memory() != 0) fail("device memory was not freed");
+    compare(table, events, streams, seed + u64(k));
   }
   for (driver::Stream stream : streams) driver::api().destroy_stream(stream);
   std::printf("%d tables, %llu events: the launcher gives the bits of the CPU engine\n", tables, events_taken);

@@ -64,6 +64,7 @@ std::mt19937_64 chance(7);
 std::set<Stream> streams;
 std::map<void*, std::size_t> device_memory;
 int capture_mode = kCaptureGlobal;
+bool puts_off_everything = false;
 
 bool is_any_capturing() {
   for (Stream stream : streams)
@@ -93,6 +94,7 @@ bool advance(Stream stream) {
 
 // A GPU gets on with its work whenever it likes.
 void pass_time() {
+  if (puts_off_everything) return;
   for (Stream stream : streams)
     while (chance() % 3 == 0 && advance(stream)) {
     }
@@ -252,6 +254,8 @@ void check(Result result, const char* what) {
 }  // namespace driver
 
 namespace host {
+
+void put_off(bool everything) { driver::puts_off_everything = everything; }
 
 void synchronize() {
   for (bool has_more = true; has_more;) {

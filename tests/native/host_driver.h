@@ -25,6 +25,9 @@ void replay(const Graph& graph, driver::Stream stream);
 // All streams have done what was queued.
 void synchronize();
 
+// From now on work is done only when somebody waits for it, or, as at first, some of it earlier.
+void put_off(bool everything);
+
 // How many blocks of device memory there are.
 std::size_t blocks_of_memory();
 
