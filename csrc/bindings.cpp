@@ -76,7 +76,6 @@ struct Schema {
     }
   }
 
-
   int rule;
   std::vector<HyperKey> hypers;
   std::vector<FlagKey> flags;
