@@ -424,8 +424,8 @@ class FusedOptimizer(Optimizer):
         for stage in (WHOLE_STEP,) if is_one else (MEASURES, UPDATES):
             for number, params in live.items():
                 table, backend = tables[number]
-                scale = grad_scale if grad_scale is None else _on(table.device, "grad_scale", grad_scale)
-                found = found_inf if found_inf is None else _on(table.device, "found_inf", found_inf)
+                scale = None if grad_scale is None else _on(table.device, "grad_scale", grad_scale)
+                found = None if found_inf is None else _on(table.device, "found_inf", found_inf)
                 if stage != MEASURES:
                     _increment_version(params)
                 if phase.flags or table.phase.flags:
