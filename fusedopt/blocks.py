@@ -46,7 +46,7 @@ def coded(
     is_random = dtype == torch.uint8 or (dtype == FLOAT8 and is_square)
     most = MOST_CODE[dtype]
     largest = rows.abs().amax(dim=1)
-    reach = largest / most
+    reach = largest / torch.full_like(largest, most)  # by a number torch on a GPU would multiply with its inverse
     finite = largest.isfinite()
     used = finite & (reach >= SMALLEST)
     scales = torch.where(finite, torch.where(used, reach, 0.0), torch.nan)

@@ -119,6 +119,19 @@ def test_every_kernel_fits_as_many_blocks_as_it_should_and_spills_nothing(
 
 @each_rule
 @each_sm
+def test_no_clamped_minimum_decides_a_branch(rule: str, sm: int) -> None:
+    """Where ptxas 13.0 makes one instruction of ``max(0, min(left, 8)) == 8``, it compares the wrong way round.
+
+    Lanes with fewer than 8 then go where whole vectors are. Seen on an H100: 8-bit states were read and written behind
+    the ends of tensors.
+    """
+    for found in kernels(rule, sm).values():
+        for i in found.instructions:
+            assert not (i.opcode == "VIMNMX.RELU" and re.search(r"\bP[0-6]\b", i.operands)), f"{found.name}: {i}"
+
+
+@each_rule
+@each_sm
 @pytest.mark.parametrize("variant", FIXED)
 def test_the_vector_loop_moves_each_slot_once_in_16_byte_accesses(rule: str, variant: str, sm: int) -> None:
     """Bytes an element, from the loop's accesses alone.

@@ -189,7 +189,8 @@ def test_step_counts_go_where_each_side_keeps_them(options: dict[str, Any]) -> N
     assert optimizer.state[param]["step"].device == home
     optimizer.step()
     assert float(optimizer.state[param]["step"]) == 3.0
-    assert param.tolist() == pytest.approx([0.7] * 3, abs=1e-6)
+    # A capturable step finds 1 - 0.999^t in float32: half of the relative error of that, in two steps of 0.1.
+    assert param.tolist() == pytest.approx([0.7] * 3, abs=2 * 0.1 * 2**-24 / (1 - 0.999) / 2)
 
 
 class OldAdamW(torch.optim.AdamW):

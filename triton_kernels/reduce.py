@@ -35,11 +35,29 @@ def join(one, other, largest):
 
 
 @triton.jit
+def add_two(one, other):
+    """The sum of two values, for tl.reduce."""
+    return one + other
+
+
+@triton.jit
+def larger_of_two(one, other):
+    """The larger of two values, for tl.reduce; NaN if either is NaN."""
+    return maximum(one, other)
+
+
+@triton.jit
+def fold(x, largest):
+    """Joins what lies in two rows."""
+    return tl.where(largest, tl.reduce(x, 0, larger_of_two), tl.reduce(x, 0, add_two))
+
+
+@triton.jit
 def join_halves(x, largest, COUNT: tl.constexpr, LEVELS: tl.constexpr):
     """Joins COUNT = 2^LEVELS values: value k with value k + half, for every k below half, until one is left."""
     for level in tl.static_range(LEVELS):
-        low, high = tl.split(tl.trans(tl.reshape(x, [2, COUNT // 2 >> level])))
-        x = join(low, high, largest)
+        # Not split and joined: Triton 3.6 then lets every thread hold the whole leaf, 38 KB of local memory each.
+        x = fold(tl.reshape(x, [2, COUNT // 2 >> level]), largest)
     return tl.sum(x)
 
 

@@ -126,12 +126,14 @@ struct DeviceAccess {
   template <class V>
   struct Part {
     i32 first;  // element of the chunk
-    int count;
+    int count;  // kPart; fewer where the chunk ends, not above 0 behind it
     float scale[kStates] = {}, inverse[kStates] = {};
     float value[kStates][kPart] = {};
     RandomStream rounding;
 
-    FUSEDOPT_FN Part(i32 first, int count) : first(first), count(count) {}
+    // Not clamped from below: where ptxas 13.0 makes one instruction of max(0, min(left, 8)) == 8 (VIMNMX.RELU with a
+    // predicate, on sm_90 and sm_100), it compares the wrong way round, and lanes with less go where whole parts are.
+    FUSEDOPT_FN Part(i32 first, i32 left) : first(first), count(left < kPart ? left : kPart) {}
 
     template <class W>
     FUSEDOPT_FN void take(int state, i32 i, const float (&x)[W::value], int) {
@@ -178,8 +180,7 @@ struct DeviceAccess {
     const i32 last = (chunk.size + kMostBlock - 1) / kMostBlock * kMostBlock;
     FUSEDOPT_LOOP
     for (i32 i = lane * kPart; i < last; i += lanes * kPart) {
-      const i32 left = chunk.size - i;
-      Part<V> part(i, int(left < 0 ? 0 : left < kPart ? left : kPart));
+      Part<V> part(i, chunk.size - i);
       update(part);
       scale(part);
       code(part);
