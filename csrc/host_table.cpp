@@ -81,8 +81,8 @@ void HostTable::set_phase(const Phase& phase) {
 
 void HostTable::resize_groups(u64 groups) { groups_.resize(groups); }
 
-bool HostTable::plan(i64 workers, i64 least, i64 most) {
-  if (planned_workers_ == workers) return false;
+bool HostTable::plan(i64 workers, i64 least, i64 most, i64 small) {
+  if (planned_workers_ == workers && planned_most_ == most && planned_small_ == small) return false;
   elements_ = 0;
   for (u64 t = 0; t < rows_; ++t) elements_ += numel_[t];
   const i64 share = elements_ / std::max<i64>(workers, 1);
@@ -92,9 +92,21 @@ bool HostTable::plan(i64 workers, i64 least, i64 most) {
   for (u64 t = 0; t < rows_; ++t)
     for (i64 c = 0; c * chunk_elements_ < numel_[t]; ++c) chunks_.push_back({u32(t), u32(c)});
   if (chunks_.size() > 0xFFFFFFFFull) throw std::length_error("more than 2^32 chunks");
+  if (small >= 0) teams_ = plan_teams(chunks_, numel_, chunk_elements_, small);
   planned_workers_ = workers;
+  planned_most_ = most;
+  planned_small_ = small;
   revise();
   return true;
+}
+
+TeamPlan plan_teams(std::vector<Chunk>& chunks, const std::vector<i64>& numels, i64 chunk_elements, i64 small) {
+  const auto is_large = [&](const Chunk& chunk) { return numels[chunk.tensor] > std::min(small, chunk_elements); };
+  TeamPlan plan;
+  plan.large_chunks = u32(std::stable_partition(chunks.begin(), chunks.end(), is_large) - chunks.begin());
+  for (u64 t = 0; t < numels.size(); ++t)
+    if (numels[t] == 0 || numels[t] > chunk_elements) plan.late_rows.push_back(u32(t));
+  return plan;
 }
 
 int HostTable::variant() {

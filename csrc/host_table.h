@@ -20,6 +20,15 @@ struct RowSpec {
   std::vector<i64> layout;  // empty: dense; else as TensorTable::layouts
 };
 
+// The chunks of a launch whose teams are blocks and warps: KernelParams.
+struct TeamPlan {
+  u32 large_chunks = 0;
+  std::vector<u32> late_rows;
+};
+
+// Puts the chunks of tensors of up to `small` elements, which have one each, behind the others.
+TeamPlan plan_teams(std::vector<Chunk>& chunks, const std::vector<i64>& numels, i64 chunk_elements, i64 small);
+
 class HostTable {
  public:
   explicit HostTable(int rule) : rule_(rule) {}
@@ -41,8 +50,9 @@ class HostTable {
   GroupRow& group(u64 index) { return groups_[index]; }
   u64 groups() const { return groups_.size(); }
 
-  // Chunks for `workers` blocks or threads; false where the plan at hand already is that.
-  bool plan(i64 workers, i64 least, i64 most);
+  // Chunks for `workers` blocks or threads; false where the plan at hand already is that. `small`: up to how many
+  // elements a tensor is for a warp; below 0, workers are no teams.
+  bool plan(i64 workers, i64 least, i64 most, i64 small = -1);
 
   int rule() const { return rule_; }
   int variant();  // the smallest that covers all rows
@@ -63,6 +73,7 @@ class HostTable {
   const std::vector<i64>& layouts();
   const std::vector<GroupRow>& group_rows() const { return groups_; }
   const std::vector<Chunk>& chunks() const { return chunks_; }
+  const TeamPlan& teams() const { return teams_; }
 
   const Phase& phase() const { return phase_; }
 
@@ -84,9 +95,12 @@ class HostTable {
   std::vector<i64> layouts_;
   std::vector<GroupRow> groups_;
   std::vector<Chunk> chunks_;
+  TeamPlan teams_;
   i64 chunk_elements_ = 0;
   i64 elements_ = 0;
-  i64 planned_workers_ = 0;
+  i64 planned_workers_ = 0;  // the arguments of the plan at hand
+  i64 planned_most_ = 0;
+  i64 planned_small_ = -1;
   int variant_ = -1;
   bool layouts_packed_ = true;
   u64 revision_ = 0;

@@ -29,7 +29,7 @@ struct Phase {
   double ema_decay;
   const float* ema_decay_tensor;  // null, or the decay is read from there at run time
   u64 norms;                      // 1, or as many as there are groups
-  double* leaf_sums;              // room for one number for each leaf of the table
+  double* leaf_sums;              // room for one number for each leaf of the table, and behind them of their groups
   double* joined;                 // what the leaves of each part of the table join to; read as that of each norm
   double* results;                // how many launches were skipped; then the norms before clipping
   double* report;  // kReportColumns columns of one number for each leaf; then whether the last launch was skipped

@@ -479,11 +479,11 @@ FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags, doubl
   return gradient;
 }
 
-// A chunk by its place in the order of a launch: from the end where the gradients have just been read once, to meet
-// what the cache still holds.
+// A chunk by its place in the order of a launch, of those from `first` to `last`: from the end where the gradients have
+// just been read once, to meet what the cache still holds.
 template <class V>
-FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c) {
-  return launch.chunks[V::kSide && launch.phase.reads_twice() ? launch.chunk_count - 1 - c : c];
+FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c, u32 first, u32 last) {
+  return launch.chunks[V::kSide && launch.phase.reads_twice() ? first + (last - 1 - c) : c];
 }
 
 // Where a tensor's leaves are reported; `tally` is room for the terms of one.
@@ -493,21 +493,19 @@ FUSEDOPT_FN LeafReport report_of(const LaunchParams& launch, u32 tensor, void* t
   return {tally, launch.phase.report + launch.table.first_leaf[tensor], launch.table.leaves};
 }
 
-// What side outputs of a tensor's chunk need: nothing in a variant without them.
+// What side outputs of a tensor's chunk need in its step `step`: nothing in a variant without them.
 template <class V, class C>
-FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, void* tally) {
+FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, u64 step, void* tally) {
   if constexpr (V::kSide)
-    return Side<C>(launch.phase, next_step(launch, tensor), report_of<V>(launch, tensor, tally));
+    return Side<C>(launch.phase, step, report_of<V>(launch, tensor, tally));
   else
     return NoSide{};
 }
 
-// What the last to finish does: every tensor that had a gradient has taken a step.
-FUSEDOPT_FN void advance_steps(const LaunchParams& launch, int lane, int lanes) {
-  for (u64 t = u64(lane); t < launch.table.rows; t += u64(lanes)) {
-    float* step = step_of(launch, t);
-    if (step && launch.grads[t] != 0) *step += 1.0f;
-  }
+// A tensor that had a gradient has taken a step: once no more chunk of it is to read the count.
+FUSEDOPT_FN void advance_step(const LaunchParams& launch, u64 tensor) {
+  float* step = step_of(launch, tensor);
+  if (step && launch.grads[tensor] != 0) *step += 1.0f;
 }
 
 }  // namespace fusedopt

@@ -259,7 +259,7 @@ def _measure(table: Table, scale: float | None) -> None:
     ]
     assert table.lasting.leaf_sums is not None  # a table whose norm is wanted has room for it
     assert table.lasting.joined is not None
-    table.lasting.leaf_sums.copy_(torch.cat(sums))
+    table.lasting.leaf_sums[: table.core.leaves].copy_(torch.cat(sums))
     table.lasting.joined.copy_(torch.stack(joined))
 
 

@@ -39,7 +39,8 @@ class Lasting:
 
     Attributes:
         launcher: what the backend keeps; None before the first launch.
-        leaf_sums: float64, what every leaf joins to: csrc/phase.h; None: no norm is wanted.
+        leaf_sums: float64, what every leaf joins to, and behind them groups of leaves: csrc/phase.h; None: no norm is
+            wanted.
         joined: float64, what the leaves of each part come to; then, at its begin, of each norm.
         report: float64, the columns of csrc/report.h and one behind; None: nothing is reported.
         streams: where launches use these.

@@ -21,7 +21,8 @@ from .storages import STORAGES
 
 EMA = "ema"  # the key of the average in a parameter's state
 LEAF = 2048  # elements: csrc/table.h
-MOST_LEAVES = 2048 * 2048  # that are joined to one norm: csrc/rules/reduce.h
+LEAVES_OF_GROUP = 2048  # that are joined first: csrc/rules/reduce.h
+MOST_LEAVES = 2048 * LEAVES_OF_GROUP  # that are joined to one norm
 
 AVERAGES, WARMS_UP, COPIES, CLEARS_GRADS, CLIPS, LARGEST_NORM, SKIPS_NONFINITE, REPORTS, NORMS_BY_GROUP = (
     1 << bit for bit in range(9)

@@ -30,7 +30,7 @@ from .gradients import check_gradients_apart, stand_in
 from .hidden_steps import HiddenSteps
 from .lasting import Lasting
 from .layout import strided_layout
-from .phase import EMA, LEAF, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, check_cleared, check_copy
+from .phase import EMA, LEAF, LEAVES_OF_GROUP, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, check_cleared, check_copy
 from .precision import (
     DEFAULT_BLOCK,
     ROUNDING_KEY,
@@ -252,8 +252,9 @@ class Table:
         if self.phase.reads_twice and leaves > MOST_LEAVES:
             raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
         if self.phase.reads_twice:
-            if room.leaf_sums is None or room.leaf_sums.numel() != leaves:
-                room.renew(leaf_sums=torch.empty(leaves, dtype=torch.float64, device=self.device))
+            sums = leaves + leaves // LEAVES_OF_GROUP + len(self.parts)
+            if room.leaf_sums is None or room.leaf_sums.numel() != sums:
+                room.renew(leaf_sums=torch.empty(sums, dtype=torch.float64, device=self.device))
             if room.joined is None or room.joined.numel() != len(self.parts):
                 room.renew(joined=torch.empty(len(self.parts), dtype=torch.float64, device=self.device))
         size = REPORT_COLUMNS * leaves + 1

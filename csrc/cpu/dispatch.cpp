@@ -145,7 +145,7 @@ void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, 
   if (launch.phase.reads_twice() && !admit_gradients(launch.phase)) return skip(launch);
   share(sweep);
   mark_report(launch, false);
-  advance_steps(launch, 0, 1);
+  for (u64 t = 0; t < launch.table.rows; ++t) advance_step(launch, t);
 }
 
 }  // namespace fusedopt

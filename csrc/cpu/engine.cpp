@@ -106,8 +106,8 @@ void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
   RuleCache<Rule> rule;
   Access::Tally tally;
   for (u32 c = first; c < last; ++c) {
-    const Chunk chunk = chunk_at<V>(launch, c);
-    if (c + kChunksAhead < last) prefetch(launch, chunk_at<V>(launch, c + kChunksAhead));
+    const Chunk chunk = chunk_at<V>(launch, c, 0, launch.chunk_count);
+    if (c + kChunksAhead < last) prefetch(launch, chunk_at<V>(launch, c + kChunksAhead, 0, launch.chunk_count));
     if (launch.grads[chunk.tensor] == 0) continue;
     ChunkView view(launch, chunk);
     const bool use_double = V::kDouble && view.computes_in_double();
@@ -116,11 +116,11 @@ void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
     if constexpr (V::kDouble)
       if (use_double) {
         sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags(), rule.coefficient()),
-                               side_of<V, double>(launch, chunk.tensor, &tally), step, 0, 1);
+                               side_of<V, double>(launch, chunk.tensor, step, &tally), step, 0, 1);
         continue;
       }
     sweep_float<V>(view, rule.in_float, gradient_of<V, float>(launch, rule.flags(), rule.coefficient()),
-                   side_of<V, float>(launch, chunk.tensor, &tally), step);
+                   side_of<V, float>(launch, chunk.tensor, step, &tally), step);
   }
 }
 
@@ -200,7 +200,9 @@ SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
 template <template <class> class Rule, class V>
 void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
   constexpr u32 kBeside = V::kFeatures & (kSideFeature | kReportFeature);
-  const auto kind = [&](u32 c) { return usual_sweep<Rule, kBeside>(launch.table, chunk_at<V>(launch, c)); };
+  const auto kind = [&](u32 c) {
+    return usual_sweep<Rule, kBeside>(launch.table, chunk_at<V>(launch, c, 0, launch.chunk_count));
+  };
   for (u32 begin = first, end = first; begin < last; begin = end) {
     const SweepChunks sweep = kind(begin);
     for (end = begin + 1; end < last && kind(end) == sweep;) ++end;

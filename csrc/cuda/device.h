@@ -17,7 +17,10 @@ FUSEDOPT_FN int block_threads() { return int(blockDim.x); }
 FUSEDOPT_FN u32 block_index() { return blockIdx.x; }
 FUSEDOPT_FN u32 block_count() { return gridDim.x; }
 
+constexpr int kWarpThreads = 32;
+
 FUSEDOPT_FN void barrier() { __syncthreads(); }
+FUSEDOPT_FN void warp_barrier() { __syncwarp(); }  // of all of its threads; what they wrote, all of them read after
 FUSEDOPT_FN void fence() { __threadfence(); }
 FUSEDOPT_FN u32 atomic_increment(u32* counter) { return atomicAdd(counter, 1u); }
 

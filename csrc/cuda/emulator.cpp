@@ -24,7 +24,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr unsigned char kPoison = 0xA5;  // what shared memory holds before a block writes it
-constexpr size_t kWarp = 32;
+constexpr size_t kWarp = device::kWarpThreads;
 
 enum class State { kReady, kAtBarrier, kAtGridBarrier, kAtShuffle, kFinished };
 

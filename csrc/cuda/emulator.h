@@ -16,6 +16,8 @@ int thread_index();
 int block_threads();
 u32 block_index();
 u32 block_count();
+constexpr int kWarpThreads = 32;
+
 void barrier();
 inline void fence() {}
 inline u32 atomic_increment(u32* counter) { return (*counter)++; }
@@ -32,6 +34,8 @@ T shuffle_xor(T x, int lane_mask) {
   __builtin_memcpy(&x, &bits, sizeof(T));
   return x;
 }
+
+inline void warp_barrier() { shuffle_bits(0, 1); }
 
 // Shared memory of the running block, exactly sized, filled with a pattern before the block starts; by its address,
 // `what` tells apart the objects of a kernel.

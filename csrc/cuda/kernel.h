@@ -1,4 +1,5 @@
-// The persistent kernel: every block takes chunks in turn; the last block to finish advances the step counts.
+// The persistent kernel: blocks take large chunks in turn, then their warps small ones. Whoever sweeps a tensor's only
+// chunk advances its step count; those of the others the last block to have read one.
 #pragma once
 
 #include "cuda/access.h"
@@ -10,9 +11,12 @@ constexpr int kBlockThreads = 256;
 constexpr int kInlineGroups = 4;   // groups and gradient addresses that ride in the launch itself: together
 constexpr int kInlineGrads = 384;  // with LaunchParams under the 4 KB that every driver takes
 
-// The one argument of every kernel. Where a count is not 0, that column of `launch` is here instead.
+// The one argument of every kernel. Where an inline count is not 0, that column of `launch` is here instead.
 struct KernelParams {
   LaunchParams launch;
+  u32 large_chunks;      // of launch.chunks, the first: each for a whole block; a warp takes one of the others
+  u32 late_count;        // of tensors that have not exactly one chunk
+  const u32* late_rows;  // which they are
   u32 inline_groups;
   u32 inline_grads;
   GroupRow groups[kInlineGroups];
@@ -20,89 +24,172 @@ struct KernelParams {
 };
 static_assert(sizeof(KernelParams) <= 4096, "kernel parameters");
 
-// What one thread prepares for all of its block: kept in shared memory, not in every thread's registers.
+// The rule that a team has built, which serves as long as neither group nor step nor compute type changes.
+struct BuiltRule {
+  u32 group = ~0u;
+  bool in_double = false;
+  u64 step = 0;
+};
+
+enum Found : u32 { kNone, kDead, kLive };  // a chunk: none is left, its tensor has no gradient, or it has
+
+// What one thread prepares for all that sweep a chunk: kept in shared memory, not in every thread's registers.
 template <template <class> class Rule>
-struct BlockState {
+struct ChunkState {
   Rule<float> in_float;
   Rule<double> in_double;
   ChunkView view;
+  BuiltRule built;
   double coefficient;
   u32 flags;
-  u32 is_last;
+  u32 tensor;
+  u32 next;  // chunk
+  Found found;
+  bool is_last;
 };
 
-// The rule that a block has built, which serves as long as neither group nor step nor compute type changes.
-struct BuiltRule {
-  u32 group = ~0u;
-  u64 step = 0;
-  bool in_double = false;
+// Those of all warps of a block; where the block is one team, it has the first.
+template <template <class> class Rule>
+struct BlockState {
+  ChunkState<Rule> of[kBlockThreads / device::kWarpThreads];
+  u32 arrived, is_last;
+};
+
+// The threads that take a chunk together, and which one of all teams they are: a block, or a warp.
+struct Team {
+  int lane, lanes;
+  int in_block;  // which one of its block
+  u32 index, count;
+
+  FUSEDOPT_FN explicit Team(bool is_block)
+      : lane(device::thread_index()),
+        lanes(device::block_threads()),
+        in_block(0),
+        index(device::block_index()),
+        count(device::block_count()) {
+    if (is_block) return;
+    const int warps = lanes / device::kWarpThreads;
+    in_block = lane / device::kWarpThreads;
+    lane %= device::kWarpThreads;
+    lanes = device::kWarpThreads;
+    index += u32(in_block) * count;  // so that few chunks are spread over all multiprocessors
+    count *= u32(warps);
+  }
+  FUSEDOPT_FN void barrier() const {
+    if (lanes == device::kWarpThreads)
+      device::warp_barrier();
+    else
+      device::barrier();
+  }
 };
 
 template <template <class> class Rule, class V>
-FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, BuiltRule& built,
-                               BlockState<Rule>& block) {
-  block.view = ChunkView(launch, chunk);
+FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, ChunkState<Rule>& state) {
+  BuiltRule& built = state.built;
+  state.tensor = chunk.tensor;
+  state.view = ChunkView(launch, chunk);
   const u32 group = launch.table.group[chunk.tensor];
   const u64 step = next_step(launch, chunk.tensor);
-  const bool in_double = V::kDouble && block.view.computes_in_double();
+  if (state.view.size == launch.table.numel[chunk.tensor]) advance_step(launch, chunk.tensor);
+  const bool in_double = V::kDouble && state.view.computes_in_double();
   if (in_double)
-    DeviceAccess::prepare<V, double>(block.view);
+    DeviceAccess::prepare<V, double>(state.view);
   else
-    DeviceAccess::prepare<V, float>(block.view);
+    DeviceAccess::prepare<V, float>(state.view);
   if (group == built.group && step == built.step && in_double == built.in_double) return;
   built.group = group;
   built.step = step;
   built.in_double = in_double;
   const Hypers hypers = read_hypers(launch.groups[group]);
-  block.flags = hypers.flags;
-  if constexpr (V::kSide) block.coefficient = coefficient_of(launch, group);
+  state.flags = hypers.flags;
+  if constexpr (V::kSide) state.coefficient = coefficient_of(launch, group);
   if (in_double)
-    block.in_double = Rule<double>(hypers, step);
+    state.in_double = Rule<double>(hypers, step);
   else
-    block.in_float = Rule<float>(hypers, step);
+    state.in_float = Rule<float>(hypers, step);
 }
 
-// What a block joins, in shared memory: leaves of the gradients, their results, or the tally of a leaf that is
-// reported.
+// What a block joins, in shared memory: 2,048 numbers, or the tally of a leaf that is reported.
+template <class V>
 union BlockJoins {
-  struct {
-    double values[kJoined];
-    double groups[kJoined];
-    double chains[kChains];
-  } tree;
-  DeviceAccess::Tally tally;
+  double values[kJoined];
+  Either<V::kReports, DeviceAccess::Tally, double> tally;
 };
 
 template <class V>
 FUSEDOPT_FN void* block_tally() {
   if constexpr (V::kReports)
-    return &device::shared<BlockJoins>().tally;
+    return &device::shared<BlockJoins<V>>().tally;
   else
     return nullptr;
 }
 
+// How many blocks have read all step counts that they need, this one among them. Where this is the last of them, the
+// counts may be written.
+FUSEDOPT_FN u32 arrive(const LaunchParams& launch) {
+  device::fence();
+  return device::atomic_increment(launch.arrivals) + 1;
+}
+
+// The chunks of a pass: large ones for blocks, then small ones for warps.
+struct Pass {
+  u32 first, last;
+  FUSEDOPT_FN Pass(const KernelParams& params, const LaunchParams& launch, bool is_large)
+      : first(is_large ? 0 : params.large_chunks), last(is_large ? params.large_chunks : launch.chunk_count) {}
+};
+
+// Takes the next chunk of a team, if there is one: what one thread does for all. It looks it up before the others are
+// done with the last one. What goes on from chunk to chunk is in shared memory too.
 template <template <class> class Rule, class V>
-FUSEDOPT_FN void sweep_block(const LaunchParams& launch, BlockState<Rule>& block) {
-  const int lane = device::thread_index();
-  const int lanes = device::block_threads();
+FUSEDOPT_FN void take_chunk(const Pass& pass, const LaunchParams& launch, const Team& team, ChunkState<Rule>& state) {
+  Chunk chunk = {};
+  bool is_there = false, is_live = false;
+  if (team.lane == 0) {
+    is_there = state.next < pass.last;
+    if (is_there) chunk = chunk_at<V>(launch, state.next, pass.first, pass.last);
+    is_live = is_there && launch.grads[chunk.tensor] != 0;
+  }
+  team.barrier();
+  if (team.lane == 0) {
+    state.found = is_live ? kLive : is_there ? kDead : kNone;
+    state.next += team.count;
+    state.is_last = state.next >= pass.last;
+    if (is_live) prepare_chunk<Rule, V>(launch, chunk, state);
+  }
+  team.barrier();
+}
+
+// A block arrives before it sweeps its last large chunk: the tensors whose step counts the last block is to advance
+// have no small chunks.
+template <template <class> class Rule, class V>
+FUSEDOPT_FN void sweep_block(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
   void* const tally = block_tally<V>();
-  BuiltRule built;
+  if (device::thread_index() == 0) block.arrived = 0;
   FUSEDOPT_LOOP
-  for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
-    const Chunk chunk = chunk_at<V>(launch, c);
-    if (launch.grads[chunk.tensor] == 0) continue;
-    device::barrier();  // all are done with the last chunk
-    if (lane == 0) prepare_chunk<Rule, V>(launch, chunk, built, block);
-    device::barrier();
-    const u64 step = next_step(launch, chunk.tensor);
-    if (V::kDouble && block.view.computes_in_double())
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_double,
-                                   gradient_of<V, double>(launch, block.flags, block.coefficient),
-                                   side_of<V, double>(launch, chunk.tensor, tally), step, lane, lanes);
-    else
-      sweep_chunk<DeviceAccess, V>(block.view, block.in_float,
-                                   gradient_of<V, float>(launch, block.flags, block.coefficient),
-                                   side_of<V, float>(launch, chunk.tensor, tally), step, lane, lanes);
+  for (int is_small = 0; is_small < 2; ++is_small) {
+    const Team team(is_small == 0);
+    ChunkState<Rule>& state = block.of[team.in_block];
+    device::barrier();  // all are done with the pass before
+    if (team.lane == 0) {
+      state.built = {};
+      state.next = Pass(params, launch, is_small == 0).first + team.index;
+    }
+    FUSEDOPT_LOOP
+    for (;;) {
+      take_chunk<Rule, V>(Pass(params, launch, is_small == 0), launch, team, state);
+      if (state.found == kNone) break;
+      if (state.found == kDead) continue;
+      if (team.lane == 0 && state.is_last && is_small == 0 && params.late_count != 0) block.arrived = arrive(launch);
+      const u64 step = state.built.step;
+      if (V::kDouble && state.view.computes_in_double())
+        sweep_chunk<DeviceAccess, V>(
+            state.view, state.in_double, gradient_of<V, double>(launch, state.flags, state.coefficient),
+            side_of<V, double>(launch, state.tensor, step, tally), step, team.lane, team.lanes);
+      else
+        sweep_chunk<DeviceAccess, V>(state.view, state.in_float,
+                                     gradient_of<V, float>(launch, state.flags, state.coefficient),
+                                     side_of<V, float>(launch, state.tensor, step, tally), step, team.lane, team.lanes);
+    }
   }
 }
 
@@ -116,79 +203,120 @@ FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
     join_halves<false>(values, count, lane, lanes, barrier);
 }
 
-// What the terms of a leaf of some size join to: chains[0].
-template <bool kLargest>
-FUSEDOPT_FN void join_chains(const double* terms, int size, double* chains) {
-  device::barrier();
-  for (int c = device::thread_index(); c < kChains; c += device::block_threads())
-    chains[c] = join_chain<kLargest>(c, size, [&](int k) { return terms[k]; });
-  join_block(chains, kChains, kLargest);
+// What a leaf's gradients come to, by a warp: each lane has the chains `lane` and `lane` + 32, of which it loads some
+// elements before it joins the first.
+template <bool kLargest, class V, class C>
+FUSEDOPT_FN double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient, int lane) {
+  static_assert(kChains == 2 * device::kWarpThreads, "two chains a lane");
+  constexpr int kAtOnce = V::kFixed ? 8 : 4;  // rows: what admits all storages is long enough
+  const int storage = V::storage(kGrad, leaf.storage);
+  const int first[2] = {lane / kRow * kQuarter + lane % kRow,
+                        (lane + device::kWarpThreads) / kRow * kQuarter + lane % kRow};
+  double joined[2] = {0.0, 0.0};
+  FUSEDOPT_LOOP
+  for (int row = 0; row < kChain && row * kRow < leaf.size; row += kAtOnce) {
+    DeviceAccess::Packet<C, 1> packet[kAtOnce][2] = {};
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < 2 * kAtOnce; ++k) {
+      const int element = first[k % 2] + (row + k / 2) * kRow;
+      if (element < leaf.size)
+        DeviceAccess::fetch<Width<1>>(packet[k / 2][k % 2], storage, leaf.address[kGrad],
+                                      IndexOf<V, Width<1>>(leaf, element)(kGrad), false);
+    }
+    FUSEDOPT_UNROLL
+    for (int k = 0; k < 2 * kAtOnce; ++k) {
+      if (first[k % 2] + (row + k / 2) * kRow >= leaf.size) continue;
+      C g[1] = {};
+      DeviceAccess::decode<Width<1>>(packet[k / 2][k % 2], storage, g, 1);
+      gradient.divide(g);
+      joined[k % 2] = join<kLargest>(joined[k % 2], term<kLargest>(double(g[0])));
+    }
+  }
+  double all = join<kLargest>(joined[0], joined[1]);
+  FUSEDOPT_LOOP
+  for (int distance = device::kWarpThreads / 2; distance > 0; distance /= 2)
+    all = join<kLargest>(all, device::shuffle_xor(all, distance));
+  return all;
 }
 
 template <class V, class C>
-FUSEDOPT_FN void fill_leaf(const ChunkView& leaf, const Gradient<C>& gradient, double* values, bool largest) {
-  FUSEDOPT_LOOP
-  for (int k = device::thread_index(); k < leaf.size; k += device::block_threads()) {
-    C g[1] = {};
-    const i64 at = StridedIndex(leaf, k)(kGrad);
-    const int storage = V::storage(kGrad, leaf.storage);
-    DeviceAccess::Packet<C, 1> packet = {};
-    DeviceAccess::fetch<Width<1>>(packet, storage, leaf.address[kGrad], at, false);
-    DeviceAccess::decode<Width<1>>(packet, storage, g, 1);
-    gradient.divide(g);
-    values[k] = largest ? term<true>(double(g[0])) : term<false>(double(g[0]));
-  }
+FUSEDOPT_FN double join_leaf(const LaunchParams& launch, const ChunkView& leaf, int lane) {
+  const Gradient<C> gradient(launch, 0);
+  return launch.phase.has(kLargestNorm) ? join_leaf<true, V>(leaf, gradient, lane)
+                                        : join_leaf<false, V>(leaf, gradient, lane);
 }
 
-// The first pass: every block joins the leaves of its chunks.
+// The first pass: every warp joins leaves.
 template <class V>
-FUSEDOPT_FN void measure_block(const LaunchParams& launch, double* values, double* chains) {
-  const bool largest = launch.phase.has(kLargestNorm);
+FUSEDOPT_FN void measure_leaves(const LaunchParams& launch) {
+  const Team team(false);
+  const u32 per_chunk = u32(launch.chunk_elements / kLeaf);
   FUSEDOPT_LOOP
-  for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
-    const Chunk chunk = launch.chunks[c];
-    const bool live = launch.grads[chunk.tensor] != 0;
-    for_each_leaf(launch, chunk, [&](u64 index, const ChunkView& leaf) {
-      if (live) {
-        if (V::kDouble && leaf.computes_in_double())
-          fill_leaf<V>(leaf, Gradient<double>(launch, 0), values, largest);
-        else
-          fill_leaf<V>(leaf, Gradient<float>(launch, 0), values, largest);
-        if (largest)
-          join_chains<true>(values, leaf.size, chains);
-        else
-          join_chains<false>(values, leaf.size, chains);
-      }
-      if (device::thread_index() == 0) launch.phase.leaf_sums[index] = live ? chains[0] : 0.0;
-      device::barrier();
-    });
-  }
-}
-
-// What some leaves join to, by one block: groups of 2,048 leaves, then the groups.
-FUSEDOPT_FN double join_leaves(const double* sums, u64 leaves, bool largest, double* values, double* groups) {
-  for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) groups[k] = 0.0;
-  for (u64 group = 0; group * kJoined < leaves; ++group) {
-    device::barrier();
-    for (int k = device::thread_index(); k < kJoined; k += device::block_threads()) {
-      const u64 leaf = group * kJoined + u64(k);
-      values[k] = leaf < leaves ? sums[leaf] : 0.0;
+  for (u64 turn = team.index; turn < u64(launch.chunk_count) * per_chunk; turn += team.count) {
+    const Chunk chunk = launch.chunks[turn / per_chunk];
+    const ChunkView view(launch, chunk);
+    const i32 at = i32(turn % per_chunk) * i32(kLeaf);
+    if (at >= view.size) continue;
+    double joined = 0.0;
+    if (launch.grads[chunk.tensor] != 0) {
+      const ChunkView leaf = view.part(at, i32(kLeaf));
+      if (V::kDouble && leaf.computes_in_double())
+        joined = join_leaf<V, double>(launch, leaf, team.lane);
+      else
+        joined = join_leaf<V, float>(launch, leaf, team.lane);
     }
-    join_block(values, kJoined, largest);
-    if (device::thread_index() == 0) groups[group] = values[0];
+    const u64 index = launch.table.first_leaf[chunk.tensor] + u64((view.begin + at) / kLeaf);
+    if (team.lane == 0) launch.phase.leaf_sums[index] = joined;
   }
-  join_block(groups, kJoined, largest);
-  return groups[0];
 }
 
-// Blocks take the parts of the table in turn.
-FUSEDOPT_FN void join_parts(const LaunchParams& launch, double* values, double* groups) {
-  const u64* const bounds = launch.table.part_leaf;
+// What up to 2,048 numbers join to.
+FUSEDOPT_FN double join_numbers(const double* numbers, u64 count, bool largest, double* values) {
+  device::barrier();  // all are done with the last ones
+  for (int k = device::thread_index(); k < kJoined; k += device::block_threads())
+    values[k] = u64(k) < count ? numbers[k] : 0.0;
+  join_block(values, kJoined, largest);
+  return values[0];
+}
+
+// The leaves of a part of the table are joined in groups of 2,048, whose numbers lie behind those of all leaves.
+struct LeafGroups {
+  const double* leaves;
+  u64 leaf_count, count;
+  double* joined;
+
+  FUSEDOPT_FN LeafGroups(const LaunchParams& launch, u64 part) {
+    const u64 first = launch.table.part_leaf[part];
+    leaves = launch.phase.leaf_sums + first;
+    leaf_count = launch.table.part_leaf[part + 1] - first;
+    count = (leaf_count + kJoined - 1) / kJoined;
+    joined = launch.phase.leaf_sums + launch.table.leaves + first / kJoined + part;
+  }
+};
+
+// Blocks take the groups of all parts in turn.
+FUSEDOPT_FN void join_groups(const LaunchParams& launch, double* values) {
+  u64 turn = device::block_index();
+  FUSEDOPT_LOOP
+  for (u64 part = 0; part < launch.table.parts; ++part) {
+    const LeafGroups groups(launch, part);
+    FUSEDOPT_LOOP
+    for (; turn < groups.count; turn += device::block_count()) {
+      const u64 first = turn * kJoined;
+      const double joined =
+          join_numbers(groups.leaves + first, groups.leaf_count - first, launch.phase.has(kLargestNorm), values);
+      if (device::thread_index() == 0) groups.joined[turn] = joined;
+    }
+    turn -= groups.count;
+  }
+}
+
+// Blocks take the parts in turn.
+FUSEDOPT_FN void join_parts(const LaunchParams& launch, double* values) {
   FUSEDOPT_LOOP
   for (u64 part = device::block_index(); part < launch.table.parts; part += device::block_count()) {
-    device::barrier();  // all are done with the last part
-    const double joined = join_leaves(launch.phase.leaf_sums + bounds[part], bounds[part + 1] - bounds[part],
-                                      launch.phase.has(kLargestNorm), values, groups);
+    const LeafGroups groups(launch, part);
+    const double joined = join_numbers(groups.joined, groups.count, launch.phase.has(kLargestNorm), values);
     if (device::thread_index() == 0) launch.phase.joined[part] = joined;
   }
 }
@@ -215,10 +343,12 @@ FUSEDOPT_FN bool admit_gradients(const LaunchParams& launch, double* refused) {
 // Measures all gradients. What any block finds, all blocks can read after.
 template <class V>
 FUSEDOPT_FN void measure_all(const LaunchParams& launch) {
-  auto& tree = device::shared<BlockJoins>().tree;
-  measure_block<V>(launch, tree.values, tree.chains);
+  double* const values = device::shared<BlockJoins<V>>().values;
+  measure_leaves<V>(launch);
   device::grid_barrier(launch.arrivals + 1);
-  join_parts(launch, tree.values, tree.groups);
+  join_groups(launch, values);
+  device::grid_barrier(launch.arrivals + 1);
+  join_parts(launch, values);
   if (launch.phase.stage != kMeasures) device::grid_barrier(launch.arrivals + 1);
 }
 
@@ -234,21 +364,18 @@ FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
   }
 }
 
-// Every block has read the step counts it needs before the last to arrive writes them.
+// The last block to arrive advances the step counts of tensors that have several chunks, or none.
 template <template <class> class Rule>
-FUSEDOPT_FN void finish(const LaunchParams& launch, BlockState<Rule>& block) {
-  device::barrier();
-  if (device::thread_index() == 0) {
-    device::fence();
-    block.is_last = device::atomic_increment(launch.arrivals) == device::block_count() - 1;
-  }
+FUSEDOPT_FN void finish(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
+  if (params.late_count == 0) return;
+  const int lane = device::thread_index();
+  if (lane == 0) block.is_last = (block.arrived != 0 ? block.arrived : arrive(launch)) == device::block_count();
   device::barrier();
   if (!block.is_last) return;
   device::fence();
-  advance_steps(launch, device::thread_index(), device::block_threads());
-  if (device::thread_index() != 0) return;
-  mark_report(launch, false);
-  *launch.arrivals = 0;
+  for (u32 k = u32(lane); k < params.late_count; k += u32(device::block_threads()))
+    advance_step(launch, params.late_rows[k]);
+  if (lane == 0) *launch.arrivals = 0;
 }
 
 template <template <class> class Rule, class V>
@@ -263,12 +390,13 @@ FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
   if constexpr (V::kSide) {
     if (launch.phase.measures()) measure_all<V>(launch);
     if (launch.phase.stage == kMeasures) return;
-    double& refused = device::shared<BlockJoins>().tree.values[0];
+    double& refused = device::shared<BlockJoins<V>>().values[0];
     if (launch.phase.reads_twice() && !admit_gradients(launch, &refused)) return skip_block(launch);
   }
   BlockState<Rule>& block = device::shared<BlockState<Rule>>();
-  sweep_block<Rule, V>(launch, block);
-  finish(launch, block);
+  if (V::kSide && device::block_index() == 0 && device::thread_index() == 0) mark_report(launch, false);
+  sweep_block<Rule, V>(params, launch, block);
+  finish(params, launch, block);
 }
 
 }  // namespace fusedopt

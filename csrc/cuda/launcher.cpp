@@ -233,6 +233,22 @@ const T* device_pointer(driver::Pointer base, size_t offset) {
 
 }  // namespace
 
+// How large a chunk may be, in elements. With fewer, what all blocks work on lies closer together, which memory is
+// faster at; with more, less of the time goes into preparing chunks, of which 16-bit vectors leave less
+// (docs/performance.md).
+static i64 most_elements(int variant) {
+#define FUSEDOPT_MOST(name, param, state, features) Variant<param, state, features>::kWidth == 4 ? 8192 : 32768,
+  static constexpr i64 most[] = {FUSEDOPT_VARIANTS(FUSEDOPT_MOST)};
+#undef FUSEDOPT_MOST
+  return most[variant];
+}
+
+void fill_teams(const HostTable& table, KernelParams& params) {
+  params.large_chunks = table.phase().has(kReports) ? u32(table.chunks().size()) : table.teams().large_chunks;
+  params.late_count = u32(table.teams().late_rows.size());
+  params.late_rows = table.teams().late_rows.data();
+}
+
 void fill_inline_columns(const HostTable& table, KernelParams& params) {
   if (table.groups() <= u64(kInlineGroups)) {
     params.inline_groups = u32(table.groups());
@@ -306,6 +322,7 @@ struct CudaLaunch::State {
     const size_t chunks = packer.add(host.chunks());
     const size_t first_leaf = packer.add(host.first_leaf());
     const size_t part_leaf = packer.add(host.part_leaf());
+    const size_t late_rows = packer.add(host.teams().late_rows);
     table->send(packer.bytes().data(), packer.bytes().size(), stream);
     const driver::Pointer base = table->device();
     params.launch = here;
@@ -321,6 +338,8 @@ struct CudaLaunch::State {
                            device_pointer<u64>(base, part_leaf),
                            here.table.parts};
     params.launch.chunks = device_pointer<Chunk>(base, chunks);
+    fill_teams(host, params);
+    params.late_rows = device_pointer<u32>(base, late_rows);
     revision = host.revision();
   }
 
@@ -409,8 +428,7 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   const bool capturing = is_capturing(stream);
   if (capturing) state.refuse_unknown(host);
   const Gpu::Kernel& kernel = state.gpu.kernel(host.rule(), host.variant());
-  constexpr i64 kMostElements = 65536;
-  host.plan(kernel.blocks, kLeaf, kMostElements);
+  host.plan(kernel.blocks, kLeaf, most_elements(host.variant()), kSmallTensor);
   if (host.chunks().empty() && host.rows() == 0) return;
   state.order_after_last_launch(stream, capturing);
   if (capturing) {
@@ -427,7 +445,10 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   state.params.launch.found_inf = reinterpret_cast<const float*>(found_inf);
   state.params.launch.phase = host.phase();
   state.params.launch.arrivals = reinterpret_cast<u32*>(state.arrivals.device());
-  const unsigned blocks = unsigned(std::clamp<i64>(i64(host.chunks().size()), 1, kernel.blocks));
+  const i64 small_chunks = i64(host.chunks().size()) - state.params.large_chunks;
+  constexpr i64 kTeams = kBlockThreads / device::kWarpThreads;
+  const i64 wanted = state.params.large_chunks + (small_chunks + kTeams - 1) / kTeams;
+  const unsigned blocks = unsigned(std::clamp<i64>(wanted, 1, kernel.blocks));
   void* arguments[] = {&state.params};
   if (host.phase().measures())  // a barrier of the whole grid, which the occupancy query has bounded
     check(api().launch_cooperative(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments),

@@ -10,6 +10,12 @@
 
 namespace fusedopt {
 
+// What a warp takes, in elements: two vectors of 4 for each of its threads.
+constexpr i64 kSmallTensor = 256;
+
+// Says which chunks are for blocks and which for warps. A leaf that is reported is joined by a block.
+void fill_teams(const HostTable& table, KernelParams& params);
+
 // Copies groups and gradient addresses into the parameters where they fit.
 void fill_inline_columns(const HostTable& table, KernelParams& params);
 

@@ -33,10 +33,16 @@ std::string describe_cpu(Random& random, RandomTable& table) {
 }
 
 std::string describe_emulated(Random& random, RandomTable& table) {
-  const RandomPlan plan(random, table);
+  RandomPlan plan(random, table);
   const EmulatedGrid grid{u32(random.below(6)) + 1, random.pick<int>({16, 33, 64, 256}), random.bits()};
   KernelParams params{};
   params.launch = table.launch();
+  const bool has_warps = grid.threads % device::kWarpThreads == 0;
+  const TeamPlan teams = plan_teams(plan.chunks, table.host.numels(), plan.chunk_elements,
+                                    has_warps ? random.pick<i64>({0, 5, kSmallTensor, kLeaf}) : 0);
+  params.large_chunks = teams.large_chunks;
+  params.late_count = u32(teams.late_rows.size());
+  params.late_rows = teams.late_rows.data();
   plan.apply(params.launch);
   const bool inline_columns = random.chance(50);
   if (inline_columns) fill_inline_columns(table.host, params);
