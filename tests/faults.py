@@ -223,8 +223,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "every warp of a block takes the same small chunks",
         KERNEL,
-        "index += u32(in_block) * count;",
-        "index += 0 * count;",
+        "u32(in_block()) * device::block_count() + device",
+        "device",
         (BITS, CHUNKS),
     ),
     Fault("strides of the parameter for every slot", SWEEP, "strides[s * ndim + d]", "strides[d]", (LAYOUTS,)),
@@ -431,8 +431,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "no barrier before the rule is replaced",
         KERNEL,
-        "  team.barrier();\n  if (team.lane == 0) {\n    state.found",
-        "  if (team.lane == 0) {\n    state.found",
+        "  team.barrier();\n  if (team.lane() == 0) {\n    state.is_live",
+        "  if (team.lane() == 0) {\n    state.is_live",
         (BITS, SIZES, CHUNKS),
     ),
     Fault(

@@ -31,9 +31,14 @@ struct BuiltRule {
   u64 step = 0;
 };
 
-enum Found : u32 { kNone, kDead, kLive };  // a chunk: none is left, its tensor has no gradient, or it has
+// The chunks of a team: every so many from `next` on, of large ones for blocks, then of small ones for warps.
+struct Pass {
+  u32 first, last;  // of all teams
+  u32 next, stride;
+};
 
-// What one thread prepares for all that sweep a chunk: kept in shared memory, not in every thread's registers.
+// What one thread prepares for all that sweep a chunk, and what goes on from chunk to chunk: kept in shared memory, not
+// in every thread's registers.
 template <template <class> class Rule>
 struct ChunkState {
   Rule<float> in_float;
@@ -43,9 +48,9 @@ struct ChunkState {
   double coefficient;
   u32 flags;
   u32 tensor;
-  u32 next;  // chunk
-  Found found;
-  bool is_last;
+  Pass pass;
+  bool is_live;  // whether the tensor has a gradient
+  bool is_last;  // whether the team has no chunk after this
 };
 
 // Those of all warps of a block; where the block is one team, it has the first.
@@ -55,28 +60,21 @@ struct BlockState {
   u32 arrived, is_last;
 };
 
-// The threads that take a chunk together, and which one of all teams they are: a block, or a warp.
+// The threads that take a chunk together, a block or a warp, and which one of all teams they are. All of it is worked
+// out where it is needed: kept, it would cost every thread registers.
 struct Team {
-  int lane, lanes;
-  int in_block;  // which one of its block
-  u32 index, count;
+  bool is_warp;
 
-  FUSEDOPT_FN explicit Team(bool is_block)
-      : lane(device::thread_index()),
-        lanes(device::block_threads()),
-        in_block(0),
-        index(device::block_index()),
-        count(device::block_count()) {
-    if (is_block) return;
-    const int warps = lanes / device::kWarpThreads;
-    in_block = lane / device::kWarpThreads;
-    lane %= device::kWarpThreads;
-    lanes = device::kWarpThreads;
-    index += u32(in_block) * count;  // so that few chunks are spread over all multiprocessors
-    count *= u32(warps);
+  FUSEDOPT_FN int lane() const {
+    return is_warp ? device::thread_index() % device::kWarpThreads : device::thread_index();
   }
+  FUSEDOPT_FN int lanes() const { return is_warp ? device::kWarpThreads : device::block_threads(); }
+  FUSEDOPT_FN int in_block() const { return is_warp ? device::thread_index() / device::kWarpThreads : 0; }
+  // Neighbours are in different blocks, so that few chunks are spread over all multiprocessors.
+  FUSEDOPT_FN u32 index() const { return u32(in_block()) * device::block_count() + device::block_index(); }
+  FUSEDOPT_FN u32 count() const { return device::block_count() * u32(device::block_threads() / lanes()); }
   FUSEDOPT_FN void barrier() const {
-    if (lanes == device::kWarpThreads)
+    if (is_warp)
       device::warp_barrier();
     else
       device::barrier();
@@ -131,29 +129,22 @@ FUSEDOPT_FN u32 arrive(const LaunchParams& launch) {
   return device::atomic_increment(launch.arrivals) + 1;
 }
 
-// The chunks of a pass: large ones for blocks, then small ones for warps.
-struct Pass {
-  u32 first, last;
-  FUSEDOPT_FN Pass(const KernelParams& params, const LaunchParams& launch, bool is_large)
-      : first(is_large ? 0 : params.large_chunks), last(is_large ? params.large_chunks : launch.chunk_count) {}
-};
-
-// Takes the next chunk of a team, if there is one: what one thread does for all. It looks it up before the others are
-// done with the last one. What goes on from chunk to chunk is in shared memory too.
+// Takes the next chunk of a team: what one thread does for all. It looks it up before the others are done with the last
+// one.
 template <template <class> class Rule, class V>
-FUSEDOPT_FN void take_chunk(const Pass& pass, const LaunchParams& launch, const Team& team, ChunkState<Rule>& state) {
+FUSEDOPT_FN void take_chunk(const LaunchParams& launch, const Team& team, ChunkState<Rule>& state) {
+  Pass& pass = state.pass;
   Chunk chunk = {};
-  bool is_there = false, is_live = false;
-  if (team.lane == 0) {
-    is_there = state.next < pass.last;
-    if (is_there) chunk = chunk_at<V>(launch, state.next, pass.first, pass.last);
-    is_live = is_there && launch.grads[chunk.tensor] != 0;
+  bool is_live = false;
+  if (team.lane() == 0) {
+    chunk = chunk_at<V>(launch, pass.next, pass.first, pass.last);
+    is_live = launch.grads[chunk.tensor] != 0;
   }
   team.barrier();
-  if (team.lane == 0) {
-    state.found = is_live ? kLive : is_there ? kDead : kNone;
-    state.next += team.count;
-    state.is_last = state.next >= pass.last;
+  if (team.lane() == 0) {
+    state.is_live = is_live;
+    state.is_last = pass.last - pass.next <= pass.stride;
+    pass.next += pass.stride;
     if (is_live) prepare_chunk<Rule, V>(launch, chunk, state);
   }
   team.barrier();
@@ -167,29 +158,30 @@ FUSEDOPT_FN void sweep_block(const KernelParams& params, const LaunchParams& lau
   if (device::thread_index() == 0) block.arrived = 0;
   FUSEDOPT_LOOP
   for (int is_small = 0; is_small < 2; ++is_small) {
-    const Team team(is_small == 0);
-    ChunkState<Rule>& state = block.of[team.in_block];
+    const Team team{is_small != 0};
+    ChunkState<Rule>& state = block.of[team.in_block()];
     device::barrier();  // all are done with the pass before
-    if (team.lane == 0) {
+    const u32 first = is_small == 0 ? 0 : params.large_chunks;
+    const u32 last = is_small == 0 ? params.large_chunks : launch.chunk_count;
+    if (last - first <= team.index()) continue;
+    if (team.lane() == 0) {
       state.built = {};
-      state.next = Pass(params, launch, is_small == 0).first + team.index;
+      state.pass = {first, last, first + team.index(), team.count()};
     }
-    FUSEDOPT_LOOP
-    for (;;) {
-      take_chunk<Rule, V>(Pass(params, launch, is_small == 0), launch, team, state);
-      if (state.found == kNone) break;
-      if (state.found == kDead) continue;
-      if (team.lane == 0 && state.is_last && is_small == 0 && params.late_count != 0) block.arrived = arrive(launch);
+    do {
+      take_chunk<Rule, V>(launch, team, state);
+      if (!state.is_live) continue;
+      if (team.lane() == 0 && state.is_last && is_small == 0 && params.late_count != 0) block.arrived = arrive(launch);
       const u64 step = state.built.step;
       if (V::kDouble && state.view.computes_in_double())
         sweep_chunk<DeviceAccess, V>(
             state.view, state.in_double, gradient_of<V, double>(launch, state.flags, state.coefficient),
-            side_of<V, double>(launch, state.tensor, step, tally), step, team.lane, team.lanes);
+            side_of<V, double>(launch, state.tensor, step, tally), step, team.lane(), team.lanes());
       else
-        sweep_chunk<DeviceAccess, V>(state.view, state.in_float,
-                                     gradient_of<V, float>(launch, state.flags, state.coefficient),
-                                     side_of<V, float>(launch, state.tensor, step, tally), step, team.lane, team.lanes);
-    }
+        sweep_chunk<DeviceAccess, V>(
+            state.view, state.in_float, gradient_of<V, float>(launch, state.flags, state.coefficient),
+            side_of<V, float>(launch, state.tensor, step, tally), step, team.lane(), team.lanes());
+    } while (!state.is_last);
   }
 }
 
@@ -210,8 +202,7 @@ FUSEDOPT_FN double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient,
   static_assert(kChains == 2 * device::kWarpThreads, "two chains a lane");
   constexpr int kAtOnce = V::kFixed ? 8 : 4;  // rows: what admits all storages is long enough
   const int storage = V::storage(kGrad, leaf.storage);
-  const int first[2] = {lane / kRow * kQuarter + lane % kRow,
-                        (lane + device::kWarpThreads) / kRow * kQuarter + lane % kRow};
+  const int first[2] = {chain_begin(lane), chain_begin(lane + device::kWarpThreads)};
   double joined[2] = {0.0, 0.0};
   FUSEDOPT_LOOP
   for (int row = 0; row < kChain && row * kRow < leaf.size; row += kAtOnce) {
@@ -249,10 +240,10 @@ FUSEDOPT_FN double join_leaf(const LaunchParams& launch, const ChunkView& leaf, 
 // The first pass: every warp joins leaves.
 template <class V>
 FUSEDOPT_FN void measure_leaves(const LaunchParams& launch) {
-  const Team team(false);
+  const Team team{true};
   const u32 per_chunk = u32(launch.chunk_elements / kLeaf);
   FUSEDOPT_LOOP
-  for (u64 turn = team.index; turn < u64(launch.chunk_count) * per_chunk; turn += team.count) {
+  for (u64 turn = team.index(); turn < u64(launch.chunk_count) * per_chunk; turn += team.count()) {
     const Chunk chunk = launch.chunks[turn / per_chunk];
     const ChunkView view(launch, chunk);
     const i32 at = i32(turn % per_chunk) * i32(kLeaf);
@@ -261,12 +252,12 @@ FUSEDOPT_FN void measure_leaves(const LaunchParams& launch) {
     if (launch.grads[chunk.tensor] != 0) {
       const ChunkView leaf = view.part(at, i32(kLeaf));
       if (V::kDouble && leaf.computes_in_double())
-        joined = join_leaf<V, double>(launch, leaf, team.lane);
+        joined = join_leaf<V, double>(launch, leaf, team.lane());
       else
-        joined = join_leaf<V, float>(launch, leaf, team.lane);
+        joined = join_leaf<V, float>(launch, leaf, team.lane());
     }
     const u64 index = launch.table.first_leaf[chunk.tensor] + u64((view.begin + at) / kLeaf);
-    if (team.lane == 0) launch.phase.leaf_sums[index] = joined;
+    if (team.lane() == 0) launch.phase.leaf_sums[index] = joined;
   }
 }
 

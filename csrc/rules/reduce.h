@@ -36,10 +36,13 @@ FUSEDOPT_FN T join(T a, T b) {
     return a + b;
 }
 
+// The first element of chain c in its leaf; the others are a row apart each.
+FUSEDOPT_FN int chain_begin(int c) { return c / kRow * kQuarter + c % kRow; }
+
 // What chain c joins to, of a leaf that has `size` elements; term(k) is that of element k.
 template <bool kLargest, class Term>
 FUSEDOPT_FN double join_chain(int c, int size, const Term& term) {
-  const int first = c / kRow * kQuarter + c % kRow;
+  const int first = chain_begin(c);
   const int last = first + kQuarter < size ? first + kQuarter : size;
   double joined = 0.0;
   for (int k = first; k < last; k += kRow) joined = join<kLargest>(joined, term(k));
