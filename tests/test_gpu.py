@@ -1,7 +1,4 @@
-"""What only a GPU can show: very many tensors, groups and elements, CUDA graphs, streams, several GPUs, sanitizers.
-
-None of it has been run on a GPU so far.
-"""
+"""What only a GPU can show: very many tensors, groups and elements, CUDA graphs, streams, several GPUs, sanitizers."""
 
 from __future__ import annotations
 
