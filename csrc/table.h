@@ -83,8 +83,8 @@ struct LaunchParams {
   i64 chunk_elements;
   const float* grad_scale;  // null, or gradients are divided by it
   const float* found_inf;   // null, or nothing at all changes where it is not 0
-  u32* arrivals;  // blocks that have finished; the last one advances the steps and sets it back to 0; behind it the
-                  // grid barrier's
+  u32* arrivals;  // blocks of a GPU that have read the step counts they need; the last one advances those that are left
+                  // and sets it back to 0; behind it the grid barrier's
   Phase phase;    // what else happens in the pass; read by variants with kSideFeature only
 };
 

@@ -35,29 +35,12 @@ def join(one, other, largest):
 
 
 @triton.jit
-def add_two(one, other):
-    """The sum of two values, for tl.reduce."""
-    return one + other
-
-
-@triton.jit
-def larger_of_two(one, other):
-    """The larger of two values, for tl.reduce; NaN if either is NaN."""
-    return maximum(one, other)
-
-
-@triton.jit
-def fold(x, largest):
-    """Joins what lies in two rows."""
-    return tl.where(largest, tl.reduce(x, 0, larger_of_two), tl.reduce(x, 0, add_two))
-
-
-@triton.jit
 def join_halves(x, largest, COUNT: tl.constexpr, LEVELS: tl.constexpr):
     """Joins COUNT = 2^LEVELS values: value k with value k + half, for every k below half, until one is left."""
     for level in tl.static_range(LEVELS):
         # Not split and joined: Triton 3.6 then lets every thread hold the whole leaf, 38 KB of local memory each.
-        x = fold(tl.reshape(x, [2, COUNT // 2 >> level]), largest)
+        halves = tl.reshape(x, [2, COUNT // 2 >> level])
+        x = tl.where(largest, tl.reduce(halves, 0, maximum), tl.sum(halves, 0))
     return tl.sum(x)
 
 
