@@ -63,25 +63,25 @@ struct Variant {
 };
 
 // name, storage of parameter and gradient, storage of states, features; smallest first.
-#define FUSEDOPT_VARIANTS(X)                                                                                       \
-  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                                \
-  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                             \
-  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                          \
-  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                          \
-  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                              \
-  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)      \
-  X(bf16_f32_master, fusedopt::kBFloat16, fusedopt::kFloat32, fusedopt::kMasterFeature)                            \
-  X(master, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kMasterFeature)    \
-  X(bf16_8, fusedopt::kBFloat16, fusedopt::kCodes8, fusedopt::kMasterFeature | fusedopt::kBlockFeature)            \
-  X(blocks, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                          \
-    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature)                                \
-  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                      \
-  X(full_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                       \
-    fusedopt::kStridedFeature | fusedopt::kDoubleFeature | fusedopt::kSideFeature)                                 \
-  X(blocks_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                     \
-    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature | fusedopt::kSideFeature)       \
-  X(f32_report, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature | fusedopt::kReportFeature)         \
-  X(full_report, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kEveryFeature & ~fusedopt::kBlockFeature) \
+#define FUSEDOPT_VARIANTS(X)                                                                                        \
+  X(f32, fusedopt::kFloat32, fusedopt::kFloat32, 0)                                                                 \
+  X(bf16, fusedopt::kBFloat16, fusedopt::kBFloat16, 0)                                                              \
+  X(bf16_f32, fusedopt::kBFloat16, fusedopt::kFloat32, 0)                                                           \
+  X(any, fusedopt::kAnyStorage, fusedopt::kAnyStorage, 0)                                                           \
+  X(strided, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature)                               \
+  X(full, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kDoubleFeature)       \
+  X(bf16_f32_master, fusedopt::kBFloat16, fusedopt::kFloat32, fusedopt::kMasterFeature)                             \
+  X(master, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kMasterFeature)     \
+  X(bf16_8, fusedopt::kBFloat16, fusedopt::kCodes8, fusedopt::kMasterFeature | fusedopt::kBlockFeature)             \
+  X(blocks, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                           \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature)                                 \
+  X(f32_side, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature)                                       \
+  X(strided_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kStridedFeature | fusedopt::kSideFeature) \
+  X(blocks_side, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                      \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kBlockFeature | fusedopt::kSideFeature)        \
+  X(f32_report, fusedopt::kFloat32, fusedopt::kFloat32, fusedopt::kSideFeature | fusedopt::kReportFeature)          \
+  X(master_report, fusedopt::kAnyStorage, fusedopt::kAnyStorage,                                                    \
+    fusedopt::kStridedFeature | fusedopt::kMasterFeature | fusedopt::kSideFeature | fusedopt::kReportFeature)       \
   X(everything, fusedopt::kAnyStorage, fusedopt::kAnyStorage, fusedopt::kEveryFeature)
 
 }  // namespace fusedopt

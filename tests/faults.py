@@ -362,6 +362,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "norm: one sum for the leaves of a chunk", NORM_OF, "visit(first + u64(at / kLeaf),", "visit(first,", (NORM,)
     ),
+    Fault("norm: float16 read as bfloat16", KERNEL, "join_dense_leaf<kFloat16>", "join_dense_leaf<kBFloat16>", (NORM,)),
+    Fault("norm: strides not followed", KERNEL, "V::kStrided && leaf.layout != nullptr", "false", (NORM,)),
     Fault("norm: magnitudes with their signs", REDUCE, "x <= X{} ? X{} - x : x", "x", (NORM,)),
     Fault("norm: skipped steps not counted", KERNEL, "phase.results[0] += 1.0;", ";", (NORM,)),
     Fault("norm: no barrier in the tree", REDUCE, "    barrier();\n", "", (NORM,)),

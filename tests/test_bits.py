@@ -199,7 +199,7 @@ def test_values_hold_denormals_signed_zeros_infinities_and_nan() -> None:
 
 # Variants whose cases are in tests/test_precision.py, test_blocks.py, test_phase.py and test_report.py.
 ELSEWHERE = {"bf16_f32_master", "master", "bf16_8", "blocks"}
-ELSEWHERE |= {"f32_side", "full_side", "blocks_side", "f32_report", "full_report", "everything"}
+ELSEWHERE |= {"f32_side", "strided_side", "blocks_side", "f32_report", "master_report", "everything"}
 
 
 def test_every_variant_is_in_the_matrix() -> None:

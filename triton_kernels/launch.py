@@ -64,7 +64,7 @@ VARIANTS = {
     "strided": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4),
     "full": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=4),
     "f32_side": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True),
-    "full_side": Variant(_ANY, _ANY, strided=True, double=True, width=4, programs=3, side=True),
+    "strided_side": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=3, side=True),
     "bf16_f32_master": Variant(_BF16, _F32, strided=False, double=False, width=4, programs=4, mastered=True),
     "master": Variant(_ANY, _ANY, strided=True, double=False, width=4, programs=4, mastered=True),
     "bf16_8": Variant(_BF16, _ANY, strided=False, double=False, width=4, programs=3, mastered=True, blocks=True),
@@ -73,8 +73,8 @@ VARIANTS = {
         _ANY, _ANY, strided=True, double=False, width=4, programs=2, side=True, mastered=True, blocks=True
     ),
     "f32_report": Variant(_F32, _F32, strided=False, double=False, width=4, programs=3, side=True, report=True),
-    "full_report": Variant(
-        _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, report=True
+    "master_report": Variant(
+        _ANY, _ANY, strided=True, double=False, width=4, programs=2, side=True, mastered=True, report=True
     ),
     "everything": Variant(
         _ANY, _ANY, strided=True, double=True, width=4, programs=2, side=True, mastered=True, blocks=True, report=True

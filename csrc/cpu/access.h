@@ -30,7 +30,7 @@ struct HostAccess {
   // Elements at a time. Where the storage is known, one AVX-512 vector per slot: values stay in registers from load to
   // store. Where the conversion is a call, a longer block pays for it.
   template <class V>
-  static constexpr int kBlock = V::kFixed ? 16 : 64;
+  static constexpr int kBlock = V::kFixed || V::kReports ? 16 : 64;
   static constexpr int kNarrow = 16;  // the rest of a tensor
   static constexpr int kShared = 16;  // elements that share their random words with as many others
 

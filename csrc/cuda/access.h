@@ -323,9 +323,7 @@ struct DeviceAccess {
     FUSEDOPT_LOOP
     for (int k = lane; k < kPieceChains * kReportSquares; k += lanes) {
       const int chain = k % kPieceChains, column = k / kPieceChains;
-      const C* const x = column_of<C>(report, column);
-      tally.joined[first + chain][column] =
-          join_chain<false>(chain, size, [&](int e) { return term<false>(double(x[e])); });
+      tally.joined[first + chain][column] = join_chain<false>(chain, size, column_of<C>(report, column));
     }
   }
 

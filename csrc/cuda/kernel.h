@@ -195,12 +195,34 @@ FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
     join_halves<false>(values, count, lane, lanes, barrier);
 }
 
+// How elements become one number (reduce.h): decided when compiled, or as it runs, which is half the code.
+template <bool kLargest>
+struct JoinsAs {
+  FUSEDOPT_FN double join(double one, double other) const { return fusedopt::join<kLargest>(one, other); }
+  template <class C>
+  FUSEDOPT_FN double take(double joined, C x) const {
+    return join_term<kLargest>(joined, x);
+  }
+};
+
+struct Joins {
+  bool largest;
+
+  FUSEDOPT_FN double join(double one, double other) const {
+    return largest ? JoinsAs<true>{}.join(one, other) : JoinsAs<false>{}.join(one, other);
+  }
+  template <class C>
+  FUSEDOPT_FN double take(double joined, C x) const {
+    return largest ? JoinsAs<true>{}.take(joined, x) : JoinsAs<false>{}.take(joined, x);
+  }
+};
+
 // What a leaf's gradients come to, by a warp: each lane has the chains `lane` and `lane` + 32, of which it loads some
 // elements before it joins the first.
-template <bool kLargest, class V, class C>
-FUSEDOPT_FN double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient, int lane) {
+template <class V, class C, class Joining>
+FUSEDOPT_FN double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient, const Joining& joining, int lane) {
   static_assert(kChains == 2 * device::kWarpThreads, "two chains a lane");
-  constexpr int kAtOnce = V::kFixed ? 8 : 4;  // rows: what admits all storages is long enough
+  constexpr int kAtOnce = V::kFixed ? 8 : 1;  // rows: what admits all storages is long enough
   const int storage = V::storage(kGrad, leaf.storage);
   const int first[2] = {chain_begin(lane), chain_begin(lane + device::kWarpThreads)};
   double joined[2] = {0.0, 0.0};
@@ -220,21 +242,36 @@ FUSEDOPT_FN double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient,
       C g[1] = {};
       DeviceAccess::decode<Width<1>>(packet[k / 2][k % 2], storage, g, 1);
       gradient.divide(g);
-      joined[k % 2] = join<kLargest>(joined[k % 2], term<kLargest>(double(g[0])));
+      joined[k % 2] = joining.take(joined[k % 2], g[0]);
     }
   }
-  double all = join<kLargest>(joined[0], joined[1]);
+  double all = joining.join(joined[0], joined[1]);
   FUSEDOPT_LOOP
   for (int distance = device::kWarpThreads / 2; distance > 0; distance /= 2)
-    all = join<kLargest>(all, device::shuffle_xor(all, distance));
+    all = joining.join(all, device::shuffle_xor(all, distance));
   return all;
+}
+
+// A leaf next to each other in memory, of one storage: the loads are short.
+template <int kStorage>
+FUSEDOPT_FN double join_dense_leaf(const ChunkView& leaf, const Gradient<float>& gradient, bool largest, int lane) {
+  using V = Variant<kStorage, kStorage, 0>;
+  return largest ? join_leaf<V>(leaf, gradient, JoinsAs<true>{}, lane)
+                 : join_leaf<V>(leaf, gradient, JoinsAs<false>{}, lane);
 }
 
 template <class V, class C>
 FUSEDOPT_FN double join_leaf(const LaunchParams& launch, const ChunkView& leaf, int lane) {
   const Gradient<C> gradient(launch, 0);
-  return launch.phase.has(kLargestNorm) ? join_leaf<true, V>(leaf, gradient, lane)
-                                        : join_leaf<false, V>(leaf, gradient, lane);
+  const bool largest = launch.phase.has(kLargestNorm);
+  const bool is_strided = V::kStrided && leaf.layout != nullptr;
+  const int storage = is_strided ? kAnyStorage : V::storage(kGrad, leaf.storage);
+  if constexpr (sizeof(C) == 4) {
+    if (storage == kFloat32) return join_dense_leaf<kFloat32>(leaf, gradient, largest, lane);
+    if (storage == kBFloat16) return join_dense_leaf<kBFloat16>(leaf, gradient, largest, lane);
+    if (storage == kFloat16) return join_dense_leaf<kFloat16>(leaf, gradient, largest, lane);
+  }
+  return join_leaf<V>(leaf, gradient, Joins{largest}, lane);
 }
 
 // The first pass: every warp joins leaves.

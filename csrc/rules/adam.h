@@ -17,7 +17,7 @@ struct Adam {
   enum Flag : u32 { kAmsgrad = 1u << 1, kDecoupled = 1u << 2 };
 
   enum Branch : u32 { kMaximum = 1u << 0, kL2 = 1u << 1, kDecay = 1u << 2, kNearerToGradient = 1u << 3 };
-  static constexpr u32 kUsual[] = {0, kL2, kDecay};
+  static constexpr u32 kUsual[] = {kDecay, 0, kL2};
 
   C beta1, one_minus_beta1, beta2, one_minus_beta2;
   C alpha_t, eps_hat, l2, decay;

@@ -36,16 +36,25 @@ FUSEDOPT_FN T join(T a, T b) {
     return a + b;
 }
 
+// What a chain has joined so far, and one element more. A square that is exact need not be rounded before it is added.
+template <bool kLargest, class C>
+FUSEDOPT_FN double join_term(double joined, C x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (!kLargest && sizeof(C) == 4) return __fma_rn(double(x), double(x), joined);
+#endif
+  return join<kLargest>(joined, term<kLargest>(double(x)));
+}
+
 // The first element of chain c in its leaf; the others are a row apart each.
 FUSEDOPT_FN int chain_begin(int c) { return c / kRow * kQuarter + c % kRow; }
 
-// What chain c joins to, of a leaf that has `size` elements; term(k) is that of element k.
-template <bool kLargest, class Term>
-FUSEDOPT_FN double join_chain(int c, int size, const Term& term) {
+// What chain c joins to, of a leaf that has `size` elements.
+template <bool kLargest, class C>
+FUSEDOPT_FN double join_chain(int c, int size, const C* elements) {
   const int first = chain_begin(c);
   const int last = first + kQuarter < size ? first + kQuarter : size;
   double joined = 0.0;
-  for (int k = first; k < last; k += kRow) joined = join<kLargest>(joined, term(k));
+  for (int k = first; k < last; k += kRow) joined = join_term<kLargest>(joined, elements[k]);
   return joined;
 }
 

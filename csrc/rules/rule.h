@@ -4,8 +4,8 @@
 // compute type C (float, double), applied to elements of type X (C, or a vector of C), built once per tensor from the
 // group's hyperparameters in double and the step count t, and applied to each element. It sees no pointer, no dtype and
 // no hardware. It returns the update, which it took off the parameter. What it decides once per tensor is a bit of its
-// `branches`; the sets of them that most steps take are listed in kUsual, and the CPU compiles each of those as a loop
-// without tests. states() is how many of its state tensors it reads and writes.
+// `branches`; the sets of them that most steps take are listed in kUsual, the most frequent first, and the CPU compiles
+// each of those as a loop without tests. states() is how many of its state tensors it reads and writes.
 #pragma once
 
 #include "types.h"

@@ -17,7 +17,7 @@ struct SGD {
   enum Flag : u32 { kNesterov = 1u << 1 };
 
   enum Branch : u32 { kL2 = 1u << 0, kMoves = 1u << 1, kFirst = 1u << 2, kLooksAhead = 1u << 3 };
-  static constexpr u32 kUsual[] = {0, kL2, kMoves, kMoves | kL2, kMoves | kLooksAhead, kMoves | kLooksAhead | kL2};
+  static constexpr u32 kUsual[] = {kMoves, kMoves | kL2, 0, kL2, kMoves | kLooksAhead, kMoves | kLooksAhead | kL2};
 
   C lr, momentum, one_minus_dampening, weight_decay;
   u32 branches;
