@@ -1,4 +1,4 @@
-"""PEP 517 backend: setuptools', which also asks for NVRTC's wheel where no nvcc is found."""
+"""PEP 517 backend: setuptools', which also asks for the wheels of NVRTC and ptxas where no nvcc is found."""
 
 from __future__ import annotations
 

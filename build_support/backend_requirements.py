@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 import sys
 
-from . import device, host, nvrtc
+from . import assembler, device, host, nvrtc
 from .settings import Settings, Unavailable
 
 
 def device_compiler_requirements() -> list[str]:
-    """NVRTC's wheel, where device code can be built, no nvcc works and there is a wheel."""
+    """The wheels of NVRTC and its assembler, where device code can be built, no nvcc works and there are wheels."""
     settings = Settings.from_environment()
     if settings.cuda == "0" or settings.extension == "0" or not _wheel_exists():
         return []
@@ -19,7 +19,7 @@ def device_compiler_requirements() -> list[str]:
         host.require_python_headers()
     except Unavailable:
         return []
-    return [] if device.nvcc_works() else [nvrtc.REQUIREMENT]
+    return [] if device.nvcc_works() else [nvrtc.REQUIREMENT, assembler.REQUIREMENT]
 
 
 def _wheel_exists() -> bool:

@@ -30,7 +30,7 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         if self.inplace:
             extension.link_triton_kernels()
         try:
-            extension.build(self._package())
+            extension.build(self._package(), emulates=bool(self.inplace))
         except BuildError as error:
             raise SystemExit(f"\nerror: {error}\n") from None
 

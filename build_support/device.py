@@ -12,10 +12,11 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import nvrtc
+from . import assembler, nvrtc
 from .settings import QUICK_NOTE, BuildError, Settings, Unavailable
 
-DEFAULT_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+# One of each generation: 8.6 and 8.9 run the cubins of 8.0, which each would take a sixth of the build for its own.
+DEFAULT_ARCHS = (75, 80, 90, 100, 120)
 # "few": what the tests look at.
 FEW_ARCHS = (80, 90, 100)
 
@@ -25,6 +26,9 @@ DEVICE_FLAGS = "-std=c++17 --fmad=false --ftz=false --prec-div=true --prec-sqrt=
 NVCC_FLAGS = "-O3 -allow-unsupported-compiler -Wno-deprecated-gpu-targets".split()
 # NVRTC takes a function without __device__ for host code, which it refuses, and lacks a builtin of nvcc's.
 NVRTC_FLAGS = ["-default-device", "-D__builtin_memcpy=memcpy"]
+
+# What nvcc tells its assembler; the PTX says the rest.
+PTXAS_FLAGS = "--fmad false -O3".split()
 
 # Half the time for half the optimizations, none of which may change a bit.
 QUICK_FLAG = "--Ofast-compile=mid"
@@ -58,6 +62,7 @@ class DeviceCompiler:
         path: the program, or NVRTC's library.
         version: such as "13.0.88".
         archs: architectures it knows: 90 is sm_90.
+        ptxas: the program that assembles its PTX; "": it is itself the one, or there is none.
         quick: whether it is to compile soon rather than well.
     """
 
@@ -65,6 +70,7 @@ class DeviceCompiler:
     path: str
     version: str
     archs: tuple[int, ...]
+    ptxas: str = ""
     quick: bool = False
 
     def __str__(self) -> str:
@@ -76,8 +82,8 @@ class DeviceCompiler:
 
     @property
     def assembles(self) -> bool:
-        """Whether it makes cubins of PTX too: no kernel depends on the architecture, so one PTX does for all."""
-        return self.kind == "nvcc"
+        """Whether cubins can be made of PTX: no kernel depends on the architecture, so one PTX does for all."""
+        return self.kind == "nvcc" or bool(self.ptxas)
 
     def command(self, target: Target, depfile: str, threads: int) -> str:
         """Shell command for ninja, with ``$in`` and ``$out``, run in the repository root; threads: for this file."""
@@ -93,7 +99,10 @@ class DeviceCompiler:
     def assembly_command(self, target: Target) -> str:
         """The same for a cubin, with PTX for ``$in``."""
         version = f": {shlex.quote(str(self))} &&"
-        return f"{version} {shlex.quote(self.path)} {shlex.join(self._nvcc_flags(target))} $in -o $out"
+        if self.kind == "nvcc":
+            return f"{version} {shlex.quote(self.path)} {shlex.join(self._nvcc_flags(target))} $in -o $out"
+        flags = [f"-arch={target.arch}", *PTXAS_FLAGS]
+        return f'{version} "${assembler.PROGRAM_VARIABLE}" {shlex.join(flags)} $in -o $out'
 
     def _nvcc_flags(self, target: Target) -> list[str]:
         kind = "-ptx" if target.ptx else "-cubin"
@@ -270,7 +279,8 @@ def _try_nvcc(path: str) -> DeviceCompiler:
 
 def _try_nvrtc(library: str) -> DeviceCompiler:
     compiler = nvrtc.Nvrtc(library)
-    return DeviceCompiler("nvrtc", library, nvrtc.full_version(compiler.version()), tuple(compiler.archs()))
+    version = nvrtc.full_version(compiler.version())
+    return DeviceCompiler("nvrtc", library, version, tuple(compiler.archs()), assembler.find_assembler(version))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import device, host, images, nvrtc, report, units
+from . import assembler, device, host, images, nvrtc, report, units
 from .ninja_file import NinjaFile
 from .settings import ROOT, BuildError, Settings, Unavailable
 
@@ -46,12 +46,13 @@ def build_folder(settings: Settings, root: Path = ROOT) -> Path:
     return root / "build" / f"{sysconfig.get_platform()}{sanitized}{'-quick' * settings.quick}"
 
 
-def build(package: Path, root: Path = ROOT) -> bool:
+def build(package: Path, root: Path = ROOT, *, emulates: bool = True) -> bool:
     """Build what can be built and put it into the folder of the package.
 
     Args:
         package: folder of ``fusedopt`` to receive the extension and ``_build_info.json``.
         root: repository root.
+        emulates: whether the CUDA kernels are compiled for the host too, which is for tests in a checkout.
 
     Returns:
         Whether the extension was built.
@@ -74,7 +75,7 @@ def build(package: Path, root: Path = ROOT) -> bool:
         _finish_without_extension(package, problem, root)
         return False
     device_build = _plan_device(settings)
-    library, made = _compile(settings, root, compiler, headers, device_build)
+    library, made = _compile(settings, root, compiler, headers, device_build, emulates)
     _install(library, package)
     info = report.BuildInfo(
         extension=True,
@@ -136,7 +137,12 @@ def _plan_device(settings: Settings) -> DeviceBuild:
 
 
 def _compile(
-    settings: Settings, root: Path, compiler: host.HostCompiler, headers: list[str], device_build: DeviceBuild
+    settings: Settings,
+    root: Path,
+    compiler: host.HostCompiler,
+    headers: list[str],
+    device_build: DeviceBuild,
+    emulates: bool,
 ) -> tuple[Path, list[images.Image]]:
     """Write the generated files, run ninja, and return the linked library and the device images in it."""
     folder = build_folder(settings, root)
@@ -154,7 +160,7 @@ def _compile(
         threads = settings.jobs if len(device_build.targets) == 1 else 1
         for image in made:
             ninja.add_image(image, device_build.compiler, threads)
-    _add_sources(ninja, root, compiler, headers, host.cold_flags(settings))
+    _add_sources(ninja, root, compiler, headers, host.cold_flags(settings), emulates)
     embedding = folder / "images.cpp"
     ninja.add_object(embedding, needs=[image.path for image in made])
     with only_build(folder) as lock:
@@ -169,7 +175,12 @@ def _compile(
 
 
 def _add_sources(
-    ninja: NinjaFile, root: Path, compiler: host.HostCompiler, headers: list[str], cold_flags: list[str]
+    ninja: NinjaFile,
+    root: Path,
+    compiler: host.HostCompiler,
+    headers: list[str],
+    cold_flags: list[str],
+    emulates: bool,
 ) -> None:
     python_flags = [flag for path in [*headers, _pybind11_include()] for flag in ("-isystem", path)]
     for unit in units.plain_units(root):
@@ -178,7 +189,7 @@ def _add_sources(
             ninja.add_object(unit.source, python_flags, tag=str(sys.implementation.cache_tag))
         else:
             ninja.add_object(unit.source)
-    for unit in [*units.emulated_units(root), *units.engine_units(root, compiler.isas)]:
+    for unit in [*units.emulated_units(root, emulates=emulates), *units.engine_units(root, compiler.isas)]:
         ninja.add_object(unit.source, [*unit.flags, *([] if unit.is_hot else cold_flags)], unit.tag)
 
 
@@ -203,6 +214,7 @@ def _run_ninja(ninja_file: Path, root: Path, jobs: int, compiler: device.DeviceC
     environment = dict(os.environ)
     if compiler and compiler.kind == "nvrtc":
         environment |= {nvrtc.LIBRARY_VARIABLE: compiler.path, nvrtc.PYTHON_VARIABLE: sys.executable}
+        environment |= {assembler.PROGRAM_VARIABLE: compiler.ptxas}
     sys.stdout.flush()
     command = [_ninja_program(), "-f", str(ninja_file), "-j", str(jobs)]
     # Ninja holds the lock too: where this process is killed, it goes on, and two at a time lose what depends on what.

@@ -41,9 +41,12 @@ def plain_units(root: Path) -> list[Unit]:
     return [Unit(source) for source in sorted(set((root / "csrc").rglob("*.cpp")) - manifold)]
 
 
-def emulated_units(root: Path) -> list[Unit]:
-    """The kernels for the emulator: a change of one rule compiles its own anew."""
-    return [Unit(root / EMULATED, _of_rule(rule), rule, is_hot=False) for rule in rule_stems(root)]
+def emulated_units(root: Path, *, emulates: bool = True) -> list[Unit]:
+    """The kernels for the emulator, of each rule; where a build is not to emulate, what says so instead."""
+    without, tag = ((), "") if emulates else (("-DFUSEDOPT_NO_EMULATION",), ".none")
+    return [
+        Unit(root / EMULATED, (*without, *_of_rule(rule)), f"{rule}{tag}", is_hot=False) for rule in rule_stems(root)
+    ]
 
 
 def engine_units(root: Path, isas: Mapping[str, Sequence[str]]) -> list[Unit]:

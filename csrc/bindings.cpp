@@ -1168,6 +1168,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rules", &rule_names);
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);
+  m.def("emulates", [] { return emulated_kernel(0, 0) != nullptr; });
   m.def("launch_count", [] { return u64(launches); });
   m.def("build_info", [] {
     py::list images;

@@ -320,6 +320,8 @@ class Emulated(_NeverCaptured):
 
     def why_not(self, device: torch.device) -> str:
         """See Backend."""
+        if compiled is not None and not compiled.emulates():
+            return "an installed fusedopt has no emulated kernels: they are for tests, in a checkout"
         return Cpu.why_not(cpu, device)
 
     def launch(self, table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -71,7 +71,7 @@ VARIABLES = (
         "FUSEDOPT_CUDA_ARCHS",
         "build",
         "such as 80;90+ptx, or few (80 90 100 and PTX of 80), or native",
-        "75 80 86 89 90 100 120 and PTX of the first, those the compiler knows",
+        "75 80 90 100 120 and PTX of the first, those the compiler knows",
         "GPU architectures to compile for",
     ),
     Variable(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from build_support import device, images
+from build_support import assembler, device, images
 from build_support.settings import BuildError, Settings
 
 NEW, OLD = (75, 80, 86, 89, 90, 100, 103, 120), (52, 75, 80, 86)
 CHOICES = [
-    ("", NEW, "75 80 86 89 90 100 120 75+ptx"),
-    ("", OLD, "75 80 86 75+ptx"),
+    ("", NEW, "75 80 90 100 120 75+ptx"),
+    ("", OLD, "75 80 75+ptx"),
     ("few", NEW, "80 90 100 80+ptx"),
     ("few", OLD, "80 80+ptx"),
     ("80;90+ptx", NEW, "80 90 90+ptx"),
@@ -59,3 +59,43 @@ def test_a_kernel_is_compiled_once_where_its_cubins_can_be_assembled_of_its_olde
     paths = [image.path for image in made]
     assert len(set(paths)) == len(wanted)
     assert {image.ptx for image in made if image.ptx} <= set(paths)
+
+
+def program(folder: Path, version: str) -> Path:
+    """A ptxas that tells its version and does nothing else."""
+    path = folder / "bin" / "ptxas"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version[:4]}, V{version}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("12.8.93", True), ("12.8.61", True), ("12.4.99", False), ("13.0.88", False)]
+)
+def test_only_an_assembler_of_the_version_of_nvrtc_takes_its_ptx(
+    version: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = program(tmp_path, version)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(assembler.importlib.util, "find_spec", lambda name: None)
+    assert assembler.find_assembler("12.8.93") == str(path) * fits
+
+
+def test_what_is_no_assembler_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = program(tmp_path, "12.8.93")
+    path.write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(assembler.importlib.util, "find_spec", lambda name: None)
+    assert assembler.find_assembler("12.8.93") == ""
+
+
+def test_nvrtc_compiles_once_where_it_has_an_assembler_which_may_not_contract_either() -> None:
+    alone = device.DeviceCompiler("nvrtc", "/opt/libnvrtc.so.12", "12.8.93", NEW)
+    helped = device.DeviceCompiler("nvrtc", "/opt/libnvrtc.so.12", "12.8.93", NEW, "/opt/ptxas")
+    assert (alone.assembles, helped.assembles) == (False, True)
+    command = helped.assembly_command(device.Target(90, False))
+    assert f'"${assembler.PROGRAM_VARIABLE}" -arch=sm_90 --fmad false' in command
+    assert "/opt/ptxas" not in command  # a path that changes from build to build would compile everything anew

@@ -57,6 +57,12 @@ def test_only_what_no_speed_depends_on_has_fewer_optimizations() -> None:
         assert all(unit.is_hot for unit in units.engine_units(ROOT, isas))
 
 
+def test_what_is_installed_does_not_take_the_emulated_kernels_of_a_checkout() -> None:
+    here, installed = (units.emulated_units(ROOT, emulates=emulates) for emulates in (True, False))
+    assert not {unit.tag for unit in here} & {unit.tag for unit in installed}
+    assert all("-DFUSEDOPT_NO_EMULATION" in unit.flags for unit in installed)
+
+
 def test_each_rule_has_units_of_its_own_and_no_other_file_reaches_its_header() -> None:
     isas = {"baseline": ["-DFUSEDOPT_ONE_VARIANT"], "avx2": ["-mavx2"]}
     stems = units.rule_stems(ROOT)

@@ -13,7 +13,7 @@ FUSEDOPT_RULES(FUSEDOPT_DECLARE_RULE)
 
 }  // namespace emulated
 
-// The host build of kernel fusedopt_<rule>_<variant>.
+// The host build of kernel fusedopt_<rule>_<variant>; null: this build has none.
 inline EmulatedKernel emulated_kernel(int rule, int variant) {
   using Select = EmulatedKernel (*)(int);
 #define FUSEDOPT_NAME_RULE(stem, Rule) emulated::stem,
