@@ -451,6 +451,20 @@ class Table {
     return live_params_;
   }
 
+  // Tells autograd that the live parameters, or else their gradients, are written. Returns the parameters of which only
+  // Python can say so.
+  py::list bump_versions(bool of_gradients) const {
+    py::list left;
+    for (u64 row = 0; row < watches_.size(); ++row) {
+      const Watch& watch = watches_[row];
+      if (!live_[row]) continue;
+      const bool is_done = watch.impl != nullptr && (of_gradients ? gradients.bump_version(gradients.find(watch.impl))
+                                                                  : gradients.bump_version(watch.impl));
+      if (!is_done) left.append(watch.param);
+    }
+    return left;
+  }
+
   // What else a launch does: the options of fusedopt/phase.py.
   void set_phase(u32 flags, u32 stage, double ema_decay, u64 ema_decay_tensor, u64 norms,
                  const std::vector<double>& max_norms, u64 leaf_sums, u64 joined, u64 results, u64 report) {
@@ -1222,6 +1236,7 @@ PYBIND11_MODULE(_C, m) {
       .def("read_groups", &Table::read_groups, py::arg("groups"))
       .def("params", &Table::params)
       .def("live_params", &Table::live_params)
+      .def("bump_versions", &Table::bump_versions, py::arg("of_gradients"))
       .def("launch_cpu", &Table::launch_on_cpu, py::arg("threads"), py::arg("isa"), py::arg("grad_scale") = 0,
            py::arg("found_inf") = 0)
       .def("launch_emulated", &Table::launch_emulated, py::arg("blocks"), py::arg("threads"), py::arg("seed"),

@@ -100,6 +100,14 @@ class GradientReader {
   // Whether the tensor whose c10::TensorImpl is at `impl` was made in inference mode.
   bool is_inference(const void* impl) const { return is_inference_(reinterpret_cast<const TorchTensor*>(&impl)); }
 
+  // Tells autograd that a tensor is written. False: ask Python, which knows what to say of one made in inference mode.
+  bool bump_version(const TorchTensor* tensor) const {
+    if (bump_version_ == nullptr || is_inference_(tensor)) return false;
+    bump_version_(tensor);
+    return true;
+  }
+  bool bump_version(const void* impl) const { return bump_version(reinterpret_cast<const TorchTensor*>(&impl)); }
+
   // Whether the memory of the tensor whose c10::TensorImpl is at `impl` holds its values: so many, of so many bytes.
   bool is_whole(const void* impl, i64 elements, i64 bytes_each) const {
     const auto* const tensor = reinterpret_cast<const TorchTensor*>(&impl);
@@ -126,6 +134,8 @@ class GradientReader {
  private:
   // const at::Tensor& c10::TensorImpl::grad() const
   const TorchTensor* (*grad_)(const void* impl) = nullptr;
+  // void torch::autograd::impl::bump_version(const at::Tensor&): nothing else depends on it
+  void (*bump_version_)(const TorchTensor*) = nullptr;
 #define FUSEDOPT_MEMBER(name, member, arguments) int32_t(*member##_) arguments = nullptr;
   FUSEDOPT_TORCH(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
@@ -150,6 +160,7 @@ inline void GradientReader::connect() {
 #undef FUSEDOPT_FIND
   find(c10, "_ZNK3c1010TensorImpl4gradEv", grad_);
   if (!all) grad_ = nullptr;
+  find(cpu, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", bump_version_);
 }
 
 }  // namespace fusedopt

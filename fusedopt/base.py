@@ -184,7 +184,9 @@ class FusedOptimizer(Optimizer):
         finally:
             for name in ("_finds_inf", "grad_scale"):
                 self.__dict__.pop(name, None)
-        return returned, (~self._known_results()[1:].isfinite()).any().to(torch.float32)
+        norms = self._known_results()[1:]
+        found = torch.ne(norms - norms, 0)  # of what is infinite or NaN, that is NaN
+        return returned, found.any().to(torch.float32)
 
     def _is_one_launch(self, tables: list[tuple[Table, Backend]]) -> bool:
         return len(tables) <= 1 and self._spreads == (None,)
@@ -427,7 +429,7 @@ class FusedOptimizer(Optimizer):
                 scale = None if grad_scale is None else _on(table.device, "grad_scale", grad_scale)
                 found = None if found_inf is None else _on(table.device, "found_inf", found_inf)
                 if stage != MEASURES:
-                    _increment_version(params)
+                    _increment_version(table.core.bump_versions(False))
                 if phase.flags or table.phase.flags:
                     self._announce(number, table, params, phase, stage)
                 backend.launch(table, scale, found)
@@ -440,11 +442,11 @@ class FusedOptimizer(Optimizer):
         """What the step being taken does beside the update."""
         phase = self._phase
         if self._finds_inf:
-            phase = replace(phase, skip_nonfinite=True)
+            phase = phase.finding_inf
         if phase.report > 1:
             self._unreported = (self._unreported + 1) % phase.report
             if self._unreported != 1:
-                phase = replace(phase, report=False)
+                phase = phase.unreported
         return phase
 
     def _choose_main(self, live: list[int]) -> None:
@@ -473,7 +475,8 @@ class FusedOptimizer(Optimizer):
         if phase.report:
             table.reported = params
         if phase.zero_grads:
-            _increment_version([param.grad for param in params if param.grad is not None])
+            left = table.core.bump_versions(True)
+            _increment_version([param.grad for param in left if param.grad is not None])
         if phase.copy_to is not None:
             _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
 

@@ -138,6 +138,13 @@ class Core(Protocol):
     def live_params(self) -> list[Tensor]:
         """Parameters that have a gradient."""
 
+    def bump_versions(self, of_gradients: bool) -> list[Tensor]:
+        """Tells autograd that the live parameters, or else their gradients, are written.
+
+        Returns:
+            The parameters of which the caller has to say so.
+        """
+
     def columns(self, workers: int, only_step: bool) -> dict[str, Any]:
         """The columns as bytes."""
 

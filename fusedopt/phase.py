@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -150,6 +150,16 @@ class Phase:
     def reads_twice(self) -> bool:
         """Whether a step reads all gradients before it updates anything."""
         return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @cached_property
+    def finding_inf(self) -> Phase:
+        """The same, and a step with an infinite or NaN gradient changes nothing."""
+        return replace(self, skip_nonfinite=True)
+
+    @cached_property
+    def unreported(self) -> Phase:
+        """The same without a report."""
+        return replace(self, report=False)
 
     @cached_property
     def leaves_rows_plain(self) -> bool:

@@ -447,6 +447,10 @@ class PyTable:
             self._live_params = [watch.param for watch, live in pairs if live and watch is not None]
         return self._live_params
 
+    def bump_versions(self, of_gradients: bool) -> list[Tensor]:
+        """Leaves it to the caller to tell autograd that live parameters, or their gradients, are written."""
+        return self.live_params()
+
     def columns(self, workers: int, only_step: bool) -> dict[str, Any]:
         """The columns as bytes, and the elements of a chunk.
 

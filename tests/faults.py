@@ -57,6 +57,7 @@ COLLECTED = Suite("collected", ("tests/contract/test_behaviours.py", "-k", "garb
 INFINITE = Suite("infinite parameters", ("tests/contract/test_behaviours.py", "-k", "parameters-of-+Inf"))
 MOVED = Suite("moved states", ("tests/test_step.py", "-k", "other_memory"))
 READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
+VERSIONS = Suite("versions", ("tests/test_step.py", "-k", "version and cpu"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
 LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
@@ -665,6 +666,7 @@ FAULTS: tuple[Fault, ...] = (
         ";",
         (READ,),
     ),
+    Fault("read directly: versions stay", GRADIENTS, "    bump_version_(tensor);\n", "", (VERSIONS,)),
     Fault("read directly: dtypes not looked at", GRADIENTS, "dtype == other.dtype && device", "device", (READ,)),
     Fault(
         "read directly: a parameter that changed places not seen",

@@ -553,6 +553,19 @@ def test_versions_of_updated_parameters_advance_and_others_do_not(run: Run, sett
         loss.backward()
 
 
+@pytest.mark.parametrize("run", as_params([Run("cpu"), Run("emulated"), Run("cuda", "cuda")]))
+def test_a_step_advances_the_version_of_what_it_writes_by_one(run: Run, settings: Run) -> None:
+    params = make_params(run)
+    optimizer = fusedopt.SGD(params, lr=0.1, zero_grads=True, backend=run.backend)
+    for step in range(3):  # from the second on they are told without Python
+        if step != 2:
+            set_grads(params, step)
+        written = [*params, *(param.grad for param in params)]
+        versions = [tensor._version for tensor in written]
+        optimizer.step()
+        assert [tensor._version for tensor in written] == [version + 1 for version in versions]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", as_params([Run("cuda", "cuda"), Run("triton", "cuda")]))
 def test_the_profiler_sees_one_kernel_a_step(run: Run, settings: Run) -> None:
