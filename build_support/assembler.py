@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
+
+from .nvrtc import package_folders, toolkit_folders
 
 PROGRAM_VARIABLE = "FUSEDOPT_PTXAS"
 """Names the program to ninja: see nvrtc.py."""
@@ -32,10 +32,7 @@ def find_assembler(version: str) -> str:
 
 
 def _candidates() -> list[str]:
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    paths = [str(path) for folder in folders for path in sorted(folder.glob("*/bin/ptxas"))]
-    toolkits = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    paths += [os.path.join(toolkit, "bin", "ptxas") for toolkit in toolkits]
+    paths = [str(path) for folder in package_folders() for path in sorted(folder.glob("*/bin/ptxas"))]
+    paths += [str(folder / "bin" / "ptxas") for folder in toolkit_folders()]
     paths.append(shutil.which("ptxas") or "")
     return list(dict.fromkeys(path for path in paths if path and os.access(path, os.X_OK)))

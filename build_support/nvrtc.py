@@ -97,14 +97,21 @@ class Nvrtc:
             raise RuntimeError(f"NVRTC: {self._lib.nvrtcGetErrorString(status).decode()}")
 
 
+def package_folders() -> list[Path]:
+    """Where NVIDIA's packages of the running Python are."""
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+def toolkit_folders() -> list[Path]:
+    """The CUDA toolkits that the environment names."""
+    return [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+
+
 def find_libraries() -> list[str]:
     """Paths of every NVRTC library that the running Python's packages or a CUDA folder hold."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    found = [path for folder in folders for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(variable):
-            found += sorted(Path(os.environ[variable]).glob("lib*/libnvrtc.so.*"))
+    found = [path for folder in package_folders() for path in sorted(folder.glob("*/lib/libnvrtc.so.*"))]
+    found += [path for folder in toolkit_folders() for path in sorted(folder.glob("lib*/libnvrtc.so.*"))]
     return [str(path) for path in found if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)]
 
 

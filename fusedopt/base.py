@@ -428,7 +428,7 @@ class FusedOptimizer(Optimizer):
                 table, backend = tables[number]
                 scale = None if grad_scale is None else _on(table.device, "grad_scale", grad_scale)
                 found = None if found_inf is None else _on(table.device, "found_inf", found_inf)
-                if stage != MEASURES and (untold := table.core.bump_versions(False)):
+                if stage != MEASURES and (untold := table.core.bump_versions(of_gradients=False)):
                     _increment_version(untold)
                 if phase.flags or table.phase.flags:
                     self._announce(number, table, params, phase, stage)
@@ -475,7 +475,7 @@ class FusedOptimizer(Optimizer):
         if phase.report:
             table.reported = params
         if phase.zero_grads:
-            untold = table.core.bump_versions(True)
+            untold = table.core.bump_versions(of_gradients=True)
             _increment_version([param.grad for param in untold if param.grad is not None])
         if phase.copy_to is not None:
             _increment_version([row.copy for row in table.live_rows() if row.copy is not None])

@@ -79,7 +79,7 @@ def test_only_an_assembler_of_the_version_of_nvrtc_takes_its_ptx(
     path = program(tmp_path, version)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(assembler.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(assembler, "package_folders", list)
     assert assembler.find_assembler("12.8.93") == str(path) * fits
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_assembler_is_passed_over(tmp_path: Path, monkeypatch: pytest
     path.write_text("#!/bin/sh\nexit 1\n")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(assembler.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(assembler, "package_folders", list)
     assert assembler.find_assembler("12.8.93") == ""
 
 

@@ -222,7 +222,7 @@ struct Joins {
 template <class V, class C, class Joining>
 FUSEDOPT_FN double join_leaf(const ChunkView& leaf, const Gradient<C>& gradient, const Joining& joining, int lane) {
   static_assert(kChains == 2 * device::kWarpThreads, "two chains a lane");
-  constexpr int kAtOnce = V::kFixed ? 8 : 1;  // rows: what admits all storages is long enough
+  constexpr int kAtOnce = V::kFixed ? 8 : 1;  // rows; float64 and strided leaves, which are rare, one at a time
   const int storage = V::storage(kGrad, leaf.storage);
   const int first[2] = {chain_begin(lane), chain_begin(lane + device::kWarpThreads)};
   double joined[2] = {0.0, 0.0};
