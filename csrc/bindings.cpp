@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <unordered_set>
@@ -1183,6 +1184,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("variants", &variant_names);
   m.def("instruction_sets", &cpu_instruction_sets);
   m.def("emulates", [] { return emulated_kernel(0, 0) != nullptr; });
+  m.def(
+      "environment",
+      [](const char* name) {
+        const char* const value = std::getenv(name);
+        return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(value == nullptr ? "" : value));
+      },
+      py::arg("name"));
   m.def("launch_count", [] { return u64(launches); });
   m.def("build_info", [] {
     py::list images;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import blocks, exact, reference
-from .core import compiled, why_not_compiled
+from .core import compiled, environment, why_not_compiled
 from .phase import EMA, MEASURES, UPDATES, WHOLE_STEP
 from .precision import ROUNDING_KEY, coded_states, master_key, recoded, rounds_at_random, scale_key, widened
 from .rows import Row
@@ -373,7 +373,7 @@ def find_backend(name: str | None) -> Backend | None:
     Raises:
         ValueError: there is none of that name.
     """
-    asked = (os.environ.get("FUSEDOPT_BACKEND") or None) if name is None else name
+    asked = (environment("FUSEDOPT_BACKEND") or None) if name is None else name
     if asked is None:
         return None
     if not isinstance(asked, str) or asked not in _ALL:

@@ -29,6 +29,7 @@ from .table import Table
 
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+_MODES = frozenset(MODE_KEYS)
 SELDOM_KEYS = frozenset((*MODE_KEYS, *OPTIONS, "differentiable"))  # a group with none of them need not be looked at
 
 _increment_version = torch.autograd.graph.increment_version
@@ -61,11 +62,11 @@ class FusedOptimizer(Optimizer):
         self._results: dict[int, Tensor] = {}  # of each table
         self._hidden_steps = HiddenSteps()
         self._main, self._spreads, self._unreported = 0, (None,), 0  # unfuse() takes off what is set here
-        self._forget_tables()
         self._number = traced.register(self)
         self._traced_params: list[Tensor] = []
         self._is_sharded = False
-        check_modes(self._rule, defaults)
+        if not _MODES.isdisjoint(defaults):
+            check_modes(self._rule, defaults)
         super().__init__(params, defaults)
         self._phase = phase
         if phase.copy_to is not None:
@@ -375,7 +376,7 @@ class FusedOptimizer(Optimizer):
         before = self._traced_params
         if len(before) != len(params) or not all(map(is_, before, params)):
             self._traced_params, self._is_sharded = params, is_any_sharded(params)
-        self._hidden_steps.keep_only(params)
+            self._hidden_steps.keep_only(params)
 
     def _fill_groups(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -527,9 +528,10 @@ class FusedOptimizer(Optimizer):
                 return self._current_tables()
         tables = self._tables
         try:
-            if tables is not None and self._are_true(tables):
-                return tables
-            self._forget_tables()
+            if tables is not None:
+                if self._are_true(tables):
+                    return tables
+                self._forget_tables()
             self._tables = self._begin_plainly() or self._build_tables()
         except BaseException:
             self._forget_tables()  # what was read so far is not to be trusted
@@ -552,7 +554,8 @@ class FusedOptimizer(Optimizer):
         self._forget_params(table.core.params())
         self._spreads = (None,)
         table.lasting = self._lasting.setdefault((table.device, 0), table.lasting)
-        table.results = self._results_of(0, table.device, self._phase)
+        if self._phase.reads_twice:
+            table.results = self._results_of(0, table.device, self._phase)
         backend = choose_backend(self._requested_backend, table.device)  # refuses before a state is made
         table.begin()
         return [(table, backend)]

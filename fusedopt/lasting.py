@@ -17,9 +17,7 @@ class StreamUse:
     launch on the other may still read or write it.
     """
 
-    def __init__(self) -> None:
-        """Nothing was launched yet."""
-        self._last: Any = None
+    _last: Any = None  # the stream of the last launch
 
     def record(self, device: torch.device, tensors: Iterable[Tensor | None]) -> None:
         """Says what the next launch on a device uses; of a capture, whose memory stays, nothing."""
