@@ -247,7 +247,7 @@ def _nvcc_candidates() -> list[str]:
 
 def _try_nvcc(path: str) -> DeviceCompiler:
     """Ask for version and architectures, and compile an empty kernel: nvcc alone is no toolkit."""
-    remedy = "install the whole CUDA toolkit, 11.5 or newer"
+    remedy = "install the whole CUDA toolkit, 11.7 or newer"
     try:
         version = re.search(r"V(\d+\.\d+\.\d+)", _output([path, "--version"]))
         archs = tuple(sorted({int(sm) for sm in re.findall(r"sm_(\d+)\b", _output([path, "--list-gpu-code"]))}))
@@ -255,7 +255,7 @@ def _try_nvcc(path: str) -> DeviceCompiler:
             raise Unavailable(f"{path} does not name its version and architectures", remedy)
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cu")
-            source.write_text('extern "C" __global__ void probe() {}\n')
+            source.write_text('extern "C" __global__ void probe(const __grid_constant__ int) {}\n')  # as entry.h
             cubin = os.path.join(folder, "probe.cubin")
             _output(
                 [

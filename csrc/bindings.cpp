@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "cpu/dispatch.h"
+#include "cuda/driver.h"
 #include "cuda/emulated.h"
 #include "cuda/images.h"
 #include "cuda/kernel.h"
@@ -1259,6 +1260,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("variant", &Table::variant)
       .def_property_readonly("chunk_count", &Table::chunk_count);
 
+  py::register_exception<driver::OutOfMemory>(m, "OutOfMemory", PyExc_RuntimeError);
   py::class_<CudaLaunch>(m, "CudaLaunch")
       .def(py::init<int>(), py::arg("device"))
       .def_property_readonly("architecture", &CudaLaunch::architecture)

@@ -103,7 +103,22 @@ class Cuda:
             table.lasting.launcher = compiled.CudaLaunch(table.device.index)
         core: Any = table.core
         stream = torch.cuda.current_stream(table.device).cuda_stream
-        core.launch_cuda(table.lasting.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
+        arguments = (table.lasting.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
+        try:
+            core.launch_cuda(*arguments)
+        except compiled.OutOfMemory as error:
+            self._launch_again(core, arguments, error)
+
+    def _launch_again(self, core: Any, arguments: tuple[Any, ...], error: RuntimeError) -> None:
+        """After nothing was launched for want of memory: torch's allocator keeps what nobody uses from the driver."""
+        assert compiled is not None  # a launch failed
+        try:
+            if torch.cuda.is_current_stream_capturing():  # which forbids to give memory back
+                raise error
+            torch.cuda.empty_cache()
+            core.launch_cuda(*arguments)
+        except compiled.OutOfMemory as last:
+            raise torch.OutOfMemoryError(str(last)) from last
 
     def moved_since_captures(self, table: Table) -> list[int]:
         """See Backend."""

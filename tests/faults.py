@@ -61,6 +61,7 @@ VERSIONS = Suite("versions", ("tests/test_step.py", "-k", "version and cpu"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
 LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
+FAKE_DRIVER = Suite("driver", ("tests/test_fake_driver.py",), cuda=True)
 LASTING = Suite("lasting memory", ("tests/test_norm.py", "-k", "memory_that"))
 TERMS = Suite("terms of a report", ("tests/test_triton_launch.py", "-k", "terms"))
 THREADS = Suite("threads", ("tests/test_sanitizers.py", "-k", "share_the_team"))
@@ -618,15 +619,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "launcher: changed hyperparameters not sent",
         LAUNCHER,
-        "if (!same) groups.send(",
-        "if (now.empty()) groups.send(",
+        "if (!same) {\n      sent_groups.clear();",
+        "if (now.empty()) {\n      sent_groups.clear();",
         (LAUNCHER_RUN,),
     ),
     Fault(
         "launcher: gradients that moved not sent",
         LAUNCHER,
-        "if (!same) grads.send(",
-        "if (host.rows() == 0) grads.send(",
+        "if (!same) {\n      sent_grads.clear();",
+        "if (host.rows() == 0) {\n      sent_grads.clear();",
         (LAUNCHER_RUN,),
     ),
     Fault(
@@ -635,6 +636,55 @@ FAULTS: tuple[Fault, ...] = (
         "    params.inline_groups = 0;\n    params.launch.groups",
         "    params.launch.groups",
         (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: room counted that there was no memory for",
+        LAUNCHER,
+        "    bytes_ = 0;  // where there is no memory, the next step tries again\n",
+        "    bytes_ = room;\n",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: pinned room counted that there was no memory for",
+        LAUNCHER,
+        "    staging.bytes = 0;\n",
+        "    staging.bytes = bytes;\n",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: a table known that could not be sent",
+        LAUNCHER,
+        "    revision = 0;  // none: what fails from here on leaves no table\n",
+        "",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: gradients known that could not be sent",
+        LAUNCHER,
+        "      sent_grads.clear();\n",
+        "",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: every table kept once there is a graph",
+        LAUNCHER,
+        "      table_is_captured = false;\n",
+        "",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: PTX not tried where a cubin is not for the GPU",
+        LAUNCHER,
+        "if (result == driver::kNoBinary &&",
+        "if (result == driver::kOutOfMemory &&",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: cubins of a newer CUDA than the driver's taken for usable",
+        LAUNCHER,
+        "if (is_too_new(*image)) return too_new_image();",
+        "",
+        (FAKE_DRIVER,),
     ),
     # memory that outlives a table
     Fault(

@@ -60,8 +60,10 @@ void check(Result result, const char* what) {
   if (result == 0) return;
   const char* words = nullptr;
   opened().api.error_string(result, &words);
-  throw std::runtime_error(std::string(what) + " failed: " + (words ? words : "unknown error") + " (" +
-                           std::to_string(result) + ")");
+  const std::string text =
+      std::string(what) + " failed: " + (words ? words : "unknown error") + " (" + std::to_string(result) + ")";
+  if (result == kOutOfMemory) throw OutOfMemory(text);
+  throw std::runtime_error(text);
 }
 
 }  // namespace driver

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <stdexcept>
 #include <string>
 
 #include "types.h"
@@ -24,6 +25,9 @@ using Module = ModuleTag*;
 using Function = FunctionTag*;
 using Stream = StreamTag*;
 using Event = EventTag*;
+
+constexpr Result kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
+constexpr Result kNoBinary = 209;   // CUDA_ERROR_NO_BINARY_FOR_GPU
 
 constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_*
 constexpr int kCapabilityMajor = 75;
@@ -78,7 +82,12 @@ const Api& api();
 // Empty where the driver is there and sees a GPU, else why not.
 std::string why_unavailable();
 
-// Throws std::runtime_error with the driver's words where `result` is not success.
+// There was not enough memory for what a launch needs; nothing was launched.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throws std::runtime_error with the driver's words where `result` is not success, OutOfMemory where it is that.
 void check(Result result, const char* what);
 
 // Makes a context current for a scope.

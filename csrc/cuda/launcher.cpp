@@ -2,10 +2,12 @@
 #include "cuda/launcher.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda/driver.h"
@@ -32,12 +34,12 @@ int architecture_of(driver::Device device) {
 }
 
 // A cubin runs on its own major version from its minor version up; PTX on anything newer.
-const DeviceImage* best_image(const std::string& stem, int architecture) {
+const DeviceImage* best_image(const std::string& stem, int architecture, bool cubins = true) {
   const DeviceImage* best = nullptr;
   for (size_t k = 0; k < kDeviceImageCount; ++k) {
     const DeviceImage& image = kDeviceImages[k];
     if (stem != image.rule || image.sm > architecture) continue;
-    if (!image.ptx && image.sm / 10 != architecture / 10) continue;
+    if (!image.ptx && (!cubins || image.sm / 10 != architecture / 10)) continue;
     if (best == nullptr || (best->ptx && !image.ptx) || (best->ptx == image.ptx && image.sm > best->sm)) best = &image;
   }
   return best;
@@ -47,6 +49,33 @@ std::string no_image(int architecture) {
   const std::string number = std::to_string(architecture);
   return "this build has no kernels for compute capability " + number + " (it has: " + kBuildArchs +
          "); rebuild with FUSEDOPT_CUDA_ARCHS=" + number;
+}
+
+// Versions of CUDA as the driver gives its own: 12080 for 12.8.
+int toolkit_version() {
+  int major = 0, minor = 0;
+  return std::sscanf(kDeviceCompiler, "%*s %d.%d", &major, &minor) == 2 ? 1000 * major + 10 * minor : 0;
+}
+
+int driver_version() {
+  int version = 0;
+  check(api().version(&version), "cuDriverGetVersion");
+  return version;
+}
+
+// A driver loads the cubins of every toolkit of its own major version or an older one, and PTX of no newer one.
+bool is_too_new(const DeviceImage& image) {
+  const int toolkit = toolkit_version();
+  return driver_version() < (image.ptx ? toolkit : toolkit / 1000 * 1000);
+}
+
+std::string too_new_image() {
+  const int version = driver_version();
+  return "this build's kernels are those of " + std::string(kDeviceCompiler) + ", and the driver knows CUDA " +
+         std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
+         "; update the driver, or rebuild with an older CUDA toolkit (CUDA_HOME), or where no nvcc is found, which "
+         "takes "
+         "NVRTC 12.8";
 }
 
 // One GPU: its context, and the modules loaded into it.
@@ -71,15 +100,16 @@ class Gpu {
 
   const Kernel& kernel(int rule, int variant) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Kernel& kernel = kernels_[{rule, variant}];
-    if (kernel.function != nullptr) return kernel;
+    const auto known = kernels_.find({rule, variant});
+    if (known != kernels_.end()) return known->second;
+    Kernel kernel;
     const std::string& stem = rule_names()[size_t(rule)];
     const std::string name = "fusedopt_" + stem + "_" + variant_names()[size_t(variant)];
     check(api().get_function(&kernel.function, module(stem), name.c_str()), ("cuModuleGetFunction " + name).c_str());
     int per_multiprocessor = 0;
     check(api().occupancy(&per_multiprocessor, kernel.function, kBlockThreads, 0), "cuOccupancyMaxActiveBlocks");
     kernel.blocks = std::max(per_multiprocessor, 1) * multiprocessors_;
-    return kernel;
+    return kernels_[{rule, variant}] = kernel;
   }
 
  private:
@@ -91,12 +121,16 @@ class Gpu {
   }
 
   driver::Module module(const std::string& stem) {
-    driver::Module& module = modules_[stem];
-    if (module != nullptr) return module;
-    const DeviceImage* const image = best_image(stem, architecture_);
+    const auto known = modules_.find(stem);
+    if (known != modules_.end()) return known->second;
+    const DeviceImage* image = best_image(stem, architecture_);
     if (image == nullptr) throw std::runtime_error(no_image(architecture_));
-    check(api().load_module(&module, image->data), ("cuModuleLoadData " + stem).c_str());
-    return module;
+    driver::Module module = nullptr;
+    driver::Result result = api().load_module(&module, image->data);
+    if (result == driver::kNoBinary && (image = best_image(stem, architecture_, false)) != nullptr)
+      result = api().load_module(&module, image->data);  // a Jetson takes no cubin but of its very architecture
+    check(result, ("cuModuleLoadData " + stem).c_str());
+    return modules_[stem] = module;
   }
 
   driver::Device device_ = 0;
@@ -180,17 +214,20 @@ class Upload {
  private:
   void reserve(size_t bytes) {
     if (bytes <= bytes_) return;
-    if (device_ != 0) check(api().release(device_), "cuMemFree");  // waits until nothing uses it
-    bytes_ = std::max(bytes, 2 * bytes_);
-    check(api().allocate(&device_, bytes_), "cuMemAlloc");
+    const size_t room = std::max(bytes, 2 * bytes_);
+    bytes_ = 0;  // where there is no memory, the next step tries again
+    if (device_ != 0) check(api().release(std::exchange(device_, 0)), "cuMemFree");  // waits until nothing uses it
+    check(api().allocate(&device_, room), "cuMemAlloc");
+    bytes_ = room;
   }
 
   static void grow(Staging& staging, size_t bytes) {
     if (staging.read == nullptr) check(api().create_event(&staging.read, driver::kEventDisableTiming), "cuEventCreate");
     if (bytes <= staging.bytes) return;
+    staging.bytes = 0;
     if (staging.host != nullptr) {
       check(api().wait_event(staging.read), "cuEventSynchronize");
-      check(api().release_host(staging.host), "cuMemFreeHost");
+      check(api().release_host(std::exchange(staging.host, nullptr)), "cuMemFreeHost");
     }
     check(api().allocate_host(&staging.host, bytes, 0), "cuMemHostAlloc");
     staging.bytes = bytes;
@@ -267,8 +304,11 @@ std::string cuda_unavailable(int device) {
   driver::Device handle = 0;
   check(api().device_get(&handle, device), "cuDeviceGet");
   const int architecture = architecture_of(handle);
-  for (const std::string& stem : rule_names())
-    if (best_image(stem, architecture) == nullptr) return no_image(architecture);
+  for (const std::string& stem : rule_names()) {
+    const DeviceImage* const image = best_image(stem, architecture);
+    if (image == nullptr) return no_image(architecture);
+    if (is_too_new(*image)) return too_new_image();
+  }
   return "";
 }
 
@@ -289,6 +329,7 @@ struct CudaLaunch::State {
   Upload grads, groups, arrivals;
   std::vector<std::unique_ptr<Capture>> captures;
   std::vector<std::unique_ptr<Upload>> captured_tables;  // those that have been replaced since
+  bool table_is_captured = false;
   KernelParams params{};
   u64 revision = 0;
   std::vector<u64> sent_grads;
@@ -307,9 +348,11 @@ struct CudaLaunch::State {
 
   void send_table(HostTable& host, driver::Stream stream) {
     if (revision == host.revision()) return;
-    if (!captures.empty()) {
+    revision = 0;  // none: what fails from here on leaves no table
+    if (table_is_captured) {
       captured_tables.push_back(std::move(table));
       table = std::make_unique<Upload>();
+      table_is_captured = false;
     }
     Packer packer;
     const LaunchParams here = host.params(nullptr, nullptr);  // packs the layouts
@@ -353,19 +396,21 @@ struct CudaLaunch::State {
 
   // A graph must be able to see later values of the groups, so they lie in device memory even where they would fit.
   void capture_step(const HostTable& host) {
-    captures.push_back(std::make_unique<Capture>());
-    Capture& capture = *captures.back();
+    auto capture = std::make_unique<Capture>();
     const std::vector<GroupRow>& now = host.group_rows();
-    capture.groups.fill(now.data(), now.size() * sizeof(GroupRow));
-    capture.group_count = now.size();
-    capture.addresses = host.addresses();
+    capture->groups.fill(now.data(), now.size() * sizeof(GroupRow));
+    capture->group_count = now.size();
+    capture->addresses = host.addresses();
     params.inline_groups = params.inline_grads = 0;
     fill_inline_columns(host, params);
     params.inline_groups = 0;
-    params.launch.groups = device_pointer<GroupRow>(capture.groups.device(), 0);
-    if (params.inline_grads != 0) return;
-    capture.grads.fill(grads_of(host), host.rows() * sizeof(u64));
-    params.launch.grads = device_pointer<u64>(capture.grads.device(), 0);
+    params.launch.groups = device_pointer<GroupRow>(capture->groups.device(), 0);
+    if (params.inline_grads == 0) {
+      capture->grads.fill(grads_of(host), host.rows() * sizeof(u64));
+      params.launch.grads = device_pointer<u64>(capture->grads.device(), 0);
+    }
+    captures.push_back(std::move(capture));
+    table_is_captured = true;
   }
 
   static const u64* grads_of(const HostTable& host) { return host.addresses().data() + u64(kGrad) * host.rows(); }
@@ -374,16 +419,22 @@ struct CudaLaunch::State {
     const std::vector<GroupRow>& now = host.group_rows();
     const bool same = now.size() == sent_groups.size() &&
                       std::memcmp(now.data(), sent_groups.data(), now.size() * sizeof(GroupRow)) == 0;
-    if (!same) groups.send(now.data(), now.size() * sizeof(GroupRow), stream);
-    sent_groups = now;
+    if (!same) {
+      sent_groups.clear();
+      groups.send(now.data(), now.size() * sizeof(GroupRow), stream);
+      sent_groups = now;
+    }
     params.launch.groups = device_pointer<GroupRow>(groups.device(), 0);
   }
 
   void send_grads(const HostTable& host, driver::Stream stream) {
     const u64* const now = grads_of(host);
     const bool same = sent_grads.size() == host.rows() && std::equal(sent_grads.begin(), sent_grads.end(), now);
-    if (!same) grads.send(now, host.rows() * sizeof(u64), stream);
-    sent_grads.assign(now, now + host.rows());
+    if (!same) {
+      sent_grads.clear();
+      grads.send(now, host.rows() * sizeof(u64), stream);
+      sent_grads.assign(now, now + host.rows());
+    }
     params.launch.grads = device_pointer<u64>(grads.device(), 0);
   }
 

@@ -50,6 +50,8 @@ std::vector<Event> random_events(Random& random, const RandomTable& table) {
   return events;
 }
 
+u64 number_of(const void* pointer) { return u64(reinterpret_cast<std::uintptr_t>(pointer)); }
+
 // What both ways of taking steps do alike. `grads`: where every row's gradient lies when it has one.
 void change(RandomTable& table, const Event& event, const std::vector<u64>& grads) {
   HostTable& host = table.host;
@@ -84,13 +86,12 @@ void take_by_launches(RandomTable& table, const std::vector<Event>& events, cons
   std::vector<host::Graph> graphs;
   CudaLaunch cuda(0);
   const auto launch = [&](driver::Stream stream) {
-    const auto address = [](const void* pointer) { return u64(reinterpret_cast<std::uintptr_t>(pointer)); };
-    cuda.launch(table.host, address(stream), address(table.grad_scale.get()), address(table.found_inf.get()));
+    cuda.launch(table.host, number_of(stream), number_of(table.grad_scale.get()), number_of(table.found_inf.get()));
   };
   for (const Event& event : events) {
     change(table, event, grads);
     if (event.kind == Event::kStep) launch(streams[event.index]);
-    if (event.kind == Event::kSync) cuda.update_captures(table.host, u64(reinterpret_cast<std::uintptr_t>(streams[0])));
+    if (event.kind == Event::kSync) cuda.update_captures(table.host, number_of(streams[0]));
     if (event.kind == Event::kCapture) {
       host::begin_capture(streams[0]);
       launch(streams[0]);
@@ -118,7 +119,7 @@ void expect_refusal(const std::string& words, const std::function<void()>& call)
 void check_refusals(driver::Stream stream) {
   Random random(1);
   RandomTable table(random, "adam", {5});
-  const u64 number = u64(reinterpret_cast<std::uintptr_t>(stream));
+  const u64 number = number_of(stream);
   CudaLaunch cuda(0);
   host::begin_capture(stream);
   expect_refusal("run one step like it before the capture", [&] { cuda.launch(table.host, number, 0, 0); });
@@ -158,6 +159,74 @@ void compare(RandomTable& table, const std::vector<Event>& events, const driver:
   if (host::blocks_of_memory() != 0) fail("device memory was not freed");
 }
 
+// One step on a device, and what it leaves.
+void expect_step(CudaLaunch& cuda, RandomTable& table, driver::Stream stream, const char* when) {
+  const Contents before = table.contents();
+  run_plainly(table);
+  const Contents expected = table.contents();
+  table.restore(before);
+  cuda.launch(table.host, number_of(stream), number_of(table.grad_scale.get()), number_of(table.found_inf.get()));
+  host::synchronize();
+  const std::string difference = table.difference(expected);
+  if (!difference.empty()) fail(std::string(when) + ": " + difference);
+}
+
+// A launch for some part of which there was no memory has changed nothing, and the next one, over tensors that fit or
+// over these, is whole.
+void check_want_of_memory(driver::Stream stream) {
+  Random random(3);
+  RandomTable small(random, "adam", std::vector<i64>(size_t(kInlineGrads) + 1, 1));
+  RandomTable large(random, "adam", std::vector<i64>(3 * size_t(kInlineGrads), 1));
+  for (u64 k = 0, left = 0; left == 0; ++k) {
+    CudaLaunch cuda(0);
+    expect_step(cuda, small, stream, "with memory");
+    const Contents before = large.contents();
+    const auto launch = [&] { cuda.launch(large.host, number_of(stream), 0, 0); };
+    host::limit_memory(k);
+    for (int again = 0; again < 2 && left == 0; ++again) {
+      try {
+        launch();
+        left = 1;
+      } catch (const driver::OutOfMemory&) {
+        if (!large.difference(before).empty()) fail("a step for which there was no memory has changed something");
+      }
+    }
+    host::limit_memory(host::kPlenty);
+    host::synchronize();
+    large.restore(before);
+    expect_step(cuda, small, stream, "after a table that there was no room for");
+    expect_step(cuda, large, stream, "with room for it");
+  }
+}
+
+// Of the tables that follow a captured one, each takes the place of the one before.
+void check_replaced_tables(driver::Stream stream) {
+  Random random(4);
+  RandomTable table(random, "sgd", {5, 3000});
+  CudaLaunch cuda(0);
+  std::vector<std::size_t> blocks;
+  expect_step(cuda, table, stream, "before the capture");
+  host::begin_capture(stream);
+  cuda.launch(table.host, number_of(stream), 0, 0);
+  host::end_capture(stream);
+  for (int k = 0; k < 3; ++k) {
+    table.host.set_parts({0});  // to be sent anew
+    expect_step(cuda, table, stream, "after the capture");
+    blocks.push_back(host::blocks_of_memory());
+  }
+  if (blocks.front() != blocks.back()) fail("tables that no graph reads are kept");
+}
+
+// A GPU that takes no cubin takes PTX. Its modules are loaded once in a process: it is one that nothing else uses.
+void check_without_cubins(driver::Stream stream) {
+  Random random(5);
+  RandomTable table(random, "adam", {5});
+  host::refuse_cubins(true);
+  CudaLaunch cuda(1);
+  expect_step(cuda, table, stream, "by PTX");
+  host::refuse_cubins(false);
+}
+
 // More copies in a row than there is pinned memory for, before the first of them is made.
 void check_late_copies(const driver::Stream (&streams)[2]) {
   Random random(2);
@@ -180,6 +249,9 @@ int main(int argc, char** argv) {
   const driver::Stream streams[2] = {host::make_stream(), host::make_stream()};
   check_refusals(streams[0]);
   check_late_copies(streams);
+  check_want_of_memory(streams[0]);
+  check_replaced_tables(streams[0]);
+  check_without_cubins(streams[0]);
   u64 events_taken = 0;
   for (int k = 0; k < tables; ++k) {
     Random random(seed + u64(k));

@@ -16,11 +16,14 @@
 
 namespace fusedopt {
 
-// An image of each rule that is nothing but its name.
-const unsigned char kSgd[] = "sgd", kAdam[] = "adam";
-extern const DeviceImage kDeviceImages[] = {{"sgd", 90, false, kSgd, sizeof kSgd},
-                                            {"adam", 90, false, kAdam, sizeof kAdam}};
-extern const std::size_t kDeviceImageCount = 2;
+// Images of each rule that are nothing but its name, of a cubin behind a mark.
+constexpr char kCubinMark = '!';
+const unsigned char kSgd[] = "sgd", kAdam[] = "adam", kSgdCubin[] = "!sgd", kAdamCubin[] = "!adam";
+extern const DeviceImage kDeviceImages[] = {{"sgd", 90, false, kSgdCubin, sizeof kSgdCubin},
+                                            {"adam", 90, false, kAdamCubin, sizeof kAdamCubin},
+                                            {"sgd", 80, true, kSgd, sizeof kSgd},
+                                            {"adam", 80, true, kAdam, sizeof kAdam}};
+extern const std::size_t kDeviceImageCount = 4;
 extern const char kDeviceCompiler[] = "none: a test program";
 extern const char kHostCompiler[] = "";
 extern const char kBuildArchs[] = "90";
@@ -65,6 +68,8 @@ std::set<Stream> streams;
 std::map<void*, std::size_t> device_memory;
 int capture_mode = kCaptureGlobal;
 bool puts_off_everything = false;
+u64 allocations_left = host::kPlenty;
+bool refuses_cubins = false;
 
 bool is_any_capturing() {
   for (Stream stream : streams)
@@ -138,7 +143,10 @@ Api make_api() {
   made.pop_context = [](Context* context) { return *context = nullptr, 0; };
   made.load_module = [](Module* module, const void* data) {
     if (is_forbidden()) return kRefused;
-    *module = static_cast<Module>(const_cast<void*>(data));
+    const char* const name = static_cast<const char*>(data);
+    const bool is_cubin = *name == kCubinMark;
+    if (is_cubin && refuses_cubins) return kNoBinary;
+    *module = reinterpret_cast<Module>(const_cast<char*>(name + is_cubin));
     return 0;
   };
   made.get_function = [](Function* function, Module module, const char* name) {
@@ -160,6 +168,8 @@ Api make_api() {
   };
   made.allocate = [](Pointer* pointer, std::size_t bytes) {
     if (is_forbidden()) return kRefused;
+    if (allocations_left == 0) return kOutOfMemory;
+    --allocations_left;
     void* const memory = std::malloc(bytes);
     std::memset(memory, 0xEE, bytes);
     device_memory[memory] = bytes;
@@ -176,6 +186,8 @@ Api make_api() {
   };
   made.allocate_host = [](void** memory, std::size_t bytes, unsigned) {
     if (is_forbidden()) return kRefused;
+    if (allocations_left == 0) return kOutOfMemory;
+    --allocations_left;
     *memory = std::malloc(bytes);
     return 0;
   };
@@ -248,7 +260,9 @@ const Api& api() {
 std::string why_unavailable() { return ""; }
 
 void check(Result result, const char* what) {
-  if (result != 0) throw std::runtime_error(std::string(what) + " failed: " + std::to_string(result));
+  const std::string text = std::string(what) + " failed: " + std::to_string(result);
+  if (result == kOutOfMemory) throw OutOfMemory(text);
+  if (result != 0) throw std::runtime_error(text);
 }
 
 }  // namespace driver
@@ -256,6 +270,10 @@ void check(Result result, const char* what) {
 namespace host {
 
 void put_off(bool everything) { driver::puts_off_everything = everything; }
+
+void limit_memory(u64 allocations) { driver::allocations_left = allocations; }
+
+void refuse_cubins(bool refused) { driver::refuses_cubins = refused; }
 
 void synchronize() {
   for (bool has_more = true; has_more;) {

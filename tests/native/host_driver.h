@@ -28,6 +28,13 @@ void synchronize();
 // From now on work is done only when somebody waits for it, or, as at first, some of it earlier.
 void put_off(bool everything);
 
+// From now on there is memory, on the device or pinned, for so many allocations; at first there is for all.
+constexpr u64 kPlenty = ~u64(0);
+void limit_memory(u64 allocations);
+
+// From now on no cubin is for the GPU, or, as at first, all are. Modules that a device has loaded stay.
+void refuse_cubins(bool refused);
+
 // How many blocks of device memory there are.
 std::size_t blocks_of_memory();
 
