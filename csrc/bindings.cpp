@@ -486,7 +486,8 @@ class Table {
   }
 
   void launch_emulated(u32 blocks, int threads, u64 seed, bool inline_columns, u64 grad_scale, u64 found_inf) {
-    host_.plan(i64(blocks) * threads, kLeaf, kCpuChunk, threads % device::kWarpThreads == 0 ? kSmallTensor : 0);
+    host_.plan(i64(blocks) * threads, least_elements(host_), kCpuChunk,
+               threads % device::kWarpThreads == 0 ? kSmallTensor : 0);
     KernelParams params{};
     params.launch = host_.params(float_pointer(grad_scale), float_pointer(found_inf));
     fill_teams(host_, params);

@@ -82,22 +82,34 @@ void HostTable::set_phase(const Phase& phase) {
 void HostTable::resize_groups(u64 groups) { groups_.resize(groups); }
 
 bool HostTable::plan(i64 workers, i64 least, i64 most, i64 small) {
-  if (planned_workers_ == workers && planned_most_ == most && planned_small_ == small) return false;
+  if (planned_workers_ == workers && planned_least_ == least && planned_most_ == most && planned_small_ == small)
+    return false;
   elements_ = 0;
   for (u64 t = 0; t < rows_; ++t) elements_ += numel_[t];
   const i64 share = elements_ / std::max<i64>(workers, 1);
-  const i64 leaves = std::clamp(share, least, most) / kLeaf;
-  chunk_elements_ = std::max<i64>(leaves, 1) * kLeaf;
+  chunk_elements_ = std::clamp(share, least, most) / least * least;
   chunks_.clear();
   for (u64 t = 0; t < rows_; ++t)
     for (i64 c = 0; c * chunk_elements_ < numel_[t]; ++c) chunks_.push_back({u32(t), u32(c)});
   if (chunks_.size() > 0xFFFFFFFFull) throw std::length_error("more than 2^32 chunks");
   if (small >= 0) teams_ = plan_teams(chunks_, numel_, chunk_elements_, small);
+  chunk_order_ = order_of(chunks_, rows_);
   planned_workers_ = workers;
+  planned_least_ = least;
   planned_most_ = most;
   planned_small_ = small;
   revise();
   return true;
+}
+
+ChunkOrder order_of(const std::vector<Chunk>& chunks, u64 rows) {
+  const auto all = [&](const auto& expected) {
+    for (u32 c = 0; c < chunks.size(); ++c)
+      if (chunks[c].tensor != expected(c).tensor || chunks[c].index != expected(c).index) return false;
+    return true;
+  };
+  if (rows == 1 && all([](u32 c) { return Chunk{0, c}; })) return kOfOneTensor;
+  return all([](u32 c) { return Chunk{c, 0}; }) ? kOneEach : kListed;
 }
 
 TeamPlan plan_teams(std::vector<Chunk>& chunks, const std::vector<i64>& numels, i64 chunk_elements, i64 small) {
@@ -189,6 +201,7 @@ LaunchParams HostTable::params(const float* grad_scale, const float* found_inf) 
   launch.groups = groups_.data();
   launch.chunks = chunks_.data();
   launch.chunk_count = u32(chunks_.size());
+  launch.chunk_order = chunk_order_;
   launch.chunk_elements = chunk_elements_;
   launch.grad_scale = grad_scale;
   launch.found_inf = found_inf;

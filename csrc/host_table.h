@@ -26,6 +26,9 @@ struct TeamPlan {
   std::vector<u32> late_rows;
 };
 
+// Whether these chunks, of a table of so many rows, need no list.
+ChunkOrder order_of(const std::vector<Chunk>& chunks, u64 rows);
+
 // Puts the chunks of tensors of up to `small` elements, which have one each, behind the others.
 TeamPlan plan_teams(std::vector<Chunk>& chunks, const std::vector<i64>& numels, i64 chunk_elements, i64 small);
 
@@ -50,8 +53,8 @@ class HostTable {
   GroupRow& group(u64 index) { return groups_[index]; }
   u64 groups() const { return groups_.size(); }
 
-  // Chunks for `workers` blocks or threads; false where the plan at hand already is that. `small`: up to how many
-  // elements a tensor is for a warp; below 0, workers are no teams.
+  // Chunks for `workers` blocks or threads, of a multiple of `least` elements; false where the plan at hand already is
+  // that. `small`: up to how many elements a tensor is for a warp; below 0, workers are no teams.
   bool plan(i64 workers, i64 least, i64 most, i64 small = -1);
 
   int rule() const { return rule_; }
@@ -95,10 +98,12 @@ class HostTable {
   std::vector<i64> layouts_;
   std::vector<GroupRow> groups_;
   std::vector<Chunk> chunks_;
+  ChunkOrder chunk_order_ = kListed;
   TeamPlan teams_;
   i64 chunk_elements_ = 0;
   i64 elements_ = 0;
   i64 planned_workers_ = 0;  // the arguments of the plan at hand
+  i64 planned_least_ = 0;
   i64 planned_most_ = 0;
   i64 planned_small_ = -1;
   int variant_ = -1;

@@ -482,8 +482,8 @@ FUSEDOPT_FN Gradient<C> gradient_of(const LaunchParams& launch, u32 flags, doubl
 // A chunk by its place in the order of a launch, of those from `first` to `last`: from the end where the gradients have
 // just been read once, to meet what the cache still holds.
 template <class V>
-FUSEDOPT_FN const Chunk& chunk_at(const LaunchParams& launch, u32 c, u32 first, u32 last) {
-  return launch.chunks[V::kSide && launch.phase.reads_twice() ? first + (last - 1 - c) : c];
+FUSEDOPT_FN Chunk chunk_at(const LaunchParams& launch, u32 c, u32 first, u32 last) {
+  return launch.chunk(V::kSide && launch.phase.reads_twice() ? first + (last - 1 - c) : c);
 }
 
 // Where a tensor's leaves are reported; `tally` is room for the terms of one.

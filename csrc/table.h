@@ -53,11 +53,15 @@ struct GroupRow {
   double max_norm = -1.0;  // of its gradients; below 0: any
 };
 
-// Part of one tensor, a whole number of leaves: what one block or thread takes at a time.
+// Part of one tensor: what one block or thread takes at a time. A whole number of leaves, where anything is joined.
 struct Chunk {
   u32 tensor;
   u32 index;  // the chunk starts at element index · chunk_elements
 };
+
+// Which chunks a launch has: those that are listed; or, where the list need not be read, as a small step does not wait
+// for it then, those of the only tensor in order, or each tensor's only one in order.
+enum ChunkOrder : u32 { kListed, kOfOneTensor, kOneEach };
 
 struct TensorTable {
   u64 rows;
@@ -80,12 +84,18 @@ struct LaunchParams {
   const GroupRow* groups;
   const Chunk* chunks;
   u32 chunk_count;
+  ChunkOrder chunk_order;
   i64 chunk_elements;
   const float* grad_scale;  // null, or gradients are divided by it
   const float* found_inf;   // null, or nothing at all changes where it is not 0
   u32* arrivals;  // blocks of a GPU that have read the step counts they need; the last one advances those that are left
                   // and sets it back to 0; behind it the grid barrier's
   Phase phase;    // what else happens in the pass; read by variants with kSideFeature only
+
+  FUSEDOPT_FN Chunk chunk(u32 c) const {
+    if (chunk_order == kListed) return chunks[c];
+    return chunk_order == kOfOneTensor ? Chunk{0, c} : Chunk{c, 0};
+  }
 };
 
 }  // namespace fusedopt

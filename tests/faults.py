@@ -61,6 +61,7 @@ VERSIONS = Suite("versions", ("tests/test_step.py", "-k", "version and cpu"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
 LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
+AMP = Suite("amp", ("tests/test_amp.py", "-k", "cpu or emulated"))
 FAKE_DRIVER = Suite("driver", ("tests/test_fake_driver.py",), cuda=True)
 LASTING = Suite("lasting memory", ("tests/test_norm.py", "-k", "memory_that"))
 TERMS = Suite("terms of a report", ("tests/test_triton_launch.py", "-k", "terms"))
@@ -685,6 +686,35 @@ FAULTS: tuple[Fault, ...] = (
         "if (is_too_new(*image)) return too_new_image();",
         "",
         (FAKE_DRIVER,),
+    ),
+    # chunks that are not listed
+    Fault(
+        "chunks: those of the only tensor taken for those of each",
+        "csrc/table.h",
+        "return chunk_order == kOfOneTensor ? Chunk{0, c} : Chunk{c, 0};",
+        "return Chunk{c, 0};",
+        (OVERRUNS,),
+    ),
+    Fault(
+        "chunks: a tensor beside empty ones taken for the only one",
+        "csrc/host_table.cpp",
+        "if (rows == 1 && all(",
+        "if (all(",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "chunks: smaller than a leaf where leaves are joined",
+        LAUNCHER,
+        "return table.phase().flags != 0 ? kLeaf : least[table.variant()];",
+        "return least[table.variant()];",
+        (NORM,),
+    ),
+    Fault(
+        "chunks: the plan for the update kept where leaves are joined",
+        "csrc/host_table.cpp",
+        "planned_workers_ == workers && planned_least_ == least &&",
+        "planned_workers_ == workers &&",
+        (AMP,),
     ),
     # memory that outlives a table
     Fault(

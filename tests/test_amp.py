@@ -106,6 +106,18 @@ def test_a_step_without_the_scaler_looks_for_nothing_and_has_the_bits_it_had(run
     assert_same_bits(found, others)
 
 
+@each_run
+def test_an_infinity_is_found_after_a_step_that_looked_for_none(run: Run, settings: Run) -> None:
+    made = optimizer, params = make("AdamW", run, torch.float32)
+    scaler = make_scaler(fusedopt.amp.GradScaler, run.device)
+    set_gradients(params, 0)
+    optimizer.step()
+    set_scaled(params, 1, 8.0, math.inf)
+    before = {name: tensor.clone() for name, tensor in tensors_of(*made).items()}
+    scaler.step(optimizer)
+    assert_same_bits(tensors_of(*made), before)
+
+
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))], ids=str)
 @pytest.mark.parametrize("unscaled", [None, 0, 1])
 def test_one_of_several_optimizers_that_meets_an_infinity_lowers_the_scale_of_all(

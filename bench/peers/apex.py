@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
+
 from bench.peers.peer import Hyper, Optimizer, ParamGroups, Peer
 
 
@@ -22,6 +24,7 @@ def make_lean(groups: ParamGroups, hyper: Hyper) -> Optimizer:
     """FusedAdam with float32 masters and states beside 16-bit parameters."""
     from apex.optimizers import FusedAdam
 
+    groups = [{**group, "lr": torch.tensor(group["lr"])} for group in groups]  # masters want a rate on the device
     optimizer: Optimizer = FusedAdam(groups, **hyper.keywords(), capturable=True, master_weights=True)
     return optimizer
 

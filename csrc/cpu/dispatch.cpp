@@ -98,7 +98,7 @@ void skip(const LaunchParams& launch) {
   mark_report(launch, true);
   if (!launch.phase.has(kClearsGrads)) return;
   for (u32 c = 0; c < launch.chunk_count; ++c) {
-    const Chunk& chunk = launch.chunks[c];
+    const Chunk chunk = launch.chunk(c);
     if (launch.grads[chunk.tensor] == 0) continue;
     const ChunkView view(launch, chunk);
     const u64 bytes = u64(storage_bytes(view.storage_of(kGrad)));

@@ -36,7 +36,7 @@ double measure_leaf(const LaunchParams& launch, const ChunkView& leaf) {
 
 void measure_chunks(const LaunchParams& launch, u32 first, u32 last) {
   for (u32 c = first; c < last; ++c) {
-    const Chunk chunk = launch.chunks[c];
+    const Chunk chunk = launch.chunk(c);
     const bool live = launch.grads[chunk.tensor] != 0;
     for_each_leaf(launch, chunk, [&](u64 index, const ChunkView& leaf) {
       double& sum = launch.phase.leaf_sums[index];

@@ -281,7 +281,7 @@ FUSEDOPT_FN void measure_leaves(const LaunchParams& launch) {
   const u32 per_chunk = u32(launch.chunk_elements / kLeaf);
   FUSEDOPT_LOOP
   for (u64 turn = team.index(); turn < u64(launch.chunk_count) * per_chunk; turn += team.count()) {
-    const Chunk chunk = launch.chunks[turn / per_chunk];
+    const Chunk chunk = launch.chunk(u32(turn / per_chunk));
     const ChunkView view(launch, chunk);
     const i32 at = i32(turn % per_chunk) * i32(kLeaf);
     if (at >= view.size) continue;
@@ -386,7 +386,7 @@ FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
   if (!launch.phase.has(kClearsGrads)) return;
   FUSEDOPT_LOOP
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
-    const Chunk chunk = launch.chunks[c];
+    const Chunk chunk = launch.chunk(c);
     if (launch.grads[chunk.tensor] == 0) continue;
     clear_chunk<DeviceAccess>(ChunkView(launch, chunk), device::thread_index(), device::block_threads());
   }
@@ -402,7 +402,7 @@ FUSEDOPT_FN void finish(const KernelParams& params, const LaunchParams& launch, 
   if (!block.is_last) return;
   device::fence();
   for (u32 k = u32(lane); k < params.late_count; k += u32(device::block_threads()))
-    advance_step(launch, params.late_rows[k]);
+    advance_step(launch, launch.chunk_order == kOfOneTensor ? 0 : params.late_rows[k]);
   if (lane == 0) *launch.arrivals = 0;
 }
 

@@ -280,6 +280,15 @@ static i64 most_elements(int variant) {
   return most[variant];
 }
 
+// Nothing is joined where there is only the update: then a thread of every block may have one vector of 4.
+i64 least_elements(HostTable& table) {
+#define FUSEDOPT_LEAST(name, param, state, features) \
+  std::min<i64>(kLeaf, Variant<param, state, features>::kWidth * kBlockThreads),
+  static constexpr i64 least[] = {FUSEDOPT_VARIANTS(FUSEDOPT_LEAST)};
+#undef FUSEDOPT_LEAST
+  return table.phase().flags != 0 ? kLeaf : least[table.variant()];
+}
+
 void fill_teams(const HostTable& table, KernelParams& params) {
   params.large_chunks = table.phase().has(kReports) ? u32(table.chunks().size()) : table.teams().large_chunks;
   params.late_count = u32(table.teams().late_rows.size());
@@ -479,7 +488,7 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   const bool capturing = is_capturing(stream);
   if (capturing) state.refuse_unknown(host);
   const Gpu::Kernel& kernel = state.gpu.kernel(host.rule(), host.variant());
-  host.plan(kernel.blocks, kLeaf, most_elements(host.variant()), kSmallTensor);
+  host.plan(kernel.blocks, least_elements(host), most_elements(host.variant()), kSmallTensor);
   if (host.chunks().empty() && host.rows() == 0) return;
   state.order_after_last_launch(stream, capturing);
   if (capturing) {

@@ -13,6 +13,9 @@ namespace fusedopt {
 // What a warp takes, in elements: two vectors of 4 for each of its threads.
 constexpr i64 kSmallTensor = 256;
 
+// Of how many elements, or a multiple, the chunks of blocks are.
+i64 least_elements(HostTable& table);
+
 // Says which chunks are for blocks and which for warps. A leaf that is reported is joined by a block.
 void fill_teams(const HostTable& table, KernelParams& params);
 

@@ -199,6 +199,17 @@ void check_want_of_memory(driver::Stream stream) {
   }
 }
 
+// Chunks are listed where they can not be worked out: a tensor among empty ones, whose steps count too.
+void check_empty_tensors(driver::Stream stream) {
+  const std::vector<std::vector<i64>> tables = {{9000}, {9000, 0, 0}, {0, 9000}, {5, 0, 3000}, {5, 3000}, {0}};
+  for (const std::vector<i64>& numels : tables) {
+    Random random(6);
+    RandomTable table(random, "adam", numels);
+    CudaLaunch cuda(0);
+    for (int k = 0; k < 2; ++k) expect_step(cuda, table, stream, "among empty tensors");
+  }
+}
+
 // Of the tables that follow a captured one, each takes the place of the one before.
 void check_replaced_tables(driver::Stream stream) {
   Random random(4);
@@ -250,6 +261,7 @@ int main(int argc, char** argv) {
   check_refusals(streams[0]);
   check_late_copies(streams);
   check_want_of_memory(streams[0]);
+  check_empty_tensors(streams[0]);
   check_replaced_tables(streams[0]);
   check_without_cubins(streams[0]);
   u64 events_taken = 0;

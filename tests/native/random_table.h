@@ -267,19 +267,22 @@ struct RandomTable {
   }
 };
 
-// Any division of the tensors into whole leaves, in any order.
+// Any division of the tensors into whole leaves, or smaller chunks where nothing is joined, mostly in any order.
 struct RandomPlan {
   std::vector<Chunk> chunks;
   i64 chunk_elements;
 
-  RandomPlan(Random& random, const RandomTable& table) : chunk_elements(kLeaf * (random.below(9) + 1)) {
+  RandomPlan(Random& random, const RandomTable& table)
+      : chunk_elements((table.host.phase().flags != 0 || random.chance(60) ? kLeaf : kLeaf / 2) *
+                       (random.below(9) + 1)) {
     for (u64 t = 0; t < table.host.rows(); ++t)
       for (i64 c = 0; c * chunk_elements < table.host.numel(t); ++c) chunks.push_back({u32(t), u32(c)});
-    std::shuffle(chunks.begin(), chunks.end(), random.engine());
+    if (random.chance(70)) std::shuffle(chunks.begin(), chunks.end(), random.engine());
   }
   void apply(LaunchParams& launch) const {
     launch.chunks = chunks.data();
     launch.chunk_count = u32(chunks.size());
+    launch.chunk_order = order_of(chunks, launch.table.rows);
     launch.chunk_elements = chunk_elements;
   }
 };
@@ -304,6 +307,7 @@ inline void run_plainly(RandomTable& table) {
   LaunchParams launch = table.launch();
   launch.chunks = chunks.data();
   launch.chunk_count = u32(chunks.size());
+  launch.chunk_order = kListed;
   launch.chunk_elements = (largest + kLeaf - 1) / kLeaf * kLeaf;
   const int full = full_variant();
   launch_cpu(launch, table.host.rule(), full, 1, cpu_instruction_sets().back());
