@@ -369,7 +369,10 @@ class Table {
   void begin_rows(const std::vector<u64>& rows, const py::object& steps, const py::sequence& steps_in_state, u32 mode,
                   const py::object& empty_like) {
     NewSteps left{steps, 0, steps_in_state};
-    if (!reader.read_address(steps.ptr(), left.address)) fail();
+    if (PyByteArray_CheckExact(steps.ptr()))
+      left.address = reinterpret_cast<u64>(PyByteArray_AS_STRING(steps.ptr()));
+    else if (!reader.read_address(steps.ptr(), left.address))
+      fail();
     for (const u64 row : rows) begin_row(row, left, mode, empty_like);
   }
 

@@ -114,7 +114,7 @@ class Core(Protocol):
     def begin_rows(
         self,
         rows: Sequence[int],
-        steps: Tensor,
+        steps: Tensor | bytearray,
         steps_in_state: Sequence[Tensor],
         mode: int,
         empty_like: Callable[[Tensor], Tensor],

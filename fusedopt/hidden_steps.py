@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
+import torch
 from torch import Tensor
+
+
+class Counts:
+    """Counts of steps, float32, all 0 at first.
+
+    Those of the host are bytes that become a tensor once somebody asks: few do, and to make and drop one takes a tenth
+    of what an optimizer of one small tensor takes to be made and stepped.
+
+    Args:
+        count: how many.
+        device: where.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        """See the class."""
+        is_host = device.type == "cpu" and count > 0
+        self.memory = bytearray(4 * count) if is_host else torch.zeros(count, device=device, dtype=torch.float32)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The counts, in their memory."""
+        memory = self.memory
+        return memory if isinstance(memory, Tensor) else torch.frombuffer(memory, dtype=torch.float32)
 
 
 class HiddenSteps:
@@ -17,10 +42,10 @@ class HiddenSteps:
     def __init__(self, known: Mapping[Tensor, Tensor] | None = None) -> None:
         """See the class."""
         self._known = dict(known or {})
-        self._begun: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._begun: list[tuple[Sequence[Tensor], Counts]] = []
 
-    def begin(self, params: Sequence[Tensor], counts: Tensor) -> None:
-        """Takes note of counts in one tensor. A first step need not make a tensor of each: few ask for one."""
+    def begin(self, params: Sequence[Tensor], counts: Counts) -> None:
+        """Takes note of counts, one for each parameter. A first step need not make tensors of them."""
         self._begun.append((params, counts))
 
     def keep_only(self, params: Sequence[Tensor]) -> None:
@@ -33,6 +58,6 @@ class HiddenSteps:
     def known(self) -> dict[Tensor, Tensor]:
         """All counts by parameter."""
         for params, counts in self._begun:
-            self._known.update(zip(params, counts.unbind(), strict=True))
+            self._known.update(zip(params, counts.tensor.unbind(), strict=True))
         self._begun.clear()
         return self._known

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,15 +42,18 @@ class Lasting:
             wanted.
         joined: float64, what the leaves of each part come to; then, at its begin, of each norm.
         report: float64, the columns of csrc/report.h and one behind; None: nothing is reported.
-        streams: where launches use these.
     """
 
     launcher: Any = None
     leaf_sums: Tensor | None = None
     joined: Tensor | None = None
     report: Tensor | None = None
-    streams: StreamUse = field(default_factory=StreamUse)
-    _captured: list[Tensor] = field(default_factory=list)
+    _captured: tuple[Tensor, ...] = ()
+
+    @cached_property
+    def streams(self) -> StreamUse:
+        """Where launches use these."""
+        return StreamUse()
 
     @property
     def has_captures(self) -> bool:
@@ -65,4 +69,4 @@ class Lasting:
     def keep(self, tensor: Tensor | None) -> None:
         """Keeps what is about to be given up, where a graph may use it."""
         if tensor is not None and self.has_captures:
-            self._captured.append(tensor)
+            self._captured += (tensor,)

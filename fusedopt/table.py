@@ -27,7 +27,7 @@ from .check import (
 )
 from .core import Core, make_core, make_plain_core
 from .gradients import check_gradients_apart, stand_in
-from .hidden_steps import HiddenSteps
+from .hidden_steps import Counts, HiddenSteps
 from .lasting import Lasting
 from .layout import strided_layout
 from .phase import EMA, LEAF, LEAVES_OF_GROUP, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, check_cleared, check_copy
@@ -56,11 +56,14 @@ STATES_AT, STATE_SLOTS, PLACE_SLOTS = 2, 3, 3
 
 @dataclass(eq=False, slots=True)
 class Begun:
-    """Rows whose states were just made: their indices, of which the stepped ones have a count each in ``steps``."""
+    """Rows whose states were just made: their indices, of which the stepped ones have a count each in ``counts``.
+
+    None: the counts are in the state.
+    """
 
     rows: Sequence[int]
     stepped: Sequence[int]
-    steps: Tensor
+    counts: Counts | None
 
 
 class Table:
@@ -367,13 +370,19 @@ class Table:
         if not plain:
             return
         stepped = self.core.counted_rows(plain)
-        steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
-        if not self.rule.keeps_step:  # known before there are states, so that those of a call that fails count as new
+        counts = None
+        if self.rule.keeps_step:
+            steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
+            self.core.begin_rows(plain, steps, steps.unbind(), PLAIN_MODE, torch.empty_like)
+        else:
+            counts = Counts(len(stepped), self.device)
             params = self.core.params()
-            self._hidden_steps.begin(params if len(stepped) == len(params) else [params[row] for row in stepped], steps)
-        in_state = steps.unbind() if self.rule.keeps_step else ()
-        self.core.begin_rows(plain, steps, in_state, PLAIN_MODE, torch.empty_like)
-        self._begun = Begun(plain, stepped, steps)
+            # Known before there are states, so that those of a call that fails count as new.
+            self._hidden_steps.begin(
+                params if len(stepped) == len(params) else [params[row] for row in stepped], counts
+            )
+            self.core.begin_rows(plain, counts.memory, (), PLAIN_MODE, torch.empty_like)
+        self._begun = Begun(plain, stepped, counts)
         if self._rows is not None:
             self._take_begun(self._rows)
 
@@ -390,8 +399,8 @@ class Table:
             row.stand_in = None
             row.is_dense = True
             row.leaves = -(-numel // LEAF)
-        for place, index in enumerate(begun.stepped) if not self.rule.keeps_step else ():
-            rows[index].count = (begun.steps, place)
+        for place, index in enumerate(begun.stepped) if begun.counts is not None else ():
+            rows[index].count = (begun.counts.tensor, place)
         self._begun = None
 
     def _check_cleared(self, rows: list[Row]) -> None:
