@@ -399,8 +399,9 @@ class Table:
             row.stand_in = None
             row.is_dense = True
             row.leaves = -(-numel // LEAF)
-        for place, index in enumerate(begun.stepped) if begun.counts is not None else ():
-            rows[index].count = (begun.counts.tensor, place)
+        if begun.counts is not None:
+            for place, index in enumerate(begun.stepped):
+                rows[index].count = (begun.counts.tensor, place)
         self._begun = None
 
     def _check_cleared(self, rows: list[Row]) -> None:
