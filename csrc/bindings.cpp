@@ -365,15 +365,26 @@ class Table {
   }
 
   // Makes the states of rows that plain_rows() has just passed, and describes the rows. `steps`: a count for each of
-  // counted_rows(), in order; `steps_in_state`: views of them that the state is to have.
+  // counted_rows(), in order; `steps_in_state`: views of them that the state is to have; `leaves_fresh`: whether large
+  // states on the host are left to the launch on the CPU that follows, or to settle(), to clear.
   void begin_rows(const std::vector<u64>& rows, const py::object& steps, const py::sequence& steps_in_state, u32 mode,
-                  const py::object& empty_like) {
+                  const py::object& empty_like, bool leaves_fresh) {
     NewSteps left{steps, 0, steps_in_state};
     if (PyByteArray_CheckExact(steps.ptr()))
       left.address = reinterpret_cast<u64>(PyByteArray_AS_STRING(steps.ptr()));
     else if (!reader.read_address(steps.ptr(), left.address))
       fail();
-    for (const u64 row : rows) begin_row(row, left, mode, empty_like);
+    for (const u64 row : rows) begin_row(row, left, mode, empty_like, leaves_fresh);
+  }
+
+  // Clears the states that begin_rows() has left to a launch.
+  void settle() {
+    for (u64 row = 0; row < fresh_.size(); ++row)
+      for (int s = 0; s < kStates; ++s)
+        if (fresh_[row] >> s & 1)
+          std::memset(reinterpret_cast<void*>(host_.slot(kState0 + s, row)), 0,
+                      size_t(host_.numel(row) * storage_bytes(storage_of(watches_[row].param_facts.dtype))));
+    fresh_.clear();
   }
 
   // A row's group, its place in that, its parameter, where that lay when the row was described, how many elements it
@@ -479,16 +490,21 @@ class Table {
   }
 
   void launch_on_cpu(int threads, const std::string& isa, u64 grad_scale, u64 found_inf) {
+    if (found_inf != 0 || host_.phase().flags != 0) settle();
     host_.plan(threads, kLeaf, kCpuChunk);
     const LaunchParams launch = host_.params(float_pointer(grad_scale), float_pointer(found_inf));
     const int rule = host_.rule();
     const int variant = host_.variant();
     ++launches;
-    const py::gil_scoped_release release;
-    launch_cpu(launch, rule, variant, threads, isa);
+    {
+      const py::gil_scoped_release release;
+      launch_cpu(launch, rule, variant, threads, isa, fresh_);
+    }
+    fresh_.clear();
   }
 
   void launch_emulated(u32 blocks, int threads, u64 seed, bool inline_columns, u64 grad_scale, u64 found_inf) {
+    settle();
     host_.plan(i64(blocks) * threads, least_elements(host_), kCpuChunk,
                threads % device::kWarpThreads == 0 ? kSmallTensor : 0);
     KernelParams params{};
@@ -693,7 +709,7 @@ class Table {
     return schema_->keeps_step;
   }
 
-  void begin_row(u64 row, NewSteps& steps, u32 mode, const py::object& empty_like) {
+  void begin_row(u64 row, NewSteps& steps, u32 mode, const py::object& empty_like, bool leaves_fresh) {
     static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
     static const py::str& kStepKey = lasting_name("step");
     Watch& watch = watches_[row];
@@ -714,6 +730,7 @@ class Table {
     py::dict state;
     std::vector<DictWatch::Entry> entries;
     std::vector<u64> addresses;
+    u8 fresh = 0;
     entries.reserve(1 + schema_->states.size());
     addresses.reserve(1 + schema_->states.size());
     const auto put = [&](const py::str& key, const py::object& tensor, u64 address) {  // in torch's order
@@ -738,12 +755,17 @@ class Table {
       u64 address = 0;
       if (!tensor || !reader.read_address(tensor.ptr(), address)) fail();
       if (address == 0 || !reader.is_plain(tensor.ptr())) throw py::type_error("a new state has no memory");
-      clear(tensor, address, size_t(spec.numel * storage_bytes(storage)));
+      const size_t bytes = size_t(spec.numel * storage_bytes(storage));
+      if (leaves_fresh && device_.type == dlpack::kHost && bytes > kMostCleared)
+        fresh |= u8(1u << s);
+      else
+        clear(tensor, address, bytes);
       set_slot(kState0 + int(s), address);
       keep.push_back(call(tensor, kStorage));
       put(name, tensor, address);
     }
     host_.set_row(row, spec);
+    if (fresh != 0) keep_fresh(row, fresh);
     watch.state = DictWatch();
     if (!state.empty()) {
       if (PyDict_SetItem(states_.ptr(), watch.param.ptr(), state.ptr()) < 0) fail();
@@ -753,6 +775,15 @@ class Table {
     begin_watch(watch, std::move(keep), false);
     find_impl(watch);
     set_live(row, true);
+  }
+
+  void keep_fresh(u64 row, u8 states) {
+    fresh_.resize(watches_.size());
+    fresh_[row] = states;
+    for (int s = 0; s < kStates; ++s)
+      if (states >> s & 1)
+        ask_for_huge_pages(host_.slot(kState0 + s, row),
+                           u64(host_.numel(row) * storage_bytes(storage_of(watches_[row].param_facts.dtype))));
   }
 
   // The bytes of a tensor that is what see_plain() wants one to be; else 0.
@@ -1145,6 +1176,7 @@ class Table {
   std::vector<u32> unseen_;  // of each group, the hyperparameters on a GPU that is not the table's device, as bits
   std::vector<Py_ssize_t> sizes_;
   std::vector<PyObject*> params_;  // each group's list, borrowed for as long as the groups are read
+  std::vector<u8> fresh_;          // a bit for each of a row's states that has yet to be cleared; empty: there are none
   py::object live_params_ = py::none();
   py::object params_of_rows_ = py::none();
   py::object states_;  // the optimizer's: parameter to dict
@@ -1236,7 +1268,8 @@ PYBIND11_MODULE(_C, m) {
       .def("plain_rows", &Table::plain_rows, py::arg("rows"))
       .def("counted_rows", &Table::counted_rows, py::arg("rows"))
       .def("begin_rows", &Table::begin_rows, py::arg("rows"), py::arg("steps"), py::arg("steps_in_state"),
-           py::arg("mode"), py::arg("empty_like"))
+           py::arg("mode"), py::arg("empty_like"), py::arg("leaves_fresh") = false)
+      .def("settle", &Table::settle)
       .def("set_phase", &Table::set_phase, py::arg("flags"), py::arg("stage"), py::arg("ema_decay"),
            py::arg("ema_decay_tensor"), py::arg("norms"), py::arg("max_norms"), py::arg("leaf_sums"), py::arg("joined"),
            py::arg("results"), py::arg("report"))

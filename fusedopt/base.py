@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import averages, checkpoint, hooks, norms, traced
 from .apart import separate
-from .backends import Backend, Waiting, choose_backend, find_backend
+from .backends import Backend, Waiting, choose_backend, cpu, find_backend
 from .check import check_flags, check_groups, check_number
 from .hidden_steps import HiddenSteps
 from .lasting import Lasting
@@ -414,7 +414,15 @@ class FusedOptimizer(Optimizer):
             return
         if self._is_swapped:
             raise RuntimeError("a step within swap_ema() would be lost: the averages are in the parameters' place")
-        tables = self._current_tables()
+        try:
+            self._launch_tables(self._current_tables(launches=True))
+        except BaseException:
+            self._settle()
+            raise
+
+    _launch_untraced = torch._disable_dynamo(_launch)  # type: ignore[attr-defined]
+
+    def _launch_tables(self, tables: list[tuple[Table, Backend]]) -> None:
         if self._finds_inf and not self._is_one_launch(tables):
             raise RuntimeError("the parameters no longer are on one device, where one launch could find an infinity")
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -437,7 +445,10 @@ class FusedOptimizer(Optimizer):
             if stage == MEASURES and live:
                 self._join_norms([tables[number][0] for number in live], phase)
 
-    _launch_untraced = torch._disable_dynamo(_launch)  # type: ignore[attr-defined]
+    def _settle(self) -> None:
+        """Clears the new states that a launch was to clear, and has not."""
+        for table, _ in self._tables or ():
+            table.core.settle()
 
     def _phase_of_step(self) -> Phase:
         """What the step being taken does beside the update."""
@@ -521,19 +532,24 @@ class FusedOptimizer(Optimizer):
         elif any(param.grad is not None for param in traced.params_of(self)):
             self._launch_untraced()  # all parameters were replaced in the groups by hand
 
-    def _current_tables(self) -> list[tuple[Table, Backend]]:
-        """The tables, true to what parameters, gradients, states and groups are now."""
+    def _current_tables(self, *, launches: bool = False) -> list[tuple[Table, Backend]]:
+        """The tables, true to what parameters, gradients, states and groups are now.
+
+        Args:
+            launches: whether their launch follows, to which new states may be left: then ``_settle`` where it fails.
+        """
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(mode=False), torch.no_grad():  # states made there could not be stepped outside
-                return self._current_tables()
+                return self._current_tables(launches=launches)
         tables = self._tables
         try:
             if tables is not None:
                 if self._are_true(tables):
                     return tables
                 self._forget_tables()
-            self._tables = self._begin_plainly() or self._build_tables()
+            self._tables = self._begin_plainly(launches) or self._build_tables()
         except BaseException:
+            self._settle()
             self._forget_tables()  # what was read so far is not to be trusted
             raise
         self._built_from = (self.state, self.param_groups)
@@ -546,7 +562,7 @@ class FusedOptimizer(Optimizer):
             return False
         return all(table.is_current() and table.refresh() for table, _ in tables)
 
-    def _begin_plainly(self) -> list[tuple[Table, Backend]]:
+    def _begin_plainly(self, launches: bool) -> list[tuple[Table, Backend]]:
         """The one table of a first step of which nothing needs a closer look, as of almost all; else none."""
         table = Table.of_plain(self._rule, self.param_groups, self.state, self._hidden_steps, self._phase)
         if table is None:
@@ -557,8 +573,9 @@ class FusedOptimizer(Optimizer):
         if self._phase.reads_twice:
             table.results = self._results_of(0, table.device, self._phase)
         backend = choose_backend(self._requested_backend, table.device)  # refuses before a state is made
-        table.begin()
-        return [(table, backend)]
+        self._tables = [(table, backend)]  # for _settle()
+        table.begin(leaves_fresh=launches and backend is cpu)
+        return self._tables
 
     def _build_tables(self) -> list[tuple[Table, Backend]]:
         """Tables of all parameters, each looked at closely."""

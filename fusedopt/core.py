@@ -118,8 +118,16 @@ class Core(Protocol):
         steps_in_state: Sequence[Tensor],
         mode: int,
         empty_like: Callable[[Tensor], Tensor],
+        leaves_fresh: bool,
     ) -> None:
-        """Makes the states of such rows, and describes them. ``steps`` has a count for each of ``counted_rows``."""
+        """Makes the states of such rows, and describes them. ``steps`` has a count for each of ``counted_rows``.
+
+        With ``leaves_fresh`` large ones on the host are left to the ``launch_cpu`` that follows, or to ``settle``, to
+        clear.
+        """
+
+    def settle(self) -> None:
+        """Clears the states that ``begin_rows`` has left to a launch."""
 
     def described(self, row: int) -> tuple[int, int, Tensor, int, int, dict[str, Any]]:
         """A row's group, its place in that, its parameter, and what the row was described with.

@@ -394,6 +394,9 @@ class PyTable:
         """
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Has nothing to clear."""
+
     def described(self, row: int) -> tuple[int, int, Tensor, int, int, dict[str, Any]]:
         """Never called, as no row is plain.
 

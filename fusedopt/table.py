@@ -145,10 +145,14 @@ class Table:
         device = core.params()[0].device
         return cls(rule, device, groups, None, None, state, hidden_steps, Lasting(), phase, core=core, live=live)
 
-    def begin(self) -> None:
-        """Makes every row of a new table: nothing is known of what any of them was."""
+    def begin(self, *, leaves_fresh: bool = False) -> None:
+        """Makes every row of a new table: nothing is known of what any of them was.
+
+        Args:
+            leaves_fresh: whether a launch on the CPU follows, which may clear large states that are new.
+        """
         if self._rows is None:
-            self._begin(self._live)
+            self._begin(self._live, leaves_fresh=leaves_fresh)
             return
         self._states.adopt(
             [row for row in self._rows if self._state.get(row.param)] if self._state else [], self._beside
@@ -365,7 +369,7 @@ class Table:
             [row.index for row in rows if row.count is None and not row.states and not modes[row.group]]
         )
 
-    def _begin(self, plain: Sequence[int]) -> None:
+    def _begin(self, plain: Sequence[int], *, leaves_fresh: bool = False) -> None:
         """States of zeros for plain rows, and their description, in one call."""
         if not plain:
             return
@@ -373,7 +377,7 @@ class Table:
         counts = None
         if self.rule.keeps_step:
             steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
-            self.core.begin_rows(plain, steps, steps.unbind(), PLAIN_MODE, torch.empty_like)
+            self.core.begin_rows(plain, steps, steps.unbind(), PLAIN_MODE, torch.empty_like, leaves_fresh)
         else:
             counts = Counts(len(stepped), self.device)
             params = self.core.params()
@@ -381,7 +385,7 @@ class Table:
             self._hidden_steps.begin(
                 params if len(stepped) == len(params) else [params[row] for row in stepped], counts
             )
-            self.core.begin_rows(plain, counts.memory, (), PLAIN_MODE, torch.empty_like)
+            self.core.begin_rows(plain, counts.memory, (), PLAIN_MODE, torch.empty_like, leaves_fresh)
         self._begun = Begun(plain, stepped, counts)
         if self._rows is not None:
             self._take_begun(self._rows)

@@ -687,6 +687,63 @@ FAULTS: tuple[Fault, ...] = (
         "",
         (FAKE_DRIVER,),
     ),
+    # states that a first launch clears
+    Fault(
+        "fresh: states not cleared before they are swept",
+        "csrc/cpu/dispatch.cpp",
+        "if (fresh >> state_of(s) & 1)",
+        "if (fresh >> state_of(s) & 2)",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: left to a launch that may skip",
+        BINDINGS,
+        "if (found_inf != 0 || host_.phase().flags != 0) settle();",
+        "if (host_.phase().flags != 0) settle();",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: left to a launch that reads gradients first",
+        BINDINGS,
+        "if (found_inf != 0 || host_.phase().flags != 0) settle();",
+        "if (found_inf != 0) settle();",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: cleared at every launch",
+        BINDINGS,
+        "launch_cpu(launch, rule, variant, threads, isa, fresh_);\n    }\n    fresh_.clear();",
+        "launch_cpu(launch, rule, variant, threads, isa, fresh_);\n    }",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: not cleared where the launch failed",
+        "fusedopt/base.py",
+        "        except BaseException:\n            self._settle()\n            raise\n\n    _launch_untraced",
+        "        except BaseException:\n            raise\n\n    _launch_untraced",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: not cleared where not all could be made",
+        "fusedopt/base.py",
+        "            self._settle()\n            self._forget_tables()  # what",
+        "            self._forget_tables()  # what",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: left to backends that read states",
+        "fusedopt/base.py",
+        "leaves_fresh=launches and backend is cpu",
+        "leaves_fresh=launches",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: left where no launch follows",
+        "fusedopt/base.py",
+        "leaves_fresh=launches and backend is cpu",
+        "leaves_fresh=backend is cpu",
+        (FIRST,),
+    ),
     # chunks that are not listed
     Fault(
         "chunks: those of the only tensor taken for those of each",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fusedopt
-from fusedopt import core, table
+from fusedopt import backends, core, table
 
 STEPS = 3
 
@@ -339,3 +339,114 @@ def test_states_that_a_scaler_has_made_in_inference_mode_can_be_stepped_outside(
         assert optimizer.finds_inf()
     assert not any(state.is_inference() for param in _params(optimizer) for state in optimizer.state[param].values())
     optimizer.step()
+
+
+def _make_large(optimizer: str, **options: Any) -> Any:
+    """States that a first launch on the CPU may have to clear, one that is cleared before, and one of bfloat16."""
+    sizes = [(70_001,), (5,), (300, 250), (90_000,)]
+    generator = torch.Generator().manual_seed(1)
+    made = [nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    made[-1] = nn.Parameter(made[-1].detach().bfloat16())
+    for param in made:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    return OPTIMIZERS[optimizer]([{"params": made[:2]}, {"params": made[2:], "lr": 0.25}], lr=0.125, **options)
+
+
+@pytest.fixture
+def new_states(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The states that are made, of memory that holds no zero."""
+    made: list[torch.Tensor] = []
+
+    def with_garbage(param: torch.Tensor) -> torch.Tensor:
+        made.append(torch.full(param.shape, torch.nan, dtype=param.dtype))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty_like", with_garbage)
+    return made
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "nothing else": {},
+    "clipped": {"max_grad_norm": 0.5},
+    "skipped": {"skip_nonfinite": True},
+    "reported": {"report": True},
+    "by the reference": {"backend": "reference"},
+    "emulated": {"backend": "emulated"},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("options", LARGE)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_large_new_states_count_as_zeros_whatever_their_memory_held(
+    optimizer: str, options: str, threads: int, new_states: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options == "emulated" and not core.compiled.emulates():  # type: ignore[union-attr]
+        pytest.skip("this build has no emulated kernels")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plainly = _outcome(_make_large(optimizer, **LARGE[options]), lambda _: None)
+    finally:
+        torch.set_num_threads(before)
+    assert new_states
+    monkeypatch.undo()
+    monkeypatch.setattr(table, "make_plain_core", lambda *_: None)
+    assert plainly == _outcome(_make_large(optimizer, **LARGE[options]), lambda _: None)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_are_zeros_after_a_first_launch_that_was_interrupted(
+    optimizer: str, new_states: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _make_large(optimizer)
+    monkeypatch.setattr(backends.Cpu, "launch", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    assert new_states
+    assert not any(state.any() for state in new_states)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_are_zeros_where_one_of_them_could_not_be_made(
+    optimizer: str, new_states: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _make_large(optimizer)
+    make, count = torch.empty_like, len(made._rule.states_of(made.param_groups[0]))  # those of one row are made
+    monkeypatch.setattr(torch, "empty_like", lambda param: _interrupt() if len(new_states) == count else make(param))
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    kept = [found for state in made.state.values() for name, found in state.items() if name != "step"]
+    assert kept
+    assert not any(state.any() for state in kept)
+
+
+def _with_bad_scale(optimizer: Any) -> None:
+    optimizer.grad_scale = torch.ones(2)
+    with pytest.raises(ValueError, match="grad_scale"):
+        optimizer.step()
+
+
+def _with_infinity(optimizer: Any) -> None:
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+
+
+NO_STEPS: dict[str, Callable[[Any], Any]] = {
+    "the scale is of two elements": _with_bad_scale,
+    "an infinity was found": _with_infinity,
+    "hyperparameters are given to graphs": lambda optimizer: optimizer.sync_hyperparameters(),
+    "a scaler asks": lambda optimizer: optimizer.finds_inf(),
+}
+
+
+@pytest.mark.parametrize("event", NO_STEPS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_that_no_step_has_written_are_zeros(optimizer: str, event: str, new_states: list[torch.Tensor]) -> None:
+    NO_STEPS[event](_make_large(optimizer))
+    assert new_states
+    assert not any(state.any() for state in new_states)

@@ -113,6 +113,14 @@ void skip(const LaunchParams& launch) {
   }
 }
 
+// Clears the fresh states of a chunk.
+void clear_fresh(const LaunchParams& launch, const Chunk& chunk, u8 fresh) {
+  const ChunkView view(launch, chunk);
+  for (int s = kState0; s < kState0 + kStates; ++s)
+    if (fresh >> state_of(s) & 1)
+      std::memset(reinterpret_cast<void*>(view.address[s]), 0, u64(view.size) * u64(storage_bytes(view.storage_of(s))));
+}
+
 }  // namespace
 
 const std::vector<std::string>& cpu_instruction_sets() {
@@ -124,13 +132,14 @@ const std::vector<std::string>& cpu_instruction_sets() {
   return names;
 }
 
-void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa) {
+void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa,
+                const std::vector<u8>& fresh) {
   if (is_skipped(launch)) return skip(launch);
   const InstructionSet& set = find_set(isa);
   const SweepChunks sweep = set.engine(rule, variant);
   const int workers = count_workers(launch, threads);
   const u32 turn = std::max<u32>(1, launch.chunk_count / (u32(workers) * kTurnsPerWorker));
-  const auto share = [&](SweepChunks work) {
+  const auto share = [&](const auto& work) {
     std::atomic<u64> next{0};
     run_team(workers, [&](int) {
       for (u64 first = next.fetch_add(turn); first < launch.chunk_count; first = next.fetch_add(turn))
@@ -143,7 +152,15 @@ void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, 
     if (launch.phase.stage == kMeasures) return;
   }
   if (launch.phase.reads_twice() && !admit_gradients(launch.phase)) return skip(launch);
-  share(sweep);
+  if (fresh.empty())
+    share(sweep);
+  else
+    share([&](const LaunchParams& all, u32 first, u32 last) {
+      for (u32 c = first; c < last; ++c) {  // what was just cleared is still in the cache
+        clear_fresh(all, all.chunk(c), fresh[all.chunk(c).tensor]);
+        sweep(all, c, c + 1);
+      }
+    });
   mark_report(launch, false);
   for (u64 t = 0; t < launch.table.rows; ++t) advance_step(launch, t);
 }
