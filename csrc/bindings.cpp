@@ -313,6 +313,7 @@ class Table {
     spec.group = group;
     spec.layout = std::move(layout);
     host_.set_row(row, spec);
+    if (row < fresh_.size()) fresh_[row] = 0;
     watch_tensors(row, std::move(param), grad, unwrap, std::move(keep));
     Watch& watch = watches_[row];
     watch.copy = copy.is_none() ? py::object() : copy;
@@ -377,13 +378,11 @@ class Table {
     for (const u64 row : rows) begin_row(row, left, mode, empty_like, leaves_fresh);
   }
 
-  // Clears the states that begin_rows() has left to a launch.
+  // Clears the states that begin_rows() has left to a launch. During that launch there are none.
   void settle() {
     for (u64 row = 0; row < fresh_.size(); ++row)
-      for (int s = 0; s < kStates; ++s)
-        if (fresh_[row] >> s & 1)
-          std::memset(reinterpret_cast<void*>(host_.slot(kState0 + s, row)), 0,
-                      size_t(host_.numel(row) * storage_bytes(storage_of(watches_[row].param_facts.dtype))));
+      each_state(row, fresh_[row],
+                 [](u64 address, u64 bytes) { std::memset(reinterpret_cast<void*>(address), 0, bytes); });
     fresh_.clear();
   }
 
@@ -495,12 +494,15 @@ class Table {
     const LaunchParams launch = host_.params(float_pointer(grad_scale), float_pointer(found_inf));
     const int rule = host_.rule();
     const int variant = host_.variant();
+    std::vector<u8> fresh = std::exchange(fresh_, {});  // another thread that settles leaves what is being stepped
     ++launches;
-    {
+    try {
       const py::gil_scoped_release release;
-      launch_cpu(launch, rule, variant, threads, isa, fresh_);
+      launch_cpu(launch, rule, variant, threads, isa, fresh);
+    } catch (...) {
+      fresh_ = std::move(fresh);
+      throw;
     }
-    fresh_.clear();
   }
 
   void launch_emulated(u32 blocks, int threads, u64 seed, bool inline_columns, u64 grad_scale, u64 found_inf) {
@@ -517,9 +519,9 @@ class Table {
   }
 
   void launch_on_cuda(CudaLaunch& cuda, u64 stream, u64 grad_scale, u64 found_inf) {
-    ++launches;
     const py::gil_scoped_release release;
     cuda.launch(host_, stream, grad_scale, found_inf);
+    ++launches;  // one that finds no memory is made again
   }
 
   std::vector<u64> moved_since_captures(const CudaLaunch& cuda) const { return cuda.moved_since_captures(host_); }
@@ -568,6 +570,7 @@ class Table {
   // Lets go of every Python object.
   void clear() {
     watches_.clear();
+    fresh_.clear();
     places_.clear();
     values_.clear();
     mode_watches_.clear();
@@ -780,10 +783,15 @@ class Table {
   void keep_fresh(u64 row, u8 states) {
     fresh_.resize(watches_.size());
     fresh_[row] = states;
+    each_state(row, states, ask_for_huge_pages);
+  }
+
+  // Calls visit(address, bytes) for those of a row's states that have a bit, which are of the parameter's dtype.
+  template <class Visit>
+  void each_state(u64 row, u8 states, const Visit& visit) const {
+    const u64 bytes = u64(host_.numel(row) * storage_bytes(storage_of(watches_[row].param_facts.dtype)));
     for (int s = 0; s < kStates; ++s)
-      if (states >> s & 1)
-        ask_for_huge_pages(host_.slot(kState0 + s, row),
-                           u64(host_.numel(row) * storage_bytes(storage_of(watches_[row].param_facts.dtype))));
+      if (states >> s & 1) visit(host_.slot(kState0 + s, row), bytes);
   }
 
   // The bytes of a tensor that is what see_plain() wants one to be; else 0.

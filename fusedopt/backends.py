@@ -107,18 +107,19 @@ class Cuda:
         try:
             core.launch_cuda(*arguments)
         except compiled.OutOfMemory as error:
-            self._launch_again(core, arguments, error)
+            with torch.cuda.device(table.device):
+                if torch.cuda.is_current_stream_capturing():  # which forbids to give memory back
+                    raise torch.OutOfMemoryError(str(error)) from error
+            self._launch_again(core, arguments)
 
-    def _launch_again(self, core: Any, arguments: tuple[Any, ...], error: RuntimeError) -> None:
+    def _launch_again(self, core: Any, arguments: tuple[Any, ...]) -> None:
         """After nothing was launched for want of memory: torch's allocator keeps what nobody uses from the driver."""
         assert compiled is not None  # a launch failed
+        torch.cuda.empty_cache()
         try:
-            if torch.cuda.is_current_stream_capturing():  # which forbids to give memory back
-                raise error
-            torch.cuda.empty_cache()
             core.launch_cuda(*arguments)
-        except compiled.OutOfMemory as last:
-            raise torch.OutOfMemoryError(str(last)) from last
+        except compiled.OutOfMemory as error:
+            raise torch.OutOfMemoryError(str(error)) from error
 
     def moved_since_captures(self, table: Table) -> list[int]:
         """See Backend."""

@@ -293,6 +293,7 @@ class FusedOptimizer(Optimizer):
         A state that no step has written yet, because the gradient scaler skipped the first, is left out: to
         torch, a momentum buffer that is there has been stepped.
         """
+        self._settle()
         held = {param: self.state[param] for param in self._unstepped()}
         left_out = (*self._rule.states, *map(scale_key, self._rule.states), EMA)
         for param, state in held.items():
@@ -335,6 +336,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: tables are rebuilt when next needed."""
+        self._settle()
         state: dict[str, Any] = super().__getstate__()
         state["_requested_backend"] = self._requested_backend
         state["_phase"] = self._phase
@@ -404,6 +406,8 @@ class FusedOptimizer(Optimizer):
     def _forget_tables(self) -> None:
         if not hasattr(self, "_lasting"):
             self._lasting: dict[tuple[torch.device, int], Lasting] = {}
+        else:
+            self._settle()
         self._tables: list[tuple[Table, Backend]] | None = None
         self._built_from: tuple[Any, Any] = (None, None)
 
@@ -446,7 +450,10 @@ class FusedOptimizer(Optimizer):
                 self._join_norms([tables[number][0] for number in live], phase)
 
     def _settle(self) -> None:
-        """Clears the new states that a launch was to clear, and has not."""
+        """Clears the new states that a launch is to clear and has not, for whoever looks at them between the two.
+
+        Who reads ``state`` itself there, from a signal's handler, sees what the memory held.
+        """
         for table, _ in self._tables or ():
             table.core.settle()
 
@@ -549,7 +556,6 @@ class FusedOptimizer(Optimizer):
                 self._forget_tables()
             self._tables = self._begin_plainly(launches) or self._build_tables()
         except BaseException:
-            self._settle()
             self._forget_tables()  # what was read so far is not to be trusted
             raise
         self._built_from = (self.state, self.param_groups)
@@ -574,7 +580,8 @@ class FusedOptimizer(Optimizer):
             table.results = self._results_of(0, table.device, self._phase)
         backend = choose_backend(self._requested_backend, table.device)  # refuses before a state is made
         self._tables = [(table, backend)]  # for _settle()
-        table.begin(leaves_fresh=launches and backend is cpu)
+        updates_all = launches and not self._phase.flags and getattr(self, "found_inf", None) is None
+        table.begin(leaves_fresh=updates_all and backend is cpu)
         return self._tables
 
     def _build_tables(self) -> list[tuple[Table, Backend]]:

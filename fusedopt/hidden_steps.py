@@ -16,20 +16,22 @@ class Counts:
     of what an optimizer of one small tensor takes to be made and stepped.
 
     Args:
-        count: how many.
+        count: how many, one or more.
         device: where.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
         """See the class."""
-        is_host = device.type == "cpu" and count > 0
-        self.memory = bytearray(4 * count) if is_host else torch.zeros(count, device=device, dtype=torch.float32)
+        on_host = device.type == "cpu"
+        self.memory = bytearray(4 * count) if on_host else torch.zeros(count, device=device, dtype=torch.float32)
 
     @cached_property
     def tensor(self) -> Tensor:
         """The counts, in their memory."""
-        memory = self.memory
-        return memory if isinstance(memory, Tensor) else torch.frombuffer(memory, dtype=torch.float32)
+        if isinstance(self.memory, Tensor):
+            return self.memory
+        with torch.inference_mode(mode=False):  # whoever asks: steps outside go on writing it
+            return torch.frombuffer(self.memory, dtype=torch.float32)
 
 
 class HiddenSteps:
@@ -46,6 +48,8 @@ class HiddenSteps:
 
     def begin(self, params: Sequence[Tensor], counts: Counts) -> None:
         """Takes note of counts, one for each parameter. A first step need not make tensors of them."""
+        if self._begun:
+            self._known = self.known
         self._begun.append((params, counts))
 
     def keep_only(self, params: Sequence[Tensor]) -> None:
@@ -57,7 +61,8 @@ class HiddenSteps:
     @property
     def known(self) -> dict[Tensor, Tensor]:
         """All counts by parameter."""
-        for params, counts in self._begun:
-            self._known.update(zip(params, counts.tensor.unbind(), strict=True))
+        with torch.inference_mode(mode=False):
+            for params, counts in self._begun:
+                self._known.update(zip(params, counts.tensor.unbind(), strict=True))
         self._begun.clear()
         return self._known

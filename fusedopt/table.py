@@ -375,17 +375,20 @@ class Table:
             return
         stepped = self.core.counted_rows(plain)
         counts = None
+        steps: Tensor | bytearray = bytearray()
+        in_state: Sequence[Tensor] = ()
         if self.rule.keeps_step:
             steps = torch.zeros(len(stepped), device=self.device, dtype=torch.float32)
-            self.core.begin_rows(plain, steps, steps.unbind(), PLAIN_MODE, torch.empty_like, leaves_fresh)
-        else:
+            in_state = steps.unbind()
+        elif stepped:
             counts = Counts(len(stepped), self.device)
+            steps = counts.memory
             params = self.core.params()
             # Known before there are states, so that those of a call that fails count as new.
             self._hidden_steps.begin(
                 params if len(stepped) == len(params) else [params[row] for row in stepped], counts
             )
-            self.core.begin_rows(plain, counts.memory, (), PLAIN_MODE, torch.empty_like, leaves_fresh)
+        self.core.begin_rows(plain, steps, in_state, PLAIN_MODE, torch.empty_like, leaves_fresh)
         self._begun = Begun(plain, stepped, counts)
         if self._rows is not None:
             self._take_begun(self._rows)

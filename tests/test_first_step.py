@@ -450,3 +450,63 @@ def test_states_that_no_step_has_written_are_zeros(optimizer: str, event: str, n
     NO_STEPS[event](_make_large(optimizer))
     assert new_states
     assert not any(state.any() for state in new_states)
+
+
+@pytest.mark.parametrize("options", LARGE)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_that_a_signals_handler_saves_in_a_first_step_holds_no_garbage(
+    optimizer: str, options: str, new_states: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options == "emulated" and not core.compiled.emulates():  # type: ignore[union-attr]
+        pytest.skip("this build has no emulated kernels")
+    made = _make_large(optimizer, **LARGE[options])
+    saved: list[dict[str, Any]] = []
+    live_params = table.Table.live_params
+
+    def handle(built: table.Table) -> list[torch.Tensor]:
+        saved.extend([copy.deepcopy(made.state_dict()), copy.deepcopy(made).state_dict()])
+        return live_params(built)
+
+    monkeypatch.setattr(table.Table, "live_params", handle)  # called between states and launch
+    made.step()
+    assert new_states
+    kept = [state for each in saved for states in each["state"].values() for state in states.values()]
+    assert not any(state.any() for state in kept)
+
+
+def test_tables_that_are_forgotten_before_their_launch_leave_no_garbage(new_states: list[torch.Tensor]) -> None:
+    made = _make_large("AdamW")
+
+    class Forgets(torch.Tensor):
+        def to(self, *_: Any, **__: Any) -> Any:
+            made.refresh()
+            raise KeyboardInterrupt
+
+    made.grad_scale = torch.ones(()).as_subclass(Forgets)
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    assert new_states
+    assert not any(state.any() for state in new_states)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_counts_of_steps_do_not_pile_up(momentum: float) -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    made: Any = fusedopt.SGD([param], momentum=momentum)
+    for _ in range(5):
+        made.step()
+        made.state.clear()
+        made.refresh()
+    assert len(made._hidden_steps._begun) <= 1
+
+
+def test_counts_that_are_first_looked_at_in_inference_mode_can_be_stepped_outside() -> None:
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    made: Any = fusedopt.SGD([param], momentum=0.9, backend="reference")
+    assert made.finds_inf()
+    with torch.inference_mode():
+        made.state_dict()
+    made.step()
+    assert float(made._hidden_steps.known[param]) == 1.0

@@ -16,7 +16,7 @@ struct KernelParams {
   LaunchParams launch;
   u32 large_chunks;      // of launch.chunks, the first: each for a whole block; a warp takes one of the others
   u32 late_count;        // of tensors that have not exactly one chunk
-  const u32* late_rows;  // which they are
+  const u32* late_rows;  // which they are; not read where chunk_order is kOfOneTensor
   u32 inline_groups;
   u32 inline_grads;
   GroupRow groups[kInlineGroups];

@@ -73,8 +73,7 @@ std::string too_new_image() {
   const int version = driver_version();
   return "this build's kernels are those of " + std::string(kDeviceCompiler) + ", and the driver knows CUDA " +
          std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
-         "; update the driver, or rebuild with an older CUDA toolkit (CUDA_HOME), or where no nvcc is found, which "
-         "takes "
+         "; update the driver, or rebuild with an older CUDA toolkit (CUDA_HOME); without any nvcc the build takes "
          "NVRTC 12.8";
 }
 
@@ -123,12 +122,15 @@ class Gpu {
   driver::Module module(const std::string& stem) {
     const auto known = modules_.find(stem);
     if (known != modules_.end()) return known->second;
-    const DeviceImage* image = best_image(stem, architecture_);
+    const DeviceImage* const image = best_image(stem, architecture_);
     if (image == nullptr) throw std::runtime_error(no_image(architecture_));
     driver::Module module = nullptr;
     driver::Result result = api().load_module(&module, image->data);
-    if (result == driver::kNoBinary && (image = best_image(stem, architecture_, false)) != nullptr)
-      result = api().load_module(&module, image->data);  // a Jetson takes no cubin but of its very architecture
+    const DeviceImage* const ptx = best_image(stem, architecture_, false);
+    if (result == driver::kNoBinary && ptx != nullptr) {  // a Jetson takes no cubin but of its very architecture
+      if (is_too_new(*ptx)) throw std::runtime_error(too_new_image());
+      result = api().load_module(&module, ptx->data);
+    }
     check(result, ("cuModuleLoadData " + stem).c_str());
     return modules_[stem] = module;
   }
@@ -357,7 +359,6 @@ struct CudaLaunch::State {
 
   void send_table(HostTable& host, driver::Stream stream) {
     if (revision == host.revision()) return;
-    revision = 0;  // none: what fails from here on leaves no table
     if (table_is_captured) {
       captured_tables.push_back(std::move(table));
       table = std::make_unique<Upload>();
@@ -428,22 +429,16 @@ struct CudaLaunch::State {
     const std::vector<GroupRow>& now = host.group_rows();
     const bool same = now.size() == sent_groups.size() &&
                       std::memcmp(now.data(), sent_groups.data(), now.size() * sizeof(GroupRow)) == 0;
-    if (!same) {
-      sent_groups.clear();
-      groups.send(now.data(), now.size() * sizeof(GroupRow), stream);
-      sent_groups = now;
-    }
+    if (!same) groups.send(now.data(), now.size() * sizeof(GroupRow), stream);
+    sent_groups = now;
     params.launch.groups = device_pointer<GroupRow>(groups.device(), 0);
   }
 
   void send_grads(const HostTable& host, driver::Stream stream) {
     const u64* const now = grads_of(host);
     const bool same = sent_grads.size() == host.rows() && std::equal(sent_grads.begin(), sent_grads.end(), now);
-    if (!same) {
-      sent_grads.clear();
-      grads.send(now, host.rows() * sizeof(u64), stream);
-      sent_grads.assign(now, now + host.rows());
-    }
+    if (!same) grads.send(now, host.rows() * sizeof(u64), stream);
+    sent_grads.assign(now, now + host.rows());
     params.launch.grads = device_pointer<u64>(grads.device(), 0);
   }
 
@@ -452,6 +447,27 @@ struct CudaLaunch::State {
     const u32 zero[2] = {};  // and the grid barrier's counter
     arrivals.send(zero, sizeof(zero), stream);
     has_arrivals = true;
+  }
+
+  // All that a launch reads. Where some of it fails, no table, groups or gradients are there.
+  void send(HostTable& host, driver::Stream stream) {
+    try {
+      send_table(host, stream);
+      send_step(host, stream);
+      send_arrivals(stream);
+    } catch (...) {
+      revision = 0;
+      sent_groups.clear();
+      sent_grads.clear();
+      mark_last(stream);
+      throw;
+    }
+  }
+
+  // What is queued up to here comes before the next launch on another stream.
+  driver::Result mark_last(driver::Stream stream) {
+    last_stream = stream;
+    return api().record_event(finished, stream);
   }
 
   // Another stream must not overtake the last launch, which reads the table that this one may rewrite.
@@ -495,9 +511,7 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
     state.refuse_unknown(host);
     state.capture_step(host);
   } else {
-    state.send_table(host, stream);
-    state.send_step(host, stream);
-    state.send_arrivals(stream);
+    state.send(host, stream);
   }
   state.params.launch.chunk_count = u32(host.chunks().size());
   state.params.launch.chunk_elements = host.chunk_elements();
@@ -510,15 +524,14 @@ void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 
   const i64 wanted = state.params.large_chunks + (small_chunks + kTeams - 1) / kTeams;
   const unsigned blocks = unsigned(std::clamp<i64>(wanted, 1, kernel.blocks));
   void* arguments[] = {&state.params};
+  driver::Result launched = 0;
   if (host.phase().measures())  // a barrier of the whole grid, which the occupancy query has bounded
-    check(api().launch_cooperative(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments),
-          "cuLaunchCooperativeKernel");
+    launched = api().launch_cooperative(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments);
   else
-    check(api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr),
-          "cuLaunchKernel");
-  if (capturing) return;
-  check(api().record_event(state.finished, stream), "cuEventRecord");
-  state.last_stream = stream;
+    launched = api().launch(kernel.function, blocks, 1, 1, kBlockThreads, 1, 1, 0, stream, arguments, nullptr);
+  const driver::Result marked = capturing ? 0 : state.mark_last(stream);
+  check(launched, host.phase().measures() ? "cuLaunchCooperativeKernel" : "cuLaunchKernel");
+  check(marked, "cuEventRecord");
 }
 
 size_t CudaLaunch::captures() const { return state_->captures.size(); }
