@@ -68,7 +68,7 @@ def machine(device: str) -> Record:
     """What the machine is: processor, cores, memory, caches, and the GPU where one is used."""
     memory = _first_line("/proc/meminfo", "MemTotal")
     found: Record = {
-        "cpu": _first_line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": int(memory.split()[0]) * 1024 if memory else None,
         "cache_bytes": last_cache_bytes(),
@@ -83,6 +83,13 @@ def machine(device: str) -> Record:
         found["driver"] = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found["name"] = machine_name(found)
     return found
+
+
+def processor(table: str = "/proc/cpuinfo") -> str:
+    """The processor's name; where a virtual machine hides which one it is, its family and model too."""
+    name = _first_line(table, "model name") or platform.processor() or platform.machine()
+    family, model = _first_line(table, "cpu family"), _first_line(table, "model\t")
+    return name if re.search(r"\d", name) or not (family and model) else f"{name} family {family} model {model}"
 
 
 def machine_name(found: Record) -> str:

@@ -1242,3 +1242,20 @@ def test_an_interrupted_run_says_so_and_exits_with_130(
     monkeypatch.setitem(commands.COMMANDS, "list", interrupted)
     assert main(["list", "--device", "cpu"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\n", "AMD EPYC family 25 model 17"),
+        (
+            "model name\t: AMD EPYC 9654 96-Core Processor\ncpu family\t: 25\nmodel\t\t: 17\n",
+            "AMD EPYC 9654 96-Core Processor",
+        ),
+        ("model name\t: Virtual\n", "Virtual"),
+    ],
+)
+def test_a_processor_is_named_so_that_two_kinds_have_two_names(told: str, name: str, tmp_path: Path) -> None:
+    table = tmp_path / "cpuinfo"
+    table.write_text(told)
+    assert records.processor(str(table)) == name
