@@ -580,6 +580,7 @@ class FusedOptimizer(Optimizer):
             table.results = self._results_of(0, table.device, self._phase)
         backend = choose_backend(self._requested_backend, table.device)  # refuses before a state is made
         self._tables = [(table, backend)]  # for _settle()
+        # A launch that may do more than update settles first: nothing is left to it.
         updates_all = launches and not self._phase.flags and getattr(self, "found_inf", None) is None
         table.begin(leaves_fresh=updates_all and backend is cpu)
         return self._tables
