@@ -61,10 +61,10 @@ class Cpu(_NeverCaptured):
     name = "cpu"
 
     def __init__(self) -> None:
-        """Chooses the instruction set once: the best, or what FUSEDOPT_CPU_ISA names."""
+        """Chooses the instruction set once: what FUSEDOPT_CPU_ISA names, else the best for each launch (empty)."""
         sets: list[str] = compiled.instruction_sets() if compiled else []
         wanted = os.environ.get("FUSEDOPT_CPU_ISA")
-        self.isa = wanted or (sets[0] if sets else "")
+        self.isa = wanted or ""
         self.fault = ""  # told when an optimizer is to step: the package loads, so that its page can say it too
         if compiled and wanted and wanted not in sets:
             self.fault = f"FUSEDOPT_CPU_ISA is '{wanted}'; this build and processor have {', '.join(sets)}"

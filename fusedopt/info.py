@@ -144,7 +144,8 @@ def _choice(device: torch.device) -> tuple[str | None, str]:
             return None, f"FUSEDOPT_BACKEND={named.name}, but {reason}"
         return named.name, f"FUSEDOPT_BACKEND={named.name}"
     if best is cpu:
-        return best.name, f"it is built; with {cpu.isa} instructions"
+        assert compiled is not None  # what the backend is made of
+        return best.name, f"it is built; with {cpu.isa or compiled.instruction_sets()[0]} instructions"
     return best.name, "; ".join(reasons) or "it is built and there is a driver"
 
 

@@ -9,6 +9,7 @@
 #include "cpu/engine.h"
 #include "cpu/team.h"
 #include "norm.h"
+#include "variants.h"
 
 namespace fusedopt {
 namespace {
@@ -46,9 +47,31 @@ const std::vector<InstructionSet>& instruction_sets() {
   return sets;
 }
 
-const InstructionSet& find_set(const std::string& isa) {
+// Zen 4 does a 512-bit operation in two halves, so that arithmetic gains little by it; and where a load lies one line
+// beyond a store modulo 4096, the load waits for the store if that is of a whole line: up to a third slower.
+bool prefers_256_bits() {
+#if defined(__x86_64__)
+  static const bool is_zen4 = __builtin_cpu_is("amdfam19h") != 0;
+  return is_zen4;
+#else
+  return false;
+#endif
+}
+
+// Whether a variant's loop waits for little but memory.
+bool is_plain(int variant) {
+#define FUSEDOPT_IS_PLAIN(name, param, state, features) param == kFloat32 && (features) == 0,
+  static constexpr bool plain[] = {FUSEDOPT_VARIANTS(FUSEDOPT_IS_PLAIN)};
+#undef FUSEDOPT_IS_PLAIN
+  return plain[variant];
+}
+
+// The set of this name; empty: the best for a variant.
+const InstructionSet& find_set(const std::string& isa, int variant) {
+  const std::string name = isa.empty() && prefers_256_bits() && is_plain(variant) ? "avx2" : isa;
   for (const InstructionSet& set : instruction_sets())
-    if (isa == set.name) return set;
+    if (name == set.name) return set;
+  if (isa.empty()) return instruction_sets().front();
   throw std::invalid_argument("instruction set '" + isa + "' is not in this build or not in this processor");
 }
 
@@ -135,7 +158,7 @@ const std::vector<std::string>& cpu_instruction_sets() {
 void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, const std::string& isa,
                 const std::vector<u8>& fresh) {
   if (is_skipped(launch)) return skip(launch);
-  const InstructionSet& set = find_set(isa);
+  const InstructionSet& set = find_set(isa, variant);
   const SweepChunks sweep = set.engine(rule, variant);
   const int workers = count_workers(launch, threads);
   const u32 turn = std::max<u32>(1, launch.chunk_count / (u32(workers) * kTurnsPerWorker));
