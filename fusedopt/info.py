@@ -145,7 +145,7 @@ def _choice(device: torch.device) -> tuple[str | None, str]:
         return named.name, f"FUSEDOPT_BACKEND={named.name}"
     if best is cpu:
         assert compiled is not None  # what the backend is made of
-        return best.name, f"it is built; with {cpu.isa or compiled.instruction_sets()[0]} instructions"
+        return best.name, f"it is built; with {cpu.isa or 'up to ' + compiled.instruction_sets()[0]} instructions"
     return best.name, "; ".join(reasons) or "it is built and there is a driver"
 
 

@@ -36,7 +36,7 @@ VARIABLES = (
         "FUSEDOPT_CPU_ISA",
         "run",
         "avx512, avx2, baseline, neon",
-        "the best of this processor",
+        "the best of this processor for each launch",
         "instruction set of the CPU engine; the result is the same bits with each",
     ),
     Variable(

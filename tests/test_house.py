@@ -111,7 +111,7 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "norm.h": ("rules", "sweep.h"),
     "host_table": ("table.h", "variants.h", "rules"),
     "host_pages.h": ("types.h",),
-    "cpu": ("sweep.h", "norm.h", "table.h", "types.h", "rules", "storage"),
+    "cpu": ("variants.h", "sweep.h", "norm.h", "table.h", "types.h", "rules", "storage"),
     "cuda": ("sweep.h", "norm.h", "types.h", "rules", "host_table"),
     "tensor_reader.h": ("dlpack.h", "table.h"),
     "dict_watch.h": ("types.h",),
