@@ -42,6 +42,9 @@ class HostTable {
   void set_grad(u64 row, u64 address) { address_[u64(kGrad) * rows_ + row] = address; }
   u64 slot(int s, u64 row) const { return address_[u64(s) * rows_ + row]; }
   i64 numel(u64 row) const { return numel_[row]; }
+  i64 bytes(int s, u64 row) const {
+    return numel_[row] * storage_bytes(int(storage_[row] >> (kStorageBits * s)) & kStorageMask);
+  }
 
   // The first row of each part of the table, in order: rows whose leaves are joined to one number.
   void set_parts(std::vector<u64> first_rows);

@@ -124,8 +124,14 @@ ACCESS = "csrc/cuda/access.h"
 ENGINE = "csrc/cpu/engine.cpp"
 HOST_ACCESS = "csrc/cpu/access.h"
 VECTOR = "csrc/cpu/vector.h"
-BINDINGS = "csrc/bindings.cpp"
-GRADIENTS = "csrc/gradient_reader.h"
+WATCHED = "csrc/python/watched_table.h"
+PLACED = "csrc/python/placed_states.h"
+PLAIN = "csrc/python/plain_look.h"
+NEW_ROW = "csrc/python/new_row.h"
+SCHEMA = "csrc/python/schema.h"
+GROUPS = "csrc/python/group_reader.h"
+FRESH = "csrc/python/fresh_states.h"
+GRADIENTS = "csrc/python/gradient_reader.h"
 LAUNCHER = "csrc/cuda/launcher.cpp"
 TRITON_RULES = "triton_kernels/rules.py"
 TRITON_STORAGE = "triton_kernels/storage.py"
@@ -528,38 +534,36 @@ FAULTS: tuple[Fault, ...] = (
     Fault("cpu: avx512 saturates what it narrows", VECTOR, "maskz_cvtepi32_epi16", "maskz_cvtsepi32_epi16", (CODECS,)),
     Fault(
         "cpu: references to parameters not given back",
-        BINDINGS,
+        WATCHED,
         "if (watch.hold) released.push_back(std::move(watch.hold));",
         "{}",
         (COLLECTED,),
     ),
     Fault(
         "cpu: states given other memory not seen",
-        BINDINGS,
-        "return watches_.at(row).state_addresses == addresses_of(watches_.at(row));",
-        "return row < watches_.size();",
+        PLACED,
+        "return watch.state_addresses == watch.addresses();",
+        "return watch.state_addresses.size() > 0;",
         (MOVED,),
     ),
     Fault(
         "plain: shared memory not seen",
-        BINDINGS,
-        "!rows.empty() && are_apart(std::move(spans));",
-        "!rows.empty() && spans.size() > 0;",
+        WATCHED,
+        "!rows.empty() && look.sees_all_apart();",
+        "!rows.empty();",
         (FIRST,),
     ),
-    Fault(
-        "plain: modes of a group not seen", BINDINGS, "if (has_key(group, key)) return false;", "(void)key;", (FIRST,)
-    ),
+    Fault("plain: modes of a group not seen", PLAIN, "if (has_key(group, key)) return false;", "(void)key;", (FIRST,)),
     Fault(
         "plain: states that are there not seen",
-        BINDINGS,
+        PLAIN,
         "(param.ptr()) || has_state(param)",
         "(param.ptr())",
         (FIRST,),
     ),
-    Fault("plain: refused groups not seen", BINDINGS, "kRefused = 1u << 31;", "kRefused = 0;", (FIRST,)),
-    Fault("plain: interrupts lost", BINDINGS, "if (!error.matches(PyExc_Exception)) throw;", "", (FIRST,)),
-    Fault("plain: memory of states not kept", BINDINGS, "keep.push_back(call(tensor, kStorage));", "", (FIRST,)),
+    Fault("plain: refused groups not seen", WATCHED, "kRefused = 1u << 31;", "kRefused = 0;", (FIRST,)),
+    Fault("plain: interrupts lost", WATCHED, "if (!error.matches(PyExc_Exception)) throw;", "", (FIRST,)),
+    Fault("plain: memory of states not kept", NEW_ROW, "row.keep.push_back(call(tensor, kStorage));", "", (FIRST,)),
     Fault(
         "plain: leaves of another step",
         "fusedopt/table.py",
@@ -569,21 +573,21 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "plain: states that no hyperparameter asks for",
-        BINDINGS,
+        SCHEMA,
         "return hypers.value[hyper] != 0.0 || (unseen >> hyper & 1) != 0;",
         "return hypers.value[hyper] == hypers.value[hyper] || unseen != 0;",
         (STEP,),
     ),
     Fault(
         "plain: states that no flag asks for",
-        BINDINGS,
+        SCHEMA,
         "return flag == 0 || (hypers.flags & flag) != 0;",
         "return true;",
         (STEP,),
     ),
     Fault(
         "plain: steps of rows without states counted",
-        BINDINGS,
+        GROUPS,
         "return schema_->keeps_step;",
         "return schema_ != nullptr;",
         (FIRST,),
@@ -697,9 +701,9 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "fresh: cleared at every launch",
-        BINDINGS,
-        "std::exchange(fresh_, {});  // another",
-        "fresh_;  // another",
+        FRESH,
+        "return std::exchange(fresh_, {});",
+        "return fresh_;",
         (FIRST,),
     ),
     Fault(
@@ -807,14 +811,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("read directly: dtypes not looked at", GRADIENTS, "dtype == other.dtype && device", "device", (READ,)),
     Fault(
         "read directly: a parameter that changed places not seen",
-        BINDINGS,
+        WATCHED,
         "now.hint == watch.param_facts.hint && ",
         "",
         (READ,),
     ),
     Fault(
         "read directly: states that lie elsewhere not seen",
-        BINDINGS,
+        PLACED,
         "if (!gradients.lies_at(placed_[k].tensor, placed_[k].address)) return false;",
         "gradients.lies_at(placed_[k].tensor, placed_[k].address);",
         (MOVED,),

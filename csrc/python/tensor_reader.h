@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "dlpack.h"
+#include "python/dlpack.h"
 #include "table.h"
 
 namespace fusedopt {
