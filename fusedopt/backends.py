@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import reference_launch
 from .core import compiled, environment, why_not_compiled
+from .lasting import is_capturing
 from .phase import WHOLE_STEP
 from .table import Table
 
@@ -102,19 +104,21 @@ class Cuda:
         try:
             core.launch_cuda(*arguments)
         except compiled.OutOfMemory as error:
-            with torch.cuda.device(table.device):
-                if torch.cuda.is_current_stream_capturing():  # which forbids to give memory back
-                    raise torch.OutOfMemoryError(str(error)) from error
-            self._launch_again(core, arguments)
+            self._call_again(table.device, error, core.launch_cuda, arguments)
 
-    def _launch_again(self, core: Any, arguments: tuple[Any, ...]) -> None:
-        """After nothing was launched for want of memory: torch's allocator keeps what nobody uses from the driver."""
-        assert compiled is not None  # a launch failed
+    @staticmethod
+    def _call_again(
+        device: torch.device, error: Exception, call: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> None:
+        """After a call without memory: torch's allocator keeps what nobody uses from the driver."""
+        assert compiled is not None  # what called
+        if is_capturing(device):  # which forbids to give memory back
+            raise torch.OutOfMemoryError(str(error)) from error
         torch.cuda.empty_cache()
         try:
-            core.launch_cuda(*arguments)
-        except compiled.OutOfMemory as error:
-            raise torch.OutOfMemoryError(str(error)) from error
+            call(*arguments)
+        except compiled.OutOfMemory as again:
+            raise torch.OutOfMemoryError(str(again)) from again
 
     def moved_since_captures(self, table: Table) -> list[int]:
         """See Backend."""
@@ -127,8 +131,14 @@ class Cuda:
     def update_captures(self, table: Table) -> None:
         """See Backend."""
         core: Any = table.core
-        if table.lasting.launcher is not None and table.lasting.launcher.captures:
-            core.update_captures(table.lasting.launcher, torch.cuda.current_stream(table.device).cuda_stream)
+        if table.lasting.launcher is None or not table.lasting.launcher.captures:
+            return
+        assert compiled is not None  # what has captured
+        arguments = (table.lasting.launcher, torch.cuda.current_stream(table.device).cuda_stream)
+        try:
+            core.update_captures(*arguments)
+        except compiled.OutOfMemory as error:
+            self._call_again(table.device, error, core.update_captures, arguments)
 
 
 class Triton:

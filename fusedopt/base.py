@@ -18,7 +18,7 @@ from .apart import separate
 from .backends import Backend, Waiting, choose_backend, cpu, find_backend
 from .check import check_flags, check_groups, check_number
 from .hidden_steps import HiddenSteps
-from .lasting import Lasting
+from .lasting import Lasting, refuse_capture
 from .phase import EMA, MEASURES, NOTHING, OPTIONS, UPDATES, WHOLE_STEP, Phase, check_copy, check_distinct
 from .precision import check_modes, scale_key
 from .report import Report, read_report
@@ -505,6 +505,7 @@ class FusedOptimizer(Optimizer):
         size = 1 + (len(self.param_groups) if phase.norm_by_group else 1)
         before = self._results.get(number, self._results.get(self._main))
         if number not in self._results or before is None or before.device != device or before.numel() != size:
+            refuse_capture(device)
             made = torch.full((size,), math.nan, dtype=torch.float64, device=device)
             made[0] = 0.0 if before is None else before[0].to(device)
             self._lasting[device, number].keep(self._results.get(number))
@@ -633,4 +634,5 @@ def _on(device: torch.device, name: str, scalar: Tensor) -> Tensor:
     if not isinstance(scalar, Tensor):
         raise TypeError(f"{name} must be a tensor of 1 element, but it is {scalar!r}")
     check_number(name, scalar)
-    return scalar.to(device=device, dtype=torch.float32, non_blocking=True)
+    # Of a GPU's scalar a table on the CPU reads the value at once: it must have come by then.
+    return scalar.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")

@@ -11,6 +11,27 @@ import torch
 from torch import Tensor
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what is given to a device now, whichever device is the current one."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Refuses to make memory during a capture: its first values would be written by the graph's replays alone.
+
+    Raises:
+        RuntimeError: a CUDA graph captures.
+    """
+    if is_capturing(device):
+        raise RuntimeError(
+            "the optimizer's tensors, or what a step does with them, changed since its last step: run one step like it "
+            "before the capture"
+        )
+
+
 class StreamUse:
     """Tells torch's allocator on which streams launches use memory that was made on another.
 
@@ -22,7 +43,7 @@ class StreamUse:
 
     def record(self, device: torch.device, tensors: Iterable[Tensor | None]) -> None:
         """Says what the next launch on a device uses; of a capture, whose memory stays, nothing."""
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if device.type != "cuda" or is_capturing(device):
             return
         stream = torch.cuda.current_stream(device)
         if stream != self._last:

@@ -238,7 +238,7 @@ class States:
 
     def _given_velocities(self, rows: list[Row]) -> set[int]:
         """Indices of rows whose first step was skipped, and to which somebody else then gave a velocity."""
-        if self.rule.keeps_step or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if self.rule.keeps_step:
             return set()
         found = zip(rows, map(self.found_step, rows), strict=True)
         counts = [(row, step) for row, step in found if isinstance(step, Tensor) and step.numel() == 1]

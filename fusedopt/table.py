@@ -28,7 +28,7 @@ from .check import (
 from .core import Core, make_core, make_plain_core
 from .gradients import check_gradients_apart, stand_in
 from .hidden_steps import Counts, HiddenSteps
-from .lasting import Lasting
+from .lasting import Lasting, refuse_capture
 from .layout import strided_layout
 from .phase import EMA, LEAF, LEAVES_OF_GROUP, MOST_LEAVES, NOTHING, WHOLE_STEP, Phase, check_cleared, check_copy
 from .precision import (
@@ -150,7 +150,11 @@ class Table:
 
         Args:
             leaves_fresh: whether a launch on the CPU follows, which may clear large states that are new.
+
+        Raises:
+            RuntimeError: a CUDA graph captures.
         """
+        refuse_capture(self.device)
         if self._rows is None:
             self._begin(self._live, leaves_fresh=leaves_fresh)
             return
@@ -194,6 +198,9 @@ class Table:
 
         Returns:
             False where parameters came, went, were replaced or moved: the table must be built anew.
+
+        Raises:
+            RuntimeError: there are new rows to make, and a CUDA graph captures.
         """
         changed_groups = self._read_groups()
         if changed_groups == -1:
@@ -212,6 +219,8 @@ class Table:
         moved = [row for row in rows if row.lies and local(row.param).data_ptr() != row.lies]
         if moved and (self.phase.copy_to is not None or sharers(self.rows)):
             return False  # it was moved onto another parameter, or may have been onto a copy
+        if rows:
+            refuse_capture(self.device)
         self._remake(rows)
         return True
 
@@ -255,18 +264,20 @@ class Table:
 
     def _make_room(self) -> None:
         """For what the phase writes about every leaf."""
-        leaves, room = self.core.leaves, self.lasting
+        leaves = self.core.leaves
         if self.phase.reads_twice and leaves > MOST_LEAVES:
             raise ValueError(f"max_grad_norm and skip_nonfinite take up to {MOST_LEAVES * LEAF} elements on a device")
         if self.phase.reads_twice:
-            sums = leaves + leaves // LEAVES_OF_GROUP + len(self.parts)
-            if room.leaf_sums is None or room.leaf_sums.numel() != sums:
-                room.renew(leaf_sums=torch.empty(sums, dtype=torch.float64, device=self.device))
-            if room.joined is None or room.joined.numel() != len(self.parts):
-                room.renew(joined=torch.empty(len(self.parts), dtype=torch.float64, device=self.device))
-        size = REPORT_COLUMNS * leaves + 1
-        if self.phase.report and (room.report is None or room.report.numel() != size):
-            room.renew(report=torch.full((size,), math.nan, dtype=torch.float64, device=self.device))
+            self._have_room("leaf_sums", leaves + leaves // LEAVES_OF_GROUP + len(self.parts))
+            self._have_room("joined", len(self.parts))
+        if self.phase.report:
+            self._have_room("report", REPORT_COLUMNS * leaves + 1)
+
+    def _have_room(self, name: str, size: int) -> None:
+        room: Tensor | None = getattr(self.lasting, name)
+        if room is None or room.numel() != size:
+            refuse_capture(self.device)
+            self.lasting.renew(**{name: torch.full((size,), math.nan, dtype=torch.float64, device=self.device)})
 
     def is_current(self) -> bool:
         """Whether states and copies lie where the rows point. That states are the very ones, ``refresh`` watches."""

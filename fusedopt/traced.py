@@ -10,10 +10,12 @@ import itertools
 import weakref
 from collections.abc import Sequence  # at run time: torch reads the operator's schema from its annotations
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .lasting import is_capturing
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -51,7 +53,14 @@ def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-@torch.library.custom_op("fusedopt::step", mutates_args=("params",))
+# Inductor's CUDA graphs, as of mode="reduce-overhead", leave the step out: they would go on with the numbers and the
+# addresses of their recording. torch has this tag since 2.8.
+_NOT_RECORDED: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("fusedopt::step", mutates_args=("params",), **_NOT_RECORDED)
 def step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], number: int) -> None:
     """One step of an optimizer.
 
@@ -62,11 +71,16 @@ def step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int
         number: what :func:`register` returned.
 
     Raises:
-        RuntimeError: the optimizer no longer exists.
+        RuntimeError: the optimizer no longer exists; a CUDA graph captures, of which torch can not leave the step out.
     """
     optimizer = _find(number)
     if optimizer is None:
         raise RuntimeError("the optimizer that this graph was traced with no longer exists")
+    if not _NOT_RECORDED and is_capturing(params[0].device):
+        raise RuntimeError(
+            "a CUDA graph, as of torch.compile's mode='reduce-overhead', would go on with this step's hyperparameters: "
+            "with a torch before 2.8 compile without that mode, or capture optimizer.step itself"
+        )
     own = [optimizer._traced_params[place] for place in places]
     held = [param.grad for param in own]
     copies = [pair for pair in zip(own, params, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]

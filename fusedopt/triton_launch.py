@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .core import Core
-from .lasting import StreamUse
+from .lasting import StreamUse, is_capturing, refuse_capture
 from .phase import LEAF, MEASURES, UPDATES
 from .pycore import GRAD, SLOTS
 from .reference import REPORT_COLUMNS
@@ -76,7 +76,7 @@ class Launcher:
         core = table.core
         all_columns = self._all_columns(core, only_step=self.revision == core.revision)
         changed = [name for name, data in all_columns.items() if name in _DTYPES and self._sent.get(name) != data]
-        is_captured = _is_capturing(self.device)
+        is_captured = is_capturing(self.device)
         if is_captured:
             self._check_capturable(changed)
         for name in changed:
@@ -169,6 +169,7 @@ class Launcher:
 
         programs = resident_programs(table.core.variant, self.device)
         if self._terms is None or self._terms.shape[0] < programs:
+            refuse_capture(self.device)
             table.lasting.keep(self._terms)
             self._terms = torch.empty(programs, REPORT_COLUMNS, LEAF, dtype=torch.float64, device=self.device)
         return self._terms
@@ -178,6 +179,7 @@ class Launcher:
         if decay is None or isinstance(decay, Tensor):
             return decay
         if self._sent_decay is None or self._sent_decay[0] != decay:
+            refuse_capture(self.device)
             self._sent_decay = decay, torch.tensor(decay, dtype=torch.float64, device=self.device)
         return self._sent_decay[1]
 
@@ -188,10 +190,6 @@ class Launcher:
         if self.device.type == "cpu":
             return column
         return column.pin_memory().to(self.device, non_blocking=True)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _places(columns: dict[str, bytes]) -> Tensor:

@@ -60,6 +60,7 @@ READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
 VERSIONS = Suite("versions", ("tests/test_step.py", "-k", "version and cpu"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
+CAPTURE = Suite("capture", ("tests/test_capture.py",))
 LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
 AMP = Suite("amp", ("tests/test_amp.py", "-k", "cpu or emulated"))
 FAKE_DRIVER = Suite("driver", ("tests/test_fake_driver.py",), cuda=True)
@@ -599,6 +600,34 @@ FAULTS: tuple[Fault, ...] = (
         "if (capturing) state.refuse_unknown(host);",
         "",
         (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "launcher: a capture lost for want of memory",
+        LAUNCHER,
+        "    const RelaxedCapture relaxed;  // where there is no memory",
+        "    // where there is no memory",
+        (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "capture: states that the graph alone would clear",
+        "fusedopt/lasting.py",
+        "    if is_capturing(device):\n        raise",
+        "    if device is None:\n        raise",
+        (CAPTURE,),
+    ),
+    Fault(
+        "capture: compiled steps recorded",
+        "fusedopt/traced.py",
+        '{"tags": (torch.Tag.cudagraph_unsafe,)}',
+        '{"tags": ()}',
+        (CAPTURE,),
+    ),
+    Fault(
+        "scalars of a GPU read before they came",
+        "fusedopt/base.py",
+        'non_blocking=device.type != "cpu"',
+        "non_blocking=True",
+        (CAPTURE,),
     ),
     Fault(
         "launcher: tables that graphs read given up",

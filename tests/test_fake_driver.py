@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,14 +107,16 @@ class Starved:
 
     def __init__(self, times: int) -> None:
         self.left = times
-        self.launched: list[tuple[Any, ...]] = []
+        self.called: list[tuple[Any, ...]] = []
 
     def launch_cuda(self, *arguments: Any) -> None:
         assert core.compiled is not None
         self.left -= 1
         if self.left >= 0:
             raise core.compiled.OutOfMemory("cuMemAlloc failed: out of memory (2)")
-        self.launched.append(arguments)
+        self.called.append(arguments)
+
+    update_captures = launch_cuda
 
 
 @pytest.fixture
@@ -129,23 +132,32 @@ def given_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return times
 
 
-def launch(core: Starved) -> None:
-    table: Any = SimpleNamespace(
-        device=torch.device("cuda", 0), core=core, lasting=SimpleNamespace(launcher="launcher")
-    )
-    Cuda().launch(table, None, None)
+def table_of(core: Starved) -> Any:
+    lasting = SimpleNamespace(launcher=SimpleNamespace(captures=1))
+    return SimpleNamespace(device=torch.device("cuda", 0), core=core, lasting=lasting)
 
 
-def test_a_launch_without_memory_is_made_again_once_torch_has_given_back_what_it_keeps(given_back: list[str]) -> None:
+CALLS: dict[str, Callable[[Any], None]] = {
+    "a launch": lambda table: Cuda().launch(table, None, None),
+    "new numbers for captured steps": lambda table: Cuda().update_captures(table),
+}
+each_call = pytest.mark.parametrize("call", CALLS)
+
+
+@each_call
+def test_a_call_without_memory_is_made_again_once_torch_has_given_back_what_it_keeps(
+    call: str, given_back: list[str]
+) -> None:
     starved = Starved(1)
-    launch(starved)
+    CALLS[call](table_of(starved))
     assert given_back == ["once"]
-    assert starved.launched == [("launcher", 7, 0, 0)]
+    assert len(starved.called) == 1
 
 
-def test_a_launch_that_finds_no_memory_raises_torchs_error(given_back: list[str]) -> None:
+@each_call
+def test_a_call_that_finds_no_memory_raises_torchs_error(call: str, given_back: list[str]) -> None:
     with pytest.raises(torch.OutOfMemoryError, match="cuMemAlloc failed: out of memory"):
-        launch(Starved(2))
+        CALLS[call](table_of(Starved(2)))
     assert given_back == ["once"]
 
 
@@ -154,5 +166,5 @@ def test_a_capture_that_finds_no_memory_has_torch_give_back_nothing(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(torch.OutOfMemoryError):
-        launch(Starved(1))
+        CALLS["a launch"](table_of(Starved(1)))
     assert given_back == []

@@ -205,6 +205,38 @@ def test_a_graph_of_a_step_with_options_is_the_eager_run_bit_for_bit(phase: str,
 
 
 @each_run
+@each_class
+def test_a_first_step_within_a_capture_is_refused_and_whole_after_it(cls: str, run: Run, settings: Run) -> None:
+    """What a capture records is not done: states would hold whatever their memory held."""
+    optimizers = []
+    for is_captured_first in (True, False):
+        optimizer = getattr(fusedopt, cls)(make_params(), lr=0.5, backend=run.backend, **OPTIMIZERS[cls])
+        if is_captured_first:
+            with pytest.raises(RuntimeError, match="run one step like it before the capture"):
+                captured(optimizer)
+            assert not optimizer.state
+        optimizer.step()
+        optimizers.append(optimizer)
+    assert_same(*optimizers)
+
+
+@each_run
+def test_a_step_compiled_with_cuda_graphs_goes_by_the_learning_rate_of_now(run: Run, settings: Run) -> None:
+    """Inductor's graphs, of mode="reduce-overhead", leave the step out."""
+    optimizers, steps = [], []
+    for compiles in (False, True):
+        optimizers.append(fusedopt.AdamW(make_params(), lr=0.5, backend=run.backend))
+        step = optimizers[-1].step
+        steps.append(torch.compile(lambda step=step: step(), mode="reduce-overhead") if compiles else step)
+    for lr in (0.5, 0.5, 0.5, 0.25, 0.125):
+        for optimizer, step in zip(optimizers, steps, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            change_gradients(params_of(optimizer))
+            step()
+    assert_same(*optimizers)
+
+
+@each_run
 @pytest.mark.parametrize("option", ["copy_to", "zero_grads"])
 def test_a_graph_writes_copies_and_clears_gradients_at_every_replay(option: str, run: Run, settings: Run) -> None:
     params = make_params(device=run.device)

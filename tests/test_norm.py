@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import reference
+from fusedopt import lasting, reference
 from fusedopt.lasting import StreamUse
 
 from .running import INTERPRETED, ONE_RUN_EACH, Run, as_params
@@ -382,7 +382,7 @@ def test_memory_that_launches_use_on_another_stream_is_told_to_the_allocator(mon
 
     use, tensors = StreamUse(), (Told("sums"), None, Told("terms"))
     for stream, is_capturing in (("one", False), ("one", False), ("other", True), ("other", False), ("one", False)):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=is_capturing: answer)
+        monkeypatch.setattr(lasting, "is_capturing", lambda device, answer=is_capturing: answer)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, answer=stream: answer)
         use.record(torch.device("cuda", 0), tensors)  # type: ignore[arg-type]
         use.record(torch.device("cpu"), tensors)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Callable[[], Non
     def captured(optimizer: Any) -> Callable[[], None]:
         kept: list[tuple[Any, Any]] = []
         with monkeypatch.context() as patch:
-            patch.setattr(triton_launch, "_is_capturing", lambda device: True)
+            patch.setattr(triton_launch, "is_capturing", lambda device: True)
             patch.setattr(kernels, "launch", lambda *args, **kwargs: kept.append((args, kwargs)))
             optimizer.step()
 

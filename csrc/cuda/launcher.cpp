@@ -406,6 +406,7 @@ struct CudaLaunch::State {
 
   // A graph must be able to see later values of the groups, so they lie in device memory even where they would fit.
   void capture_step(const HostTable& host) {
+    const RelaxedCapture relaxed;  // where there is no memory for all of it, what there is goes at once
     auto capture = std::make_unique<Capture>();
     const std::vector<GroupRow>& now = host.group_rows();
     capture->groups.fill(now.data(), now.size() * sizeof(GroupRow));

@@ -199,6 +199,29 @@ void check_want_of_memory(driver::Stream stream) {
   }
 }
 
+// Nor is a capture lost by a step for which there was no memory.
+void check_want_of_memory_in_captures(driver::Stream stream) {
+  Random random(8);
+  RandomTable table(random, "adam", std::vector<i64>(size_t(kInlineGrads) + 1, 1));
+  u64 refused = 0;
+  for (u64 k = 0; refused == k; ++k) {
+    CudaLaunch cuda(0);
+    expect_step(cuda, table, stream, "with memory");
+    host::begin_capture(stream);
+    host::limit_memory(k);
+    try {
+      cuda.launch(table.host, number_of(stream), 0, 0);
+    } catch (const driver::OutOfMemory&) {
+      ++refused;
+    }
+    host::limit_memory(host::kPlenty);
+    host::end_capture(stream);
+    if (cuda.captures() != (refused == k ? 1 : 0)) fail("a step that was not captured counts as one");
+  }
+  if (refused != 4) fail("the groups and the gradients of a capture have memory of two kinds each");
+  if (host::blocks_of_memory() != 0) fail("what a capture without memory had of it was not freed");
+}
+
 // Chunks are listed where they can not be worked out: a tensor among empty ones, whose steps count too.
 void check_empty_tensors(driver::Stream stream) {
   const std::vector<std::vector<i64>> tables = {{9000}, {9000, 0, 0}, {0, 9000}, {5, 0, 3000}, {5, 3000}, {0}};
@@ -261,6 +284,7 @@ int main(int argc, char** argv) {
   check_refusals(streams[0]);
   check_late_copies(streams);
   check_want_of_memory(streams[0]);
+  check_want_of_memory_in_captures(streams[0]);
   check_empty_tensors(streams[0]);
   check_replaced_tables(streams[0]);
   check_without_cubins(streams[0]);

@@ -51,6 +51,7 @@ struct Work {
 struct StreamTag {
   std::vector<Work> queued;
   bool is_capturing = false;
+  bool is_lost = false;  // what it captures
   host::Graph graph;
 };
 
@@ -77,8 +78,12 @@ bool is_any_capturing() {
   return false;
 }
 
-// What a thread may not do while anything is captured, unless it has said that it knows.
-bool is_forbidden() { return capture_mode != kCaptureRelaxed && is_any_capturing(); }
+// What a thread may not do while anything is captured, unless it has said that it knows: the capture is lost by it.
+bool is_forbidden() {
+  if (capture_mode == kCaptureRelaxed || !is_any_capturing()) return false;
+  for (Stream stream : streams) stream->is_lost = stream->is_capturing;
+  return true;
+}
 
 void run(const Work& work) {
   if (work.kind == Work::kCopy) std::memcpy(reinterpret_cast<void*>(work.to), work.from, work.bytes);
@@ -288,10 +293,14 @@ driver::Stream make_stream() {
   return stream;
 }
 
-void begin_capture(driver::Stream stream) { stream->is_capturing = true; }
+void begin_capture(driver::Stream stream) {
+  stream->is_capturing = true;
+  stream->is_lost = false;
+}
 
 Graph end_capture(driver::Stream stream) {
   stream->is_capturing = false;
+  if (stream->is_lost) throw std::runtime_error("something was called that a capture forbids");
   Graph graph;
   std::swap(graph, stream->graph);
   return graph;
