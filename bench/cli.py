@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import timing, workloads
+from bench import script, timing, workloads
 from bench.peers import HYPER, PEERS
 from bench.suites import SUITES
 
@@ -108,7 +108,7 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--budget", type=float, metavar="SECONDS", help="time to spend on the rounds of each case")
     command.add_argument(
         "--out",
-        type=Path,
+        type=script.folder,
         metavar="FOLDER",
         help="where the files go, replacing those of before (default: bench/results/<machine>, named by date;"
         " out/bench with --quick or --workload)",
@@ -118,7 +118,9 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("report", help="make the HTML report and the picture again from results")
     command.add_argument("results", nargs="+", type=Path, help="JSON lines files, or folders of them")
-    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where report.html and the PNG go")
+    command.add_argument(
+        "--out", type=script.folder, required=True, metavar="FOLDER", help="where report.html and the PNG go"
+    )
 
 
 def _add_roofline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -173,7 +175,7 @@ def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--steps", type=int, default=20, help="steps to look at (default: %(default)s)")
     command.add_argument(
         "--out",
-        type=Path,
+        type=script.folder,
         default=Path("out/profile"),
         metavar="FOLDER",
         help="where traces go (default: %(default)s)",
@@ -195,7 +197,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--loss", type=float, help="validation loss to reach (default: each model's own)")
     command.add_argument("--backend", help="backend of fusedopt (default: chosen for the device)")
     command.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where the files go (default: bench/results/<machine>)"
+        "--out", type=script.folder, metavar="FOLDER", help="where the files go (default: bench/results/<machine>)"
     )
 
 
@@ -217,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda was asked for, but torch finds no CUDA device")
         return commands.COMMANDS[options.command](options, console())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -55,6 +55,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     table.print_run(console, records.by_case(found))
     for path in (kept, *show_all(found, stem)):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if not any(record["status"] == "ok" for record in found):
+        raise ValueError("nothing was measured: the table says why of each case")
     return 0
 
 
@@ -208,6 +210,7 @@ def make_report(options: argparse.Namespace, console: Console) -> int:
 def show_roofline(options: argparse.Namespace, console: Console) -> int:
     """Prints predictions, and what measurements say of them."""
     names = options.gpu or list(roofline.MACHINES)
+    rows = report.held_rows(records.read(options.results)) if options.results else []
     for name in names:
         if name not in roofline.MACHINES:
             raise ValueError(f"unknown GPU {name!r}: expected some of {', '.join(roofline.MACHINES)}")
@@ -217,7 +220,6 @@ def show_roofline(options: argparse.Namespace, console: Console) -> int:
         f" cold caches; assumptions in bench/roofline.py. {present.MISSING}: does not fit.",
         style="dim",
     )
-    rows = report.held_rows(records.read(options.results)) if options.results else []
     if rows:
         held = Table("case", "backend", "predicted", "measured", "measured ÷ predicted", "bandwidth from")
         for row in rows:

@@ -102,7 +102,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", choices=[*TASKS], default=[*TASKS], help="which to train; left out: all")
     parser.add_argument("--steps", type=script.count, default=200, metavar="N", help="training steps of each run")
     parser.add_argument("--seeds", type=script.count, default=3, metavar="N", help="runs of each mode: seeds 0, 1, ...")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("out/quality"), help="of curves and picture")
+    parser.add_argument(
+        "--out", type=script.folder, metavar="FOLDER", default=Path("out/quality"), help="of curves and picture"
+    )
     options = script.parsed(parser, words)
     curves: dict[str, dict[str, list[Curve]]] = {}
     for model in options.model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -88,7 +89,7 @@ def add_out(made: argparse.ArgumentParser) -> None:
     """`--out`, for `keep`."""
     made.add_argument(
         "--out",
-        type=Path,
+        type=file_to_write,
         nargs="?",
         const=Path(),
         metavar="FILE",
@@ -111,7 +112,7 @@ def refusals(made: argparse.ArgumentParser) -> Iterator[None]:
     """What cannot be done ends the program with a message, as an option that cannot be read does."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         made.error(str(error))
 
 
@@ -131,6 +132,25 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 count = at_least(1)
+
+
+def folder(word: str) -> Path:
+    """For `type=`: a folder that files can be written to, which is made."""
+    path = Path(word)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"no folder can be made at {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} can not be written to")
+    return path
+
+
+def file_to_write(word: str) -> Path:
+    """For `type=`: a file whose folder can be written to, which is made; or such a folder."""
+    path = Path(word)
+    folder(str(path if path.is_dir() else path.parent))
+    return path
 
 
 def finite(word: str) -> float:

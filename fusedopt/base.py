@@ -47,7 +47,8 @@ class FusedOptimizer(Optimizer):
     _main = 0  # the table whose results are the optimizer's
     _spreads: tuple[Spread, ...] = (None,)  # how parameters lie over ranks
     _unreported = 0  # the place of the last step among those of which one is reported, from 1
-    _is_swapped = False  # whether swap_ema() has put the averages in the parameters' place
+    _swaps = 0  # how many swap_ema() are within: the averages are in the parameters' place
+    _held: list[averages.Held]  # what the parameters were before the first of them
     profile_hook_step = staticmethod(hooks.profile_hook_step)  # type: ignore[assignment]
 
     def __init__(
@@ -90,7 +91,7 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._launch()
-        elif self._is_sharded:
+        elif self._is_sharded or self._phase.writes_tensors_of_others:
             self._launch_untraced()
         else:
             self._trace_launch()
@@ -218,18 +219,27 @@ class FusedOptimizer(Optimizer):
         """
         if self._phase.ema_decay is None:
             raise RuntimeError("no average is kept: construct the optimizer with ema_decay")
-        held = averages.held_values(self.param_groups, self.state)
-        was_swapped = self._is_swapped
+        if not self._swaps:
+            self._held = averages.held_values(self.param_groups, self.state)
+        self._swaps += 1
         try:
-            try:
-                self._is_swapped = True
-                averages.swap_in(held)
-                yield
-            finally:
-                averages.put_back(held)
+            if self._swaps == 1:
+                averages.swap_in(self._held)
+            yield
         finally:
-            averages.put_back(held)  # what an interrupt of that left
-            self._is_swapped = was_swapped
+            self._end_swap()
+
+    def _end_swap(self) -> None:
+        """The last that ends, which need not be the first that began, gives the parameters their values."""
+        try:
+            if self._swaps == 1:
+                averages.put_back(self._held)
+        finally:
+            if self._swaps == 1:
+                averages.put_back(self._held)  # what an interrupt of that left
+            self._swaps -= 1
+            if not self._swaps:
+                del self._swaps, self._held
 
     def refresh(self) -> None:
         """Looks at all tensors again.
@@ -328,7 +338,7 @@ class FusedOptimizer(Optimizer):
             if result is not None:
                 state_dict = result
         loaded = checkpoint.read(
-            self._rule, self._phase.states, self.param_groups, state_dict, self._name_of, self._fill_groups
+            self._rule, self._phase, self.param_groups, state_dict, self._name_of, self._fill_groups
         )
         self.__setstate__(loaded)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -336,6 +346,8 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: tables are rebuilt when next needed."""
+        if self._swaps:
+            raise RuntimeError("a copy made within swap_ema() would step from the averages, and never have its values")
         self._settle()
         state: dict[str, Any] = super().__getstate__()
         state["_requested_backend"] = self._requested_backend
@@ -416,7 +428,7 @@ class FusedOptimizer(Optimizer):
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._launch()
             return
-        if self._is_swapped:
+        if self._swaps:
             raise RuntimeError("a step within swap_ema() would be lost: the averages are in the parameters' place")
         try:
             self._launch_tables(self._current_tables(launches=True))
@@ -445,6 +457,7 @@ class FusedOptimizer(Optimizer):
                     _increment_version(untold)
                 if phase.flags or table.phase.flags:
                     self._announce(number, table, params, phase, stage)
+                    table.finds_faults = phase.reads_twice and found is None
                 backend.launch(table, scale, found)
             if stage == MEASURES and live:
                 self._join_norms([tables[number][0] for number in live], phase)
@@ -460,6 +473,8 @@ class FusedOptimizer(Optimizer):
     def _phase_of_step(self) -> Phase:
         """What the step being taken does beside the update."""
         phase = self._phase
+        if phase.flags:
+            phase.check_scalars()
         if self._finds_inf:
             phase = phase.finding_inf
         if phase.report > 1:
@@ -492,7 +507,7 @@ class FusedOptimizer(Optimizer):
         if stage == MEASURES:
             return
         if phase.report:
-            table.reported = params
+            table.tell_of(params)
         if phase.zero_grads:
             untold = table.core.bump_versions(of_gradients=True)
             _increment_version([param.grad for param in untold if param.grad is not None])

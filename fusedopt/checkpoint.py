@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .check import check_flags, check_hyperparameters, check_state, check_step
+from .phase import Phase
 from .precision import (
     MASTER_KEYS,
     ROUNDING_KEY,
@@ -36,7 +37,7 @@ StateDict = dict[str, Any]
 
 def read(
     rule: Rule,
-    more: Sequence[str],
+    phase: Phase,
     groups: Sequence[dict[str, Any]],
     state_dict: Mapping[str, Any],
     name_of: Callable[[int, int], str],
@@ -46,7 +47,7 @@ def read(
 
     Args:
         rule: of the optimizer that loads.
-        more: states of the parameter's shape that it keeps beside the rule's.
+        phase: what else its steps do.
         groups: its ``param_groups``, which stay as they are.
         state_dict: what was saved.
         name_of: what error messages call parameter ``place`` of group ``index``, as ``name_of(index, place)``.
@@ -56,7 +57,7 @@ def read(
         ``state`` and ``param_groups`` as an optimizer holds them. Tensors that are right already are not copied.
 
     Raises:
-        ValueError: it is that of another model or of another optimizer.
+        ValueError: it is that of another model or of another optimizer, or has options that this one's groups can not.
         RuntimeError: it asks for options that exclude each other.
     """
     _check_form(state_dict)
@@ -68,18 +69,21 @@ def read(
     for group, saved in zip(groups, saved_groups, strict=True):
         saved["params"] = group["params"]
         keep_modes(saved, group)
-        if "param_names" in group:
-            saved.setdefault("param_names", group["param_names"])
+        for key in ("param_names", "max_grad_norm"):  # which a checkpoint of torch's does not have
+            if key in group:
+                saved.setdefault(key, group[key])
     fill(saved_groups)
-    _check_groups(rule, saved_groups)
+    _check_groups(rule, phase, saved_groups)
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for key, value in state_dict["state"].items():
         if key not in place_of:
-            _check_stranger((*rule.states, *more, *MASTER_KEYS, ROUNDING_KEY), key, value)
+            _check_stranger((*rule.states, *phase.states, *MASTER_KEYS, ROUNDING_KEY), key, value)
             state[key] = value  # not of a parameter: kept as it is, as torch does
             continue
         g, k = place_of[key]
-        state[groups[g]["params"][k]] = _fitted(rule, more, name_of(g, k), groups[g]["params"][k], groups[g], value)
+        state[groups[g]["params"][k]] = _fitted(
+            rule, phase.states, name_of(g, k), groups[g]["params"][k], groups[g], value
+        )
     return {"state": state, "param_groups": saved_groups}
 
 
@@ -177,7 +181,7 @@ def _check_stranger(names: Sequence[str], key: Any, value: Any) -> None:
         raise ValueError(f"loaded state dict has a state of a parameter {key!r}, which is in none of its groups")
 
 
-def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
+def _check_groups(rule: Rule, phase: Phase, groups: Sequence[dict[str, Any]]) -> None:
     try:
         check_hyperparameters(rule, groups)
     except KeyError as error:
@@ -187,6 +191,10 @@ def _check_groups(rule: Rule, groups: Sequence[dict[str, Any]]) -> None:
             check_flags(foreach=False, fused=False, differentiable=group.get("differentiable", False))
         except RuntimeError as error:
             raise RuntimeError(f"group {index} of the loaded state dict: {error}") from error
+        try:
+            phase.check_group(index, group)
+        except ValueError as error:
+            raise ValueError(f"loaded state dict: {error}") from error
 
 
 def _fitted(

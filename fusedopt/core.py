@@ -141,6 +141,9 @@ class Core(Protocol):
     def refresh(self) -> list[int] | None:
         """Reads gradients again: rows that are no longer what the table says, or None."""
 
+    def gradients_moved(self) -> bool:
+        """Whether a refresh has found a gradient elsewhere since the last call."""
+
     def params(self) -> list[Tensor]:
         """The parameters of all rows: the same list at every call."""
 

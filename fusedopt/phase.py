@@ -83,21 +83,14 @@ class Phase:
 
     def __post_init__(self) -> None:
         """Refuses what no step could use."""
-        decay = self.ema_decay
-        if decay is not None:
-            check_number("ema_decay", decay)
-        if self.max_grad_norm is not None:
-            check_at_least_0("max_grad_norm", self.max_grad_norm)
+        self.check_scalars()
         check_number("norm_type", self.norm_type)
         for name in ("ema_warmup", "zero_grads", "norm_by_group", "skip_nonfinite"):
             if not isinstance(getattr(self, name), bool):  # they become bits of `flags`
                 raise TypeError(f"{name} must be True or False, but it is {getattr(self, name)!r}")
         if self.copy_to is not None and not isinstance(self.copy_to, (Mapping, Sequence)):
             raise TypeError(f"copy_to must be a sequence of tensors or a dict by parameter, but it is {self.copy_to!r}")
-        on_device = isinstance(decay, Tensor) and decay.device.type != "cpu"  # to look at it would wait for the device
-        if decay is not None and not on_device and not 0.0 <= float(decay) <= 1.0:
-            raise ValueError(f"Invalid ema_decay: {decay}")
-        if self.ema_warmup and decay is None:
+        if self.ema_warmup and self.ema_decay is None:
             raise ValueError("ema_warmup needs ema_decay: it is how that starts")
         if self.norm_by_group and self.max_grad_norm is None:
             raise ValueError("norm_by_group needs max_grad_norm: it is what each group is clipped to")
@@ -105,6 +98,17 @@ class Phase:
             raise ValueError(f"norm_type must be 2 or infinity, but it is {self.norm_type}")
         if not isinstance(self.report, int) or self.report < 0:
             raise ValueError(f"report must be True, False or a number of steps, but it is {self.report!r}")
+
+    def check_scalars(self) -> None:
+        """Refuses values that no step could use. A tensor may change between steps; on a GPU it is not looked at."""
+        decay = self.ema_decay
+        if decay is not None:
+            check_number("ema_decay", decay)
+        on_device = isinstance(decay, Tensor) and decay.device.type != "cpu"  # to look at it would wait for the device
+        if decay is not None and not on_device and not 0.0 <= float(decay) <= 1.0:
+            raise ValueError(f"Invalid ema_decay: {decay}")
+        if self.max_grad_norm is not None:
+            check_at_least_0("max_grad_norm", self.max_grad_norm)
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Phase:
@@ -150,6 +154,11 @@ class Phase:
     def reads_twice(self) -> bool:
         """Whether a step reads all gradients before it updates anything."""
         return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def writes_tensors_of_others(self) -> bool:
+        """Whether a step writes tensors beside parameters that a graph may hold as well."""
+        return self.zero_grads or self.copy_to is not None
 
     @cached_property
     def finding_inf(self) -> Phase:

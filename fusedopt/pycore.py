@@ -194,6 +194,7 @@ class PyTable:
         self._next_asked = 0
         self._live = [False] * rows
         self._live_params: list[Tensor] | None = None
+        self._gradients_moved = False
         self._chunks = array(U32)
         self._chunk_elements = 0
         self._planned_workers = 0
@@ -439,6 +440,11 @@ class PyTable:
                 return -1
         return changed or None
 
+    def gradients_moved(self) -> bool:
+        """Whether a refresh has found a gradient elsewhere since the last call."""
+        moved, self._gradients_moved = self._gradients_moved, False
+        return moved
+
     def params(self) -> list[Tensor]:
         """The parameters of all rows."""
         return [watch.param for watch in self._watches if watch is not None]
@@ -524,6 +530,7 @@ class PyTable:
         return all(found.get(name) is tensor for name, tensor in watched[1].items())
 
     def _set_grad(self, row: int, address: int, live: bool) -> None:
+        self._gradients_moved = self._gradients_moved or (live and self._address[GRAD * self._rows + row] != address)
         self._address[GRAD * self._rows + row] = address
         if self._live[row] != live:
             self._live[row] = live

@@ -23,6 +23,7 @@ from torch import Tensor
 LEAF = 2048  # elements; csrc/table.h
 ROW, CHAIN = 16, 32  # csrc/rules/reduce.h
 REPORT_COLUMNS = 5  # csrc/report.h
+PARAM_SQUARES = 1  # of these
 
 
 class SGDUpdate(NamedTuple):

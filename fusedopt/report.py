@@ -93,27 +93,29 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
     rows, everything, elements = [], [], 0
     skipped, at_fault = False, []
     for table in tables:
-        live = set(table.reported)
-        if not live or table.partials is None:
+        if not table.reported:
             continue
-        partials = table.partials.cpu()
+        columns, sums = table.last_taken(), _sums(table)
         skipped |= bool(table.last_was_skipped)
-        has_sums = table.lasting.leaf_sums is not None and table.phase.report and table.last_was_skipped
-        sums = table.lasting.leaf_sums.cpu() if has_sums and table.lasting.leaf_sums is not None else None
-        first = 0
-        for row in table.rows:
-            leaves = partials[:, first : first + row.leaves]
-            if sums is not None and not sums[first : first + row.leaves].isfinite().all():
+        for row, leaves in table.leaves():
+            if sums is not None and not sums[leaves].isfinite().all():
                 at_fault.append(names[row.param])
-            first += row.leaves
-            if row.param not in live:
-                leaves.zero_()
+            if not table.tells_of(row, columns[:, leaves]):
+                columns[:, leaves] = 0.0
                 continue
             count = real_view(local(row.param)).numel()
             elements += count
-            rows.append({"name": names[row.param], **_numbers(leaves, count)})
-        everything.append(partials)
+            rows.append({"name": names[row.param], **_numbers(columns[:, leaves], count)})
+        everything.append(columns)
     return Report(rows, _numbers(torch.cat(everything, dim=1), elements), skipped, tuple(at_fault))
+
+
+def _sums(table: Table) -> Tensor | None:
+    """What the gradients of every leaf came to, where the last launch found so that it was not to be taken."""
+    sums = table.lasting.leaf_sums
+    if sums is None or not (table.phase.report and table.finds_faults and table.last_was_skipped):
+        return None
+    return sums.cpu()
 
 
 def _numbers(leaves: Tensor, elements: int) -> dict[str, Any]:

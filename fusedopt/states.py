@@ -196,6 +196,8 @@ class States:
         usable = place(resolved(tensor).to(local(row.param).device), row.param)
         if name in self.rule.states:
             usable = as_asked(usable, row.param, self.groups[row.group], name)
+        if name == EMA:  # torch, loading it, casts it to the dtype of the parameter
+            usable = usable.to(torch.promote_types(usable.dtype, average_dtype(row.param)))
         if usable is not tensor:
             self.state[row.param][name] = usable
         return usable

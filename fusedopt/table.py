@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from .precision import (
     scale_key,
     state_dtype_of,
 )
-from .reference import REPORT_COLUMNS
+from .reference import PARAM_SQUARES, REPORT_COLUMNS
 from .rows import Row, part_of
 from .rules import Rule
 from .sharded import Spread, is_sharded, local, places_of
@@ -52,6 +53,7 @@ from .states import States
 PLAIN_MODE = DEFAULT_BLOCK.bit_length() - 1  # precision.row_mode of a group without modes
 ELEMENT_SLOTS = 8  # parameter, gradient, three states, master, ema, copy: csrc/table.h
 STATES_AT, STATE_SLOTS, PLACE_SLOTS = 2, 3, 3
+UNWRITTEN = -1.0  # in a column of squares: no launch has written there
 
 
 @dataclass(eq=False, slots=True)
@@ -87,9 +89,11 @@ class Table:
     """
 
     stage = WHOLE_STEP
-    reported: Sequence[Tensor] = ()  # the parameters that it tells of
+    reported: Sequence[Tensor] = ()  # the parameters of the last launch that was to report
+    finds_faults = False  # whether the last launch looked at all gradients itself
     ema_decay: float | Tensor | None = None  # as the next launch reads it
     parts: Sequence[int] = (0,)  # the first row of each
+    _kept: Tensor | None = None  # the report of the last step taken by other parameters than `reported`
     _begun: Begun | None = None
 
     def __init__(
@@ -211,6 +215,8 @@ class Table:
         self._check_flags(changed_groups)
         changed_rows = self.core.refresh()
         if changed_groups is None and changed_rows is None:
+            if self.phase.zero_grads and self.core.gradients_moved():
+                self._check_cleared([])
             return True
         groups, indices = set(changed_groups or ()), set(changed_rows or ())
         rows = [row for row in self.rows if row.index in indices or row.group in groups]
@@ -256,6 +262,50 @@ class Table:
         """What the report keeps of every leaf: the columns of csrc/report.h."""
         report = self.lasting.report
         return None if report is None else report[:-1].view(REPORT_COLUMNS, -1)
+
+    def tell_of(self, params: Sequence[Tensor]) -> None:
+        """Takes note of whom the next launch is to report. It may be skipped: what was reported before is kept.
+
+        Whether a leaf was written since is seen by itself, on the device, so that nothing waits.
+        """
+        partials = self.partials
+        if partials is None or (self.reported and _same(params, self.reported)):
+            return
+        if self.reported:
+            none = torch.full_like(partials, UNWRITTEN) if self._kept is None else self._kept
+            self._kept = torch.where((partials[PARAM_SQUARES] != UNWRITTEN).any(), partials, none)
+        partials.fill_(UNWRITTEN)
+        self.reported = params
+
+    def last_taken(self) -> Tensor:
+        """The columns of csrc/report.h as the last step that was taken left them: a copy, on the CPU.
+
+        UNWRITTEN are leaves of parameters that it did not update. Where none was taken, those of the parameters that
+        the last launch was to report are NaN.
+        """
+        for columns in (self.partials, self._kept):
+            found = None if columns is None else columns.to("cpu", copy=True)
+            if found is not None and bool((found[PARAM_SQUARES] != UNWRITTEN).any()):
+                return found
+        found = torch.full((REPORT_COLUMNS, self.core.leaves), UNWRITTEN, dtype=torch.float64, device="cpu")
+        reported = set(self.reported)
+        for row, leaves in self.leaves():
+            if row.param in reported:
+                found[:, leaves] = math.nan
+        return found
+
+    def tells_of(self, row: Row, columns: Tensor) -> bool:
+        """Whether these columns, of its leaves, are of a step that updated a row's parameter, or was to."""
+        if columns.numel() == 0:
+            return any(row.param is param for param in self.reported)
+        return bool(columns[PARAM_SQUARES, 0] != UNWRITTEN)
+
+    def leaves(self) -> Iterator[tuple[Row, slice]]:
+        """Every row, and where its leaves are among those of all."""
+        first = 0
+        for row in self.rows:
+            yield row, slice(first, first + row.leaves)
+            first += row.leaves
 
     @property
     def last_was_skipped(self) -> Tensor | None:
@@ -334,7 +384,7 @@ class Table:
             self._describe(others, strange)
         self._begin(plain)
         if self.reported and leaves != [row.leaves for row in rows]:
-            self.reported = ()  # what was kept is by leaves that no longer are these
+            self.reported, self._kept = (), None  # what was kept is by leaves that no longer are these
 
     def _check_rows(self, rows: list[Row]) -> list[Row]:
         """Refuses what does not fit together; returns the rows whose state is not what they hold."""
@@ -423,8 +473,7 @@ class Table:
         self._begun = None
 
     def _check_cleared(self, rows: list[Row]) -> None:
-        live = self.live_rows()
-        check_cleared([(row.name, row.param.grad) for row in live if row.param.grad is not None])
+        check_cleared([(row.name, row.param.grad) for row in self._beside if row.param.grad is not None])
         for row in rows:
             if stand_in(row.param) is not None:
                 raise ValueError(f"zero_grads: gradient of {row.name} is not what the kernels read: it lies otherwise")
@@ -517,3 +566,8 @@ def _address(tensor: Tensor | None) -> int:
 def real_view(tensor: Tensor) -> Tensor:
     """A complex tensor as its real and imaginary parts, as torch's optimizers take it."""
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether these are the same tensors."""
+    return one is other or (len(one) == len(other) and all(map(is_, one, other)))

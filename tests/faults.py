@@ -60,6 +60,7 @@ READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
 VERSIONS = Suite("versions", ("tests/test_step.py", "-k", "version and cpu"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
+COMPILED_STEP = Suite("compiled step", ("tests/contract/test_compile.py", "-k", "copies"))
 CAPTURE = Suite("capture", ("tests/test_capture.py",))
 LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
 AMP = Suite("amp", ("tests/test_amp.py", "-k", "cpu or emulated"))
@@ -600,6 +601,51 @@ FAULTS: tuple[Fault, ...] = (
         "if (capturing) state.refuse_unknown(host);",
         "",
         (LAUNCHER_RUN,),
+    ),
+    Fault(
+        "clearing: gradients that moved not looked at",
+        "fusedopt/table.py",
+        "if self.phase.zero_grads and self.core.gradients_moved():",
+        "if self.core is None:",
+        (PHASE,),
+    ),
+    Fault(
+        "clearing: gradients of tied parameters not looked at",
+        "fusedopt/table.py",
+        "(row.name, row.param.grad) for row in self._beside if",
+        "(row.name, row.param.grad) for row in self.rows if",
+        (PHASE,),
+    ),
+    Fault(
+        "clearing: not seen by a compiled graph",
+        "fusedopt/base.py",
+        " or self._phase.writes_tensors_of_others:",
+        ":",
+        (COMPILED_STEP,),
+    ),
+    Fault(
+        "report: parameters of a skipped step beside the numbers of another",
+        "fusedopt/table.py",
+        "        partials.fill_(UNWRITTEN)\n",
+        "",
+        (REPORT,),
+    ),
+    Fault(
+        "report: reading changes it", "fusedopt/table.py", 'columns.to("cpu", copy=True)', "columns.cpu()", (REPORT,)
+    ),
+    Fault(
+        "report: an earlier launch is at fault",
+        "fusedopt/base.py",
+        "phase.reads_twice and found is None",
+        "phase.reads_twice",
+        (REPORT,),
+    ),
+    Fault(
+        "average: torch's dtype stays",
+        "fusedopt/states.py",
+        "torch.promote_types(usable.dtype, average_dtype(row.param))",
+        "usable.dtype",
+        (PHASE,),
     ),
     Fault(
         "launcher: a capture lost for want of memory",

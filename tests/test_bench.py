@@ -1154,6 +1154,8 @@ BAD_INPUT = {
     "an unknown GPU": ["roofline", "--gpu", "abacus"],
     "no steps to profile": ["profile", "--workload", "2x2", "--steps", "0"],
     "no steps to train": ["train", "--steps", "0"],
+    "nothing that fits": ["--workload", "1x999999999999", "--threads", "1"],
+    "no results for the roofline": ["roofline", "/dev/null/x"],
     "too much to profile": ["profile", "--workload", "1x999999999999"],
 }
 
@@ -1163,6 +1165,16 @@ def test_bad_input_ends_with_a_message_and_exit_code_2(what: str, capsys: pytest
     device = [] if BAD_INPUT[what][0] == "roofline" else ["--device", "cpu"]
     assert main([*BAD_INPUT[what], *device]) == 2
     assert capsys.readouterr().err.startswith("python -m bench: ")
+
+
+@pytest.mark.parametrize("command", ["run", "report .", "profile --workload 2x2", "train"])
+def test_a_folder_that_can_not_be_made_is_said_before_anything_is_measured(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*command.split(), "--out", "/dev/null/x"])
+    assert left.value.code == 2
+    assert "no folder can be made at /dev/null/x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["list", "--device", "cpu"], ["roofline"]])

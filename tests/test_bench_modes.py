@@ -82,6 +82,8 @@ BAD_INPUT = [
     ("phase", ["--threads", "0"], "must be at least 1, got 0"),
     ("quality", ["--model", "llama"], "invalid choice: 'llama'"),
     ("readme", ["absent.jsonl"], "no results at absent.jsonl"),
+    ("phase", ["--out", "/dev/null/x/y"], "no folder can be made at /dev/null/x"),
+    ("quality", ["--out", "/dev/null/x"], "no folder can be made at /dev/null/x"),
     ("reported", ["--workload", "nope"], "unknown workload 'nope'"),
     ("reported", ["--workload", "1x999999999999"], "GiB of memory on cpu"),
     ("reported", ["--rounds", "-3"], "must be at least 2, got -3"),

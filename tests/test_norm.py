@@ -389,6 +389,33 @@ def test_memory_that_launches_use_on_another_stream_is_told_to_the_allocator(mon
     assert told == [(name, stream) for stream in ("one", "other", "one") for name in ("sums", "terms")]
 
 
+def test_a_groups_own_norm_outlives_a_checkpoint_of_torchs() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups: list[dict[str, Any]] = [{"params": [param]} for param in params]
+    optimizer = fusedopt.SGD(
+        [{**groups[0], "max_grad_norm": None}, groups[1]], lr=1.0, max_grad_norm=0.5, norm_by_group=True
+    )
+    optimizer.load_state_dict(torch.optim.SGD(groups, lr=1.0).state_dict())
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    assert params[0].tolist() == [0.0] * 3
+    assert params[1].tolist() != [0.0] * 3
+
+
+@pytest.mark.parametrize("key", ["max_grad_norm", "ema_decay"])
+def test_a_checkpoint_with_an_option_of_the_whole_optimizer_in_a_group_is_not_loaded(key: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= {key: 0.5, "lr": 2.0}
+    with pytest.raises(ValueError, match=rf"loaded state dict: group 0 has {key}=0\.5"):
+        optimizer.load_state_dict(saved)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert param.tolist() == [0.0] * 3
+
+
 def room_of(optimizer: Any) -> list[torch.Tensor]:
     ((table, _),) = optimizer._tables
     return [table.lasting.leaf_sums, table.lasting.joined, table.lasting.report, optimizer._results[0]]

@@ -384,6 +384,46 @@ def test_gradients_that_can_not_be_cleared_are_refused_before_anything_changes()
     assert first.tolist() == [1.0] * 4
 
 
+def _given_twice() -> list[torch.nn.Parameter]:
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    return [param, param]
+
+
+def _tied() -> list[torch.nn.Parameter]:
+    one = torch.nn.Parameter(torch.ones(4))
+    other = torch.nn.Parameter(one.data)
+    one.grad = other.grad = torch.ones(4)
+    return [one, other]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("params", [_given_twice, _tied])
+def test_a_gradient_that_two_updates_would_read_is_not_cleared_by_the_first(params: Any) -> None:
+    made = params()
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0 and .*parameter 1 of group 0 share memory"):
+        fusedopt.SGD(made, lr=0.5, zero_grads=True).step()
+    assert made[0].tolist() == [1.0] * 4
+
+
+@each_run
+@pytest.mark.parametrize("overlap", ["the same", "partly"])
+def test_a_gradient_that_comes_to_lie_in_another_is_not_cleared_either(overlap: str, run: Run, settings: Run) -> None:
+    params = [torch.nn.Parameter(torch.ones(4, device=run.device)) for _ in range(2)]
+    optimizer = fusedopt.SGD(params, lr=0.5, zero_grads=True, backend=run.backend)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    memory = torch.ones(7, device=run.device)
+    params[0].grad = memory[:4]
+    params[1].grad = params[0].grad if overlap == "the same" else memory[3:]
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    params[1].grad = memory[3:].clone()
+    optimizer.step()
+    assert [param.tolist() for param in params] == [[0.0] * 4] * 2
+
+
 def test_a_step_within_swapped_averages_is_refused() -> None:
     param = torch.nn.Parameter(torch.ones(2))
     optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.5)
@@ -434,6 +474,64 @@ def test_a_first_gradient_may_come_after_another_parameter_of_its_shape_has_left
     for _ in range(2):
         optimizer.step()
     assert optimizer.state[params[1]]["ema"].tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("first_ends_first", [True, False])
+def test_swaps_that_overlap_end_with_the_last_of_them(first_ends_first: bool) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fusedopt.SGD([param], lr=1.0, ema_decay=0.5)
+    param.grad = torch.ones(2)
+    for _ in range(2):
+        optimizer.step()
+    attributes = vars(optimizer).keys()
+    swaps = [optimizer.swap_ema() for _ in range(2)]
+    for swap in swaps:
+        swap.__enter__()
+    for swap in swaps if first_ends_first else reversed(swaps):
+        assert param.tolist() == [-0.5, -0.5]
+        swap.__exit__(None, None, None)
+    assert param.tolist() == [-1.0, -1.0]
+    assert vars(optimizer).keys() == attributes
+    optimizer.step()
+    assert param.tolist() == [-2.0, -2.0]
+
+
+def test_no_copy_is_made_of_an_optimizer_whose_parameters_are_averages_for_a_while() -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = fusedopt.SGD([param], lr=1.0, ema_decay=0.5)
+    param.grad = torch.ones(2)
+    optimizer.step()
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="copy made within swap_ema"):
+        copy.deepcopy(optimizer)
+    copy.deepcopy(optimizer).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_average_that_torch_has_cast_is_kept_in_float32_again(dtype: torch.dtype) -> None:
+    param = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    ours, theirs = fusedopt.SGD([param], lr=0.5, ema_decay=0.999), torch.optim.SGD([param], lr=0.5)
+    ours.step()
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.state[param]["ema"].dtype == dtype
+    ours.load_state_dict(theirs.state_dict())
+    ours.step()
+    assert ours.state[param]["ema"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("option", "good", "bad"), [("max_grad_norm", 1.0, -1.0), ("max_grad_norm", 1.0, math.nan), ("ema_decay", 0.5, 2.0)]
+)
+def test_an_option_that_leaves_its_range_is_refused_by_the_next_step(option: str, good: float, bad: float) -> None:
+    param, value = torch.nn.Parameter(torch.ones(2)), torch.tensor(good)
+    optimizer = fusedopt.SGD([param], lr=0.5, **{option: value})
+    param.grad = torch.ones(2)
+    optimizer.step()
+    before, version = param.tolist(), param._version
+    value.fill_(bad)
+    with pytest.raises(ValueError, match=f"{option}.*{bad}"):
+        optimizer.step()
+    assert (param.tolist(), param._version) == (before, version)
 
 
 def test_an_average_that_is_swapped_in_twice_lets_no_step_be_lost() -> None:

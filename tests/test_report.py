@@ -267,3 +267,45 @@ def test_a_first_gradient_in_a_step_that_is_not_reported_makes_no_other_numbers_
 def test_what_is_no_number_of_steps_is_refused(report: Any) -> None:
     with pytest.raises(ValueError, match="report must be True, False or a number of steps, but it is"):
         fusedopt.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, report=report)
+
+
+@each_run
+@pytest.mark.parametrize("skips", [1, 3])
+def test_a_report_is_that_of_the_last_step_taken_whoever_had_gradients_since(
+    skips: int, run: Run, settings: Run
+) -> None:
+    params = {name: torch.nn.Parameter(torch.ones(3, device=run.device)) for name in "abc"}
+    optimizer = fusedopt.SGD(list(params.items()), lr=0.5, report=True, skip_nonfinite=True, backend=run.backend)
+
+    def step(**grads: float) -> Any:
+        for name, param in params.items():
+            param.grad = torch.full_like(param, grads[name]) if name in grads else None
+        optimizer.step()
+        return optimizer.report()
+
+    assert math.isnan(step(b=math.nan).whole["grad_norm"])
+    assert [row["name"] for row in optimizer.report().rows] == ["b"]
+    step(a=1.0, b=1.0, c=1.0)
+    taken = step(a=2.0, b=2.0)
+    for _ in range(skips):
+        assert_same_numbers(step(a=math.nan, c=1.0), taken)
+        found = step(b=math.nan)
+    assert (found.skipped, found.at_fault) == (True, ("b",))
+    assert [row["name"] for row in found.rows] == ["a", "b"]
+    assert_same_numbers(found, taken)
+    found = step(c=2.0)
+    assert [(row["name"], row["grad_norm"]) for row in found.rows] == [("c", math.sqrt(12.0))]
+
+
+@each_run
+def test_nobody_is_at_fault_where_somebody_else_found_the_infinity(run: Run, settings: Run) -> None:
+    params = [torch.nn.Parameter(torch.ones(3, device=run.device)) for _ in range(2)]
+    optimizer = fusedopt.SGD(params, lr=0.5, report=True, skip_nonfinite=True, backend=run.backend)
+    for param, value in zip(params, (math.inf, 1.0), strict=True):
+        param.grad = torch.full_like(param, value)
+    optimizer.step()
+    assert optimizer.report().at_fault == ("0",)
+    optimizer.found_inf = torch.ones((), device=run.device)
+    params[0].grad = torch.ones(3, device=run.device)
+    optimizer.step()
+    assert (optimizer.report().skipped, optimizer.report().at_fault) == (True, ())

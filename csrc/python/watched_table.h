@@ -205,6 +205,9 @@ class Table {
     return changed.empty() ? py::object(py::none()) : py::object(changed);
   }
 
+  // Whether a gradient has come to lie elsewhere since the last call.
+  bool gradients_moved() { return std::exchange(gradients_moved_, false); }
+
   // See GroupReader::read.
   py::object read_groups(const py::list& groups) { return groups_.read(groups, places_, host_); }
 
@@ -482,7 +485,9 @@ class Table {
   bool take_gradient(u64 row, u64 address) {
     const bool is_empty = host_.numel(row) == 0;
     if (address == 0 && !is_empty) return false;
-    host_.set_grad(row, is_empty ? kEmptyGradient : address);
+    const u64 place = is_empty ? kEmptyGradient : address;
+    gradients_moved_ = gradients_moved_ || host_.slot(kGrad, row) != place;
+    host_.set_grad(row, place);
     set_live(row, true);
     return true;
   }
@@ -543,6 +548,7 @@ class Table {
   std::vector<bool> live_;
   bool wants_holds_ = true;
   bool holding_ = false;  // every live parameter that can be held
+  bool gradients_moved_ = false;
   PlacedStates placed_;
   FreshStates fresh_{host_};
   py::object live_params_ = py::none();

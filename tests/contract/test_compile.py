@@ -142,6 +142,28 @@ def test_parameters_that_the_graph_itself_changes_and_gradients_that_it_makes(co
         assert all(torch.equal(*pair) for pair in zip(mine, other, strict=True))
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_graph_sees_the_copies_and_the_cleared_gradients_of_its_steps(compiler: str) -> None:
+    """Such a step breaks the graph: it writes tensors that the graph may hold."""
+
+    def train(param: nn.Parameter, copied: Tensor, optimizer: Any, x: Tensor) -> list[Tensor]:
+        seen = []
+        for _ in range(2):
+            param.grad.add_(x)
+            optimizer.step()
+            seen += [copied + param.grad, param * 2.0]
+        return seen
+
+    found = []
+    for compiles in (True, False):
+        param, copied = nn.Parameter(torch.ones(4)), torch.zeros(4)
+        param.grad = torch.zeros(4)
+        optimizer = fusedopt.SGD([param], lr=0.5, zero_grads=True, copy_to=[copied])
+        run = torch.compile(train, backend=compiler) if compiles else train
+        found.append([*run(param, copied, optimizer, torch.ones(4)), param.detach(), copied, param.grad])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_gradients_that_come_and_go() -> None:
     models, optimizers = _pair("SGD")
     step = torch.compile(lambda: optimizers[0].step(), backend="eager", fullgraph=True)
