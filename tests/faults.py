@@ -72,6 +72,7 @@ BLOCKS = Suite("blocks", ("tests/test_blocks.py", "-k", "cpu or emulated"))
 RANDOM = Suite("random words", ("tests/test_random.py",))
 PRECISION = Suite("precision", ("tests/test_precision.py", "-k", "cpu or emulated"))
 PHASE = Suite("phase", ("tests/test_phase.py", "-k", "cpu or emulated"))
+PHASE_ONCE = Suite("phase, on one backend", ("tests/test_phase.py", "-k", "two_updates or torch_has_cast"))
 NORM = Suite("norm", ("tests/test_norm.py", "-k", "cpu or emulated"))
 REPORT = Suite("report", ("tests/test_report.py", "-k", "cpu or emulated"))
 REFERENCE = Suite("reference", ("tests/test_accuracy.py", "tests/test_bits.py", "-k", "reference or cpu-baseline-2"))
@@ -614,7 +615,7 @@ FAULTS: tuple[Fault, ...] = (
         "fusedopt/table.py",
         "(row.name, row.param.grad) for row in self._beside if",
         "(row.name, row.param.grad) for row in self.rows if",
-        (PHASE,),
+        (PHASE_ONCE,),
     ),
     Fault(
         "clearing: not seen by a compiled graph",
@@ -645,7 +646,7 @@ FAULTS: tuple[Fault, ...] = (
         "fusedopt/states.py",
         "torch.promote_types(usable.dtype, average_dtype(row.param))",
         "usable.dtype",
-        (PHASE,),
+        (PHASE_ONCE,),
     ),
     Fault(
         "launcher: a capture lost for want of memory",
