@@ -184,7 +184,7 @@ def _add_sources(
 ) -> None:
     python_flags = [flag for path in [*headers, _pybind11_include()] for flag in ("-isystem", path)]
     for unit in units.plain_units(root):
-        # The binding stands at the top of csrc/; what lies below it is the same for every Python.
+        # The binding stands at the top of csrc/; the .cpp files below it are the same for every Python.
         if unit.source.parent.name == "csrc":
             ninja.add_object(unit.source, python_flags, tag=str(sys.implementation.cache_tag))
         else:

@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
       .def("state_in_place", &Table::state_in_place, py::arg("row"))
       .def("refresh", &Table::refresh)
       .def("gradients_moved", &Table::gradients_moved)
+      .def("gradients_apart", &Table::gradients_apart)
       .def("read_groups", &Table::read_groups, py::arg("groups"))
       .def("params", &Table::params)
       .def("live_params", &Table::live_params)

@@ -101,24 +101,23 @@ class Cuda:
         core: Any = table.core
         stream = torch.cuda.current_stream(table.device).cuda_stream
         arguments = (table.lasting.launcher, stream, _pointer(grad_scale), _pointer(found_inf))
-        try:
-            core.launch_cuda(*arguments)
-        except compiled.OutOfMemory as error:
-            self._call_again(table.device, error, core.launch_cuda, arguments)
+        self._call(table.device, core.launch_cuda, arguments)
 
     @staticmethod
-    def _call_again(
-        device: torch.device, error: Exception, call: Callable[..., None], arguments: tuple[Any, ...]
-    ) -> None:
-        """After a call without memory: torch's allocator keeps what nobody uses from the driver."""
-        assert compiled is not None  # what called
-        if is_capturing(device):  # which forbids to give memory back
-            raise torch.OutOfMemoryError(str(error)) from error
+    def _call(device: torch.device, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        """Calls again where the first does nothing for want of memory: torch's allocator keeps what nobody uses."""
+        assert compiled is not None  # what is called
+        try:
+            call(*arguments)
+            return
+        except compiled.OutOfMemory as error:
+            if is_capturing(device):  # which forbids to give memory back
+                raise torch.OutOfMemoryError(str(error)) from error
         torch.cuda.empty_cache()
         try:
             call(*arguments)
-        except compiled.OutOfMemory as again:
-            raise torch.OutOfMemoryError(str(again)) from again
+        except compiled.OutOfMemory as error:
+            raise torch.OutOfMemoryError(str(error)) from error
 
     def moved_since_captures(self, table: Table) -> list[int]:
         """See Backend."""
@@ -133,12 +132,8 @@ class Cuda:
         core: Any = table.core
         if table.lasting.launcher is None or not table.lasting.launcher.captures:
             return
-        assert compiled is not None  # what has captured
-        arguments = (table.lasting.launcher, torch.cuda.current_stream(table.device).cuda_stream)
-        try:
-            core.update_captures(*arguments)
-        except compiled.OutOfMemory as error:
-            self._call_again(table.device, error, core.update_captures, arguments)
+        stream = torch.cuda.current_stream(table.device).cuda_stream
+        self._call(table.device, core.update_captures, (table.lasting.launcher, stream))
 
 
 class Triton:

@@ -447,6 +447,9 @@ class FusedOptimizer(Optimizer):
         live = {number: params for number, (table, _) in enumerate(tables) if (params := table.live_params())}
         if phase.reads_twice:
             self._choose_main(list(live))
+        for number, (table, _) in enumerate(tables if phase.report and live else ()):
+            if number not in live:
+                table.forget_report()  # it is of a step before this one
         is_one = not phase.reads_twice or self._is_one_launch(tables)
         for stage in (WHOLE_STEP,) if is_one else (MEASURES, UPDATES):
             for number, params in live.items():
@@ -507,7 +510,7 @@ class FusedOptimizer(Optimizer):
         if stage == MEASURES:
             return
         if phase.report:
-            table.tell_of(params)
+            table.note_reported(params)
         if phase.zero_grads:
             untold = table.core.bump_versions(of_gradients=True)
             _increment_version([param.grad for param in untold if param.grad is not None])

@@ -57,7 +57,7 @@ def read(
         ``state`` and ``param_groups`` as an optimizer holds them. Tensors that are right already are not copied.
 
     Raises:
-        ValueError: it is that of another model or of another optimizer, or has options that this one's groups can not.
+        ValueError: it is that of another model or of another optimizer, or its groups have options that none here can.
         RuntimeError: it asks for options that exclude each other.
     """
     _check_form(state_dict)
@@ -69,7 +69,7 @@ def read(
     for group, saved in zip(groups, saved_groups, strict=True):
         saved["params"] = group["params"]
         keep_modes(saved, group)
-        for key in ("param_names", "max_grad_norm"):  # which a checkpoint of torch's does not have
+        for key in ("param_names", "max_grad_norm"):  # which one of torch's may not have: a load takes neither away
             if key in group:
                 saved.setdefault(key, group[key])
     fill(saved_groups)

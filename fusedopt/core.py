@@ -144,6 +144,9 @@ class Core(Protocol):
     def gradients_moved(self) -> bool:
         """Whether a refresh has found a gradient elsewhere since the last call."""
 
+    def gradients_apart(self) -> bool:
+        """Whether the gradients, as of the last refresh, are known to share no memory."""
+
     def params(self) -> list[Tensor]:
         """The parameters of all rows: the same list at every call."""
 

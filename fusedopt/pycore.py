@@ -1,4 +1,4 @@
-"""The tensor table in pure Python, twin of csrc/host_table and of Table in csrc/bindings.cpp.
+"""The tensor table in pure Python, twin of csrc/host_table and of Table in csrc/python/watched_table.h.
 
 It stands in where nothing was compiled, so that the Triton and reference backends run from a plain install.
 The columns are the same bytes in the same order (csrc/table.h); only the host time of a step is longer.
@@ -444,6 +444,10 @@ class PyTable:
         """Whether a refresh has found a gradient elsewhere since the last call."""
         moved, self._gradients_moved = self._gradients_moved, False
         return moved
+
+    def gradients_apart(self) -> bool:
+        """Leaves it to the caller to see whether gradients share memory."""
+        return False
 
     def params(self) -> list[Tensor]:
         """The parameters of all rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -98,10 +97,11 @@ def _write(table: Table, row: Row, step: int, updates: dict[str, Tensor | None])
 
 
 def _row_dtype(table: Table, row: Row) -> torch.dtype:
-    """What the kernels compute a row in: any of its tensors decides."""
+    """What the kernels compute a row in: float64 where any of its tensors is, else float32."""
     states = [row.states[name] for name in (*table.rule.states_of(table.groups[row.group]), *table.phase.states)]
     tensors = [row.param, row.gradient, row.copy, *states]
-    return compute_dtype([local(tensor) for tensor in tensors if tensor is not None])
+    dtypes = {local(tensor).dtype for tensor in tensors if tensor is not None}
+    return torch.float32 if dtypes.isdisjoint((torch.float64, torch.complex128)) else torch.float64
 
 
 def _mark_report(table: Table, *, skipped: bool) -> None:
@@ -168,8 +168,8 @@ def _write_report(
     param = real_view(local(row.param)).to(before.dtype)
     flat = (_flat(row, values) for values in (grad, param, update))
     found = reference.leaf_report(*flat, lost=_flat(row, (before == after) & (update != 0)))
-    first = sum(other.leaves for other in table.rows[: row.index])
-    table.partials[:, first : first + row.leaves] = found
+    here = next(leaves for other, leaves in table.rows_with_leaves() if other is row)
+    table.partials[:, here] = found
 
 
 def _write_sides(table: Table, row: Row, step: int, dtype: torch.dtype) -> None:
@@ -209,9 +209,3 @@ def _keep_codes(table: Table, row: Row, name: str, step: int, updates: dict[str,
     updates[name] = made[name]
     scales = made[scale_key(name)]
     local(row.states[scale_key(name)]).view(-1)[: scales.numel()].copy_(scales)
-
-
-def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 where any tensor is, else float32: what the kernels compute a tensor in."""
-    doubles = (torch.float64, torch.complex128)
-    return torch.float64 if any(tensor.dtype in doubles for tensor in tensors) else torch.float32

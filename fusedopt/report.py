@@ -31,8 +31,9 @@ class Report:
         rows: one for each parameter that had a gradient: its ``name``, and the numbers. ``pandas.DataFrame(rows)``
             makes a table of them.
         whole: the numbers of all parameters together.
-        skipped: whether the last step changed nothing, for a gradient that was not finite or a ``found_inf``: then
-            the numbers are those of the last step before it that was taken, NaN where there was none.
+        skipped: whether the last step that was to be reported changed nothing, for a gradient that was not finite or
+            a ``found_inf``: then the numbers are those of the last step before it that was taken, NaN where there was
+            none.
         at_fault: names of the parameters whose gradients kept it from being taken, where the launch itself found them.
     """
 
@@ -97,10 +98,10 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
             continue
         columns, sums = table.last_taken(), _sums(table)
         skipped |= bool(table.last_was_skipped)
-        for row, leaves in table.leaves():
+        for row, leaves in table.rows_with_leaves():
             if sums is not None and not sums[leaves].isfinite().all():
                 at_fault.append(names[row.param])
-            if not table.tells_of(row, columns[:, leaves]):
+            if not table.is_told_of(row, columns[:, leaves]):
                 columns[:, leaves] = 0.0
                 continue
             count = real_view(local(row.param)).numel()

@@ -57,7 +57,7 @@ class Rule:
         return tuple(name for name in self.states if self._is_asked_for(name, group))
 
     def _is_asked_for(self, name: str, group: Group) -> bool:
-        """Whether a group asks for a state, as csrc/bindings.cpp has it.
+        """Whether a group asks for a state, as csrc/python/schema.h has it.
 
         What a hyperparameter on a GPU is, is not looked at: that would wait for the GPU.
         """

@@ -215,8 +215,7 @@ class Table:
         self._check_flags(changed_groups)
         changed_rows = self.core.refresh()
         if changed_groups is None and changed_rows is None:
-            if self.phase.zero_grads and self.core.gradients_moved():
-                self._check_cleared([])
+            self._check_moved()
             return True
         groups, indices = set(changed_groups or ()), set(changed_rows or ())
         rows = [row for row in self.rows if row.index in indices or row.group in groups]
@@ -225,8 +224,10 @@ class Table:
         moved = [row for row in rows if row.lies and local(row.param).data_ptr() != row.lies]
         if moved and (self.phase.copy_to is not None or sharers(self.rows)):
             return False  # it was moved onto another parameter, or may have been onto a copy
-        if rows:
-            refuse_capture(self.device)
+        if not rows:
+            self._check_moved()
+            return True
+        refuse_capture(self.device)
         self._remake(rows)
         return True
 
@@ -263,7 +264,7 @@ class Table:
         report = self.lasting.report
         return None if report is None else report[:-1].view(REPORT_COLUMNS, -1)
 
-    def tell_of(self, params: Sequence[Tensor]) -> None:
+    def note_reported(self, params: Sequence[Tensor]) -> None:
         """Takes note of whom the next launch is to report. It may be skipped: what was reported before is kept.
 
         Whether a leaf was written since is seen by itself, on the device, so that nothing waits.
@@ -271,11 +272,16 @@ class Table:
         partials = self.partials
         if partials is None or (self.reported and _same(params, self.reported)):
             return
+        refuse_capture(self.device)
         if self.reported:
             none = torch.full_like(partials, UNWRITTEN) if self._kept is None else self._kept
-            self._kept = torch.where((partials[PARAM_SQUARES] != UNWRITTEN).any(), partials, none)
+            self._kept = torch.where(_is_written(partials), partials, none)
         partials.fill_(UNWRITTEN)
         self.reported = params
+
+    def forget_report(self) -> None:
+        """There is nothing to tell of until the next launch that reports."""
+        self.reported, self._kept = (), None
 
     def last_taken(self) -> Tensor:
         """The columns of csrc/report.h as the last step that was taken left them: a copy, on the CPU.
@@ -283,24 +289,30 @@ class Table:
         UNWRITTEN are leaves of parameters that it did not update. Where none was taken, those of the parameters that
         the last launch was to report are NaN.
         """
-        for columns in (self.partials, self._kept):
-            found = None if columns is None else columns.to("cpu", copy=True)
-            if found is not None and bool((found[PARAM_SQUARES] != UNWRITTEN).any()):
-                return found
-        found = torch.full((REPORT_COLUMNS, self.core.leaves), UNWRITTEN, dtype=torch.float64, device="cpu")
+        partials, kept = (
+            None if columns is None else columns.to("cpu", copy=True) for columns in (self.partials, self._kept)
+        )
         reported = set(self.reported)
-        for row, leaves in self.leaves():
+        if partials is not None and _is_written(partials):
+            for row, leaves in self.rows_with_leaves():
+                if row.param not in reported:  # a graph's replay has written it
+                    partials[:, leaves] = UNWRITTEN
+            return partials
+        if kept is not None and _is_written(kept):
+            return kept
+        found = torch.full((REPORT_COLUMNS, self.core.leaves), UNWRITTEN, dtype=torch.float64, device="cpu")
+        for row, leaves in self.rows_with_leaves():
             if row.param in reported:
                 found[:, leaves] = math.nan
         return found
 
-    def tells_of(self, row: Row, columns: Tensor) -> bool:
+    def is_told_of(self, row: Row, columns: Tensor) -> bool:
         """Whether these columns, of its leaves, are of a step that updated a row's parameter, or was to."""
         if columns.numel() == 0:
             return any(row.param is param for param in self.reported)
         return bool(columns[PARAM_SQUARES, 0] != UNWRITTEN)
 
-    def leaves(self) -> Iterator[tuple[Row, slice]]:
+    def rows_with_leaves(self) -> Iterator[tuple[Row, slice]]:
         """Every row, and where its leaves are among those of all."""
         first = 0
         for row in self.rows:
@@ -384,7 +396,7 @@ class Table:
             self._describe(others, strange)
         self._begin(plain)
         if self.reported and leaves != [row.leaves for row in rows]:
-            self.reported, self._kept = (), None  # what was kept is by leaves that no longer are these
+            self.forget_report()  # what was kept is by leaves that no longer are these
 
     def _check_rows(self, rows: list[Row]) -> list[Row]:
         """Refuses what does not fit together; returns the rows whose state is not what they hold."""
@@ -471,6 +483,13 @@ class Table:
             for place, index in enumerate(begun.stepped):
                 rows[index].count = (begun.counts.tensor, place)
         self._begun = None
+
+    def _check_moved(self) -> None:
+        """Refuses to clear gradients, where rows stay as they are, that have come to share memory."""
+        if self.phase.zero_grads and self.core.gradients_moved():
+            are_all_here = len(self._beside) == self.core.rows  # else some are in another table
+            if not (are_all_here and self.core.gradients_apart()):
+                self._check_cleared([])
 
     def _check_cleared(self, rows: list[Row]) -> None:
         check_cleared([(row.name, row.param.grad) for row in self._beside if row.param.grad is not None])
@@ -566,6 +585,11 @@ def _address(tensor: Tensor | None) -> int:
 def real_view(tensor: Tensor) -> Tensor:
     """A complex tensor as its real and imaginary parts, as torch's optimizers take it."""
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+
+
+def _is_written(columns: Tensor) -> Tensor:
+    """Whether a launch has written any of these columns."""
+    return (columns[PARAM_SQUARES] != UNWRITTEN).any()
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fusedopt
+from fusedopt import base
 
 from .running import ONE_RUN_EACH, Run, as_params
 from .tensors import same_bits
@@ -199,3 +200,13 @@ def test_a_scaler_that_is_off_steps_and_no_more() -> None:
     param.grad = torch.ones(3)
     fusedopt.amp.GradScaler("cpu", enabled=False).step(optimizer)
     assert bool(same_bits(param.detach(), torch.zeros(3)).all())
+
+
+@pytest.mark.parametrize(("device", "may_be_late"), [("cpu", False), ("cuda", True)])
+def test_a_scalar_for_a_launch_on_the_cpu_has_come_before_it_is_read(
+    device: str, may_be_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda scalar, **how: asked.append(how["non_blocking"]))
+    base._on(torch.device(device), "found_inf", torch.ones(()))
+    assert asked == [may_be_late]

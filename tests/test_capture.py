@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import base, lasting, traced
+from fusedopt import lasting, traced
 
 from .tensors import same_bits
 
@@ -128,13 +128,3 @@ def test_a_compiled_step_is_left_out_of_the_graphs_of_inductor(monkeypatch: pyte
     with pytest.raises(RuntimeError, match="reduce-overhead"):
         torch.ops.fusedopt.step([param.detach()], [param.grad], [0], optimizer._number)
     assert same_bits(param.detach(), before).all()
-
-
-@pytest.mark.parametrize(("device", "may_be_late"), [("cpu", False), ("cuda", True)])
-def test_a_scalar_for_a_launch_on_the_cpu_has_come_before_it_is_read(
-    device: str, may_be_late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(torch.Tensor, "to", lambda scalar, **how: asked.append(how["non_blocking"]))
-    base._on(torch.device(device), "found_inf", torch.ones(()))
-    assert asked == [may_be_late]

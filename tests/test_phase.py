@@ -407,13 +407,16 @@ def test_a_gradient_that_two_updates_would_read_is_not_cleared_by_the_first(para
 
 
 @each_run
-@pytest.mark.parametrize("overlap", ["the same", "partly"])
+@pytest.mark.parametrize("overlap", ["the same", "partly", "partly, beside a change"])
 def test_a_gradient_that_comes_to_lie_in_another_is_not_cleared_either(overlap: str, run: Run, settings: Run) -> None:
     params = [torch.nn.Parameter(torch.ones(4, device=run.device)) for _ in range(2)]
-    optimizer = fusedopt.SGD(params, lr=0.5, zero_grads=True, backend=run.backend)
+    groups: list[dict[str, Any]] = [{"params": params}, {"params": []}]
+    optimizer = fusedopt.SGD(groups, lr=0.5, zero_grads=True, backend=run.backend)
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
+    if overlap == "partly, beside a change":
+        optimizer.param_groups[1]["weight_decay"] = 0.5  # of what no row needs
     memory = torch.ones(7, device=run.device)
     params[0].grad = memory[:4]
     params[1].grad = params[0].grad if overlap == "the same" else memory[3:]

@@ -309,3 +309,15 @@ def test_nobody_is_at_fault_where_somebody_else_found_the_infinity(run: Run, set
     params[0].grad = torch.ones(3, device=run.device)
     optimizer.step()
     assert (optimizer.report().skipped, optimizer.report().at_fault) == (True, ())
+
+
+@each_run
+def test_tables_that_took_no_part_in_a_step_are_not_told_of(run: Run, settings: Run) -> None:
+    one = torch.nn.Parameter(torch.ones(3, device=run.device))
+    other = torch.nn.Parameter(one.data)  # tied: a table, and a launch, of its own
+    optimizer = fusedopt.SGD([("one", one), ("other", other)], lr=0.5, report=True, backend=run.backend)
+    for grads, names in (((1.0, 2.0), ["one", "other"]), ((1.0, None), ["one"]), ((1.0, 2.0), ["one", "other"])):
+        for param, value in zip((one, other), grads, strict=True):
+            param.grad = None if value is None else torch.full_like(param, value)
+        optimizer.step()
+        assert [row["name"] for row in optimizer.report().rows] == names

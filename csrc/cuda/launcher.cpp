@@ -349,7 +349,7 @@ struct CudaLaunch::State {
   driver::Event finished = nullptr;  // the last launch
   driver::Stream last_stream = nullptr;
 
-  // Before anything that a capture forbids, as to load the kernels is.
+  // Before anything that a capture forbids, as to load the kernels is. In the words of fusedopt/lasting.py.
   void refuse_unknown(const HostTable& host) const {
     if (revision != host.revision())
       throw std::runtime_error(
@@ -406,7 +406,7 @@ struct CudaLaunch::State {
 
   // A graph must be able to see later values of the groups, so they lie in device memory even where they would fit.
   void capture_step(const HostTable& host) {
-    const RelaxedCapture relaxed;  // where there is no memory for all of it, what there is goes at once
+    const RelaxedCapture relaxed;  // without memory for all of it the rest is freed, which is forbidden too
     auto capture = std::make_unique<Capture>();
     const std::vector<GroupRow>& now = host.group_rows();
     capture->groups.fill(now.data(), now.size() * sizeof(GroupRow));

@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "host_pages.h"
 #include "host_table.h"
-#include "python/host_pages.h"
 
 namespace fusedopt {
 

@@ -5,9 +5,9 @@
 #include <utility>
 #include <vector>
 
+#include "host_pages.h"
 #include "host_table.h"
 #include "python/group_reader.h"
-#include "python/host_pages.h"
 #include "python/schema.h"
 #include "python/spans.h"
 #include "python/watch.h"

@@ -12,10 +12,13 @@ namespace fusedopt {
 class PlacedStates {
  public:
   // After a change of any row's watch.
-  void forget() {
+  void forget() { is_known_ = false; }
+
+  // Lets go of all; not while it is looked at, when Python may come to forget().
+  void clear() {
+    forget();
     placed_.clear();
     asked_.clear();
-    is_known_ = false;
   }
 
   // Of those that only Python can be asked of, some at a time.
@@ -43,7 +46,7 @@ class PlacedStates {
   };
 
   void find_all(const std::vector<Watch>& watches) {
-    forget();
+    clear();
     for (u64 row = 0; row < watches.size(); ++row) {
       const Watch& watch = watches[row];
       bool is_asked = false;

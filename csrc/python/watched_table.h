@@ -26,6 +26,7 @@
 #include "python/placed_states.h"
 #include "python/plain_look.h"
 #include "python/schema.h"
+#include "python/spans.h"
 #include "python/watch.h"
 
 namespace fusedopt {
@@ -208,6 +209,18 @@ class Table {
   // Whether a gradient has come to lie elsewhere since the last call.
   bool gradients_moved() { return std::exchange(gradients_moved_, false); }
 
+  // Whether the gradients, as of the last refresh, are known to share no memory.
+  bool gradients_apart() const {
+    std::vector<Span> spans;
+    for (u64 row = 0; row < watches_.size(); ++row) {
+      if (!live_[row] || host_.numel(row) == 0) continue;
+      TensorFacts facts = watches_[row].grad_facts;
+      facts.address = host_.slot(kGrad, row);
+      spans.push_back(span_of(facts, extents_));
+    }
+    return are_apart(std::move(spans));
+  }
+
   // See GroupReader::read.
   py::object read_groups(const py::list& groups) { return groups_.read(groups, places_, host_); }
 
@@ -319,7 +332,7 @@ class Table {
     states_watch_ = {};
     states_ = py::object();
     live_params_ = params_of_rows_ = py::none();
-    placed_.forget();
+    placed_.clear();
   }
 
   u64 leaves() { return host_.leaves(); }
