@@ -10,7 +10,7 @@ import operator
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -446,8 +446,16 @@ class PyTable:
         return moved
 
     def gradients_apart(self) -> bool:
-        """Leaves it to the caller to see whether gradients share memory."""
-        return False
+        """Whether the gradients, as of the last refresh, are known to share no memory."""
+        spans = []
+        for row, watch in enumerate(self._watches):
+            if watch is None or watch.grad_facts is None or not (self._live[row] and self._numel[row]):
+                continue
+            facts, first = watch.grad_facts, self._address[GRAD * self._rows + row]
+            last = sum((size - 1) * stride for size, stride in zip(facts.shape, facts.strides, strict=True))
+            spans.append((first, first + (last + 1) * facts.dtype.itemsize))
+        spans.sort()
+        return all(one[1] <= other[0] for one, other in pairwise(spans))
 
     def params(self) -> list[Tensor]:
         """The parameters of all rows."""

@@ -60,6 +60,7 @@ class Both:
 
     def compare_columns(self) -> None:
         """Every column, byte for byte, and that neither claims to be unchanged alone."""
+        self._call("gradients_apart")
         assert self.twin.variant == self.compiled.variant
         for workers in WORKERS:
             for only_step in (True, False):
