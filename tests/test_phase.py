@@ -486,7 +486,7 @@ def test_swaps_that_overlap_end_with_the_last_of_them(first_ends_first: bool) ->
     param.grad = torch.ones(2)
     for _ in range(2):
         optimizer.step()
-    attributes = vars(optimizer).keys()
+    attributes = set(vars(optimizer))
     swaps = [optimizer.swap_ema() for _ in range(2)]
     for swap in swaps:
         swap.__enter__()
@@ -494,7 +494,7 @@ def test_swaps_that_overlap_end_with_the_last_of_them(first_ends_first: bool) ->
         assert param.tolist() == [-0.5, -0.5]
         swap.__exit__(None, None, None)
     assert param.tolist() == [-1.0, -1.0]
-    assert vars(optimizer).keys() == attributes
+    assert set(vars(optimizer)) == attributes
     optimizer.step()
     assert param.tolist() == [-2.0, -2.0]
 
