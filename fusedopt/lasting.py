@@ -15,6 +15,8 @@ def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph captures what is given to a device now, whichever device is the current one."""
     if device.type != "cuda":
         return False
+    if device.index == torch.cuda.current_device():  # changing the device takes some microseconds
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -43,14 +45,15 @@ class StreamUse:
 
     def record(self, device: torch.device, tensors: Iterable[Tensor | None]) -> None:
         """Says what the next launch on a device uses; of a capture, whose memory stays, nothing."""
-        if device.type != "cuda" or is_capturing(device):
+        if device.type != "cuda":
             return
         stream = torch.cuda.current_stream(device)
-        if stream != self._last:
-            self._last = stream
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(stream)
+        if stream == self._last or is_capturing(device):
+            return
+        self._last = stream
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 @dataclass(eq=False)

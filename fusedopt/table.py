@@ -275,6 +275,8 @@ class Table:
         refuse_capture(self.device)
         if self.reported:
             none = torch.full_like(partials, UNWRITTEN) if self._kept is None else self._kept
+            if self._kept is not None and self.device.type == "cuda":  # made on another stream perhaps
+                self._kept.record_stream(torch.cuda.current_stream(self.device))
             self._kept = torch.where(_is_written(partials), partials, none)
         partials.fill_(UNWRITTEN)
         self.reported = params

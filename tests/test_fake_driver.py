@@ -126,6 +126,7 @@ def given_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         pytest.skip("the extension is not built")
     times: list[str] = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: times.append("once"))

@@ -452,6 +452,7 @@ struct CudaLaunch::State {
 
   // All that a launch reads. Where some of it fails, no table, groups or gradients are there.
   void send(HostTable& host, driver::Stream stream) {
+    const RelaxedCapture relaxed;  // another thread may capture, in whose mode it is all of them that must not allocate
     try {
       send_table(host, stream);
       send_step(host, stream);
