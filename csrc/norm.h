@@ -10,7 +10,7 @@ namespace fusedopt {
 // Calls visit(index of the leaf among all leaves of the table, view of that leaf) for every leaf of a chunk.
 template <class Visit>
 FUSEDOPT_FN void for_each_leaf(const LaunchParams& launch, const Chunk& chunk, const Visit& visit) {
-  const ChunkView view(launch, chunk);
+  const ChunkView view(launch, chunk, AnyVariant{});
   const u64 first = launch.table.first_leaf[chunk.tensor] + u64(view.begin / kLeaf);
   for (i32 at = 0; at < view.size; at += i32(kLeaf)) visit(first + u64(at / kLeaf), view.part(at, i32(kLeaf)));
 }

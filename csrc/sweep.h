@@ -30,31 +30,43 @@ struct ChunkView {
   i32 boundary;
   i32 block_bits;       // 2^this are the elements of a block of codes
   u64 scales[kStates];  // of the chunk's first block; 0: the state is not in codes
+  float* step;          // how many steps its tensor has taken; null: its rule needs no count
+  u32 group;            // of its tensor
   u64 place;       // in the whole tensor, over all devices: of its first element, or of the tensor's where it has runs
   u64 run, pitch;  // see Slot
 
-  FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk) {
+  // All that is read is read before any of it is looked at: on a GPU a read takes longer than all the rest here.
+  template <class V>
+  FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk, V) {
     const TensorTable& table = launch.table;
-    begin = i64(chunk.index) * launch.chunk_elements;
-    const i64 rest = table.numel[chunk.tensor] - begin;
-    size = i32(rest < launch.chunk_elements ? rest : launch.chunk_elements);
+    group = table.group[chunk.tensor];
+    u64 start[kSlots];
+    FUSEDOPT_UNROLL
+    for (int s = 0; s < kSlots; ++s) start[s] = V::may_have(s) ? table.slot(s, chunk.tensor) : 0;
+    start[kGrad] = launch.grads[chunk.tensor];
+    const i64 numel = table.numel[chunk.tensor];
+    const i32 at = V::kStrided ? table.layout[chunk.tensor] : kDenseLayout;
     storage = table.storage[chunk.tensor];
-    const i32 at = table.layout[chunk.tensor];
+    begin = i64(chunk.index) * launch.chunk_elements;
+    const i64 rest = numel - begin;
+    size = i32(rest < launch.chunk_elements ? rest : launch.chunk_elements);
     layout = at == kDenseLayout ? nullptr : table.layouts + at;
     aligned = 0;
     boundary = 0;
+    FUSEDOPT_UNROLL
     for (int s = 0; s < kElementSlots; ++s) {
-      const u64 start = s == kGrad ? launch.grads[chunk.tensor] : table.slot(s, chunk.tensor);
-      const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(storage_of(s))) : 0;
-      address[s] = start == 0 ? 0 : start + advance;
+      const u64 advance = layout == nullptr ? u64(begin) * u64(storage_bytes(V::storage(s, storage))) : 0;
+      address[s] = start[s] == 0 ? 0 : start[s] + advance;
     }
-    run = table.slot(kRun, chunk.tensor);
-    pitch = table.slot(kPitch, chunk.tensor);
-    place = table.slot(kPlace, chunk.tensor) + (run == 0 ? u64(begin) : 0);
+    step = reinterpret_cast<float*>(start[kStep]);
+    run = start[kRun];
+    pitch = start[kPitch];
+    place = start[kPlace] + (run == 0 ? u64(begin) : 0);
     block_bits = i32(mode() & kBlockBits);
+    FUSEDOPT_UNROLL
     for (int s = 0; s < kStates; ++s) {
-      const u64 start = table.slot(kScale0 + s, chunk.tensor);
-      scales[s] = start == 0 ? 0 : start + (u64(begin) >> block_bits) * sizeof(float);
+      const u64 scale = start[kScale0 + s];
+      scales[s] = scale == 0 ? 0 : scale + (u64(begin) >> block_bits) * sizeof(float);
     }
   }
   // Some of its elements, fewer where it ends before.
@@ -442,6 +454,9 @@ FUSEDOPT_FN void clear_chunk(const ChunkView& chunk, int lane, int lanes) {
 // Hyperparameters of a group, those that are tensors read now.
 FUSEDOPT_FN Hypers read_hypers(const GroupRow& group) {
   Hypers hypers = group.hypers;
+  u64 tensors = 0;
+  for (int h = 0; h < kHypers; ++h) tensors |= group.tensor[h];
+  if (tensors == 0) return hypers;  // mostly: a GPU then waits for all of this once, not for one after the other
   for (int h = 0; h < kHypers; ++h) {
     const u64 address = group.tensor[h];
     if (address == 0) continue;
@@ -458,15 +473,8 @@ FUSEDOPT_FN Hypers read_hypers(const GroupRow& group) {
 
 FUSEDOPT_FN bool is_skipped(const LaunchParams& launch) { return launch.found_inf && *launch.found_inf != 0.0f; }
 
-FUSEDOPT_FN float* step_of(const LaunchParams& launch, u64 tensor) {
-  return reinterpret_cast<float*>(launch.table.slot(kStep, tensor));
-}
-
-// The count of the step being taken, from 1. A tensor whose rule needs no count has no step slot.
-FUSEDOPT_FN u64 next_step(const LaunchParams& launch, u32 tensor) {
-  const float* step = step_of(launch, tensor);
-  return step ? u64(*step) + 1 : 1;
-}
+// The count of the step being taken, from 1.
+FUSEDOPT_FN u64 next_step(const ChunkView& chunk) { return chunk.step ? u64(*chunk.step) + 1 : 1; }
 
 // What becomes of the gradients of a group in this launch.
 template <class V, class C>
@@ -504,7 +512,7 @@ FUSEDOPT_FN auto side_of(const LaunchParams& launch, u32 tensor, u64 step, void*
 
 // A tensor that had a gradient has taken a step: once no more chunk of it is to read the count.
 FUSEDOPT_FN void advance_step(const LaunchParams& launch, u64 tensor) {
-  float* step = step_of(launch, tensor);
+  float* const step = reinterpret_cast<float*>(launch.table.slot(kStep, tensor));
   if (step && launch.grads[tensor] != 0) *step += 1.0f;
 }
 

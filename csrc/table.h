@@ -88,8 +88,8 @@ struct LaunchParams {
   i64 chunk_elements;
   const float* grad_scale;  // null, or gradients are divided by it
   const float* found_inf;   // null, or nothing at all changes where it is not 0
-  u32* arrivals;  // blocks of a GPU that have read the step counts they need; the last one advances those that are left
-                  // and sets it back to 0; behind it the grid barrier's
+  u32* arrivals;  // blocks of a GPU that have read the step counts they need: 0 again with the last one, which advances
+                  // those that are left; behind it the grid barrier's
   Phase phase;    // what else happens in the pass; read by variants with kSideFeature only
 
   FUSEDOPT_FN Chunk chunk(u32 c) const {

@@ -54,6 +54,10 @@ struct Variant {
   FUSEDOPT_FN static bool codes(int slot, u64 packed) {
     return kBlocks && slot >= kState0 && is_code(storage(slot, packed));
   }
+  // Whether a tensor can have a slot: one that it cannot have is not read.
+  FUSEDOPT_FN static constexpr bool may_have(int slot) {
+    return slot == kMaster ? kMastered : slot == kEma || slot == kCopy ? kSide : slot > kStep ? kBlocks : true;
+  }
   // Whether a tensor keeps something of its parameter, which has the slot for it or not.
   FUSEDOPT_FN static bool keeps(bool has_master) { return kMastered && (kMasterStorage != kAnyStorage || has_master); }
   static bool covers(int param_storage, int state_storage, u32 features) {
@@ -61,6 +65,9 @@ struct Variant {
            (!kFixed || (param_storage == kParamStorage && state_storage == kStateStorage));
   }
 };
+
+// Serves all tensors.
+using AnyVariant = Variant<kAnyStorage, kAnyStorage, kEveryFeature>;
 
 // name, storage of parameter and gradient, storage of states, features; smallest first.
 #define FUSEDOPT_VARIANTS(X)                                                                                        \

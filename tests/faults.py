@@ -207,15 +207,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "a tensor of one chunk does not advance",
         KERNEL,
-        "  if (state.view.size == launch.table.numel[chunk.tensor]) advance_step(launch, chunk.tensor);\n",
+        "  if (view.step && view.size == numel) *view.step = float(step);\n",
         "",
         (BITS, STEP),
     ),
     Fault(
         "every chunk advances its tensor",
         KERNEL,
-        "if (state.view.size == launch.table.numel[chunk.tensor]) advance",
-        "advance",
+        "if (view.step && view.size == numel) *view",
+        "if (view.step) *view",
         (SIZES, CHUNKS),
     ),
     Fault(
@@ -463,8 +463,20 @@ FAULTS: tuple[Fault, ...] = (
         "  if (!block.is_last)",
         (BITS,),
     ),
-    Fault("arrivals not reset", KERNEL, "  if (lane == 0) *launch.arrivals = 0;\n", "", (BITS, CHUNKS)),
-    Fault("the first block advances the steps", KERNEL, "== device::block_count();", "== 1;", (BITS, CHUNKS, STEP)),
+    Fault(
+        "arrivals not reset",
+        KERNEL,
+        "count_released(launch.arrivals, device::block_count() - 1)",
+        "count_released(launch.arrivals, device::block_count())",
+        (BITS, CHUNKS),
+    ),
+    Fault(
+        "the first block advances the steps",
+        KERNEL,
+        "arrive(launch)) == device::block_count() - 1;",
+        "arrive(launch)) == 0;",
+        (BITS, CHUNKS, STEP),
+    ),
     Fault(
         "a rule outlives its step count",
         KERNEL,
@@ -770,9 +782,16 @@ FAULTS: tuple[Fault, ...] = (
     # states that a first launch clears
     Fault(
         "fresh: states not cleared before they are swept",
+        ENGINE,
+        "if (states >> state_of(s) & 1)",
+        "if (states >> state_of(s) & 2)",
+        (FIRST,),
+    ),
+    Fault(
+        "fresh: the last leaves of a chunk not swept",
         "csrc/cpu/dispatch.cpp",
-        "if (fresh >> state_of(s) & 1)",
-        "if (fresh >> state_of(s) & 2)",
+        "leaf < (whole.index + 1) * parts;",
+        "leaf + 1 < (whole.index + 1) * parts;",
         (FIRST,),
     ),
     Fault(
@@ -857,8 +876,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "lasting: another stream not told to the allocator",
         "fusedopt/lasting.py",
-        "if stream != self._last:",
-        "if self._last is None:",
+        "if stream == self._last or",
+        "if self._last is not None or",
         (LASTING,),
     ),
     Fault(

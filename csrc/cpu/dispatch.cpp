@@ -123,7 +123,7 @@ void skip(const LaunchParams& launch) {
   for (u32 c = 0; c < launch.chunk_count; ++c) {
     const Chunk chunk = launch.chunk(c);
     if (launch.grads[chunk.tensor] == 0) continue;
-    const ChunkView view(launch, chunk);
+    const ChunkView view(launch, chunk, AnyVariant{});
     const u64 bytes = u64(storage_bytes(view.storage_of(kGrad)));
     if (view.layout == nullptr) {
       std::memset(reinterpret_cast<void*>(view.address[kGrad]), 0, u64(view.size) * bytes);
@@ -136,12 +136,29 @@ void skip(const LaunchParams& launch) {
   }
 }
 
-// Clears the fresh states of a chunk.
-void clear_fresh(const LaunchParams& launch, const Chunk& chunk, u8 fresh) {
-  const ChunkView view(launch, chunk);
-  for (int s = kState0; s < kState0 + kStates; ++s)
-    if (fresh >> state_of(s) & 1)
-      std::memset(reinterpret_cast<void*>(view.address[s]), 0, u64(view.size) * u64(storage_bytes(view.storage_of(s))));
+// Sweeps chunks whose fresh states are to be cleared: a leaf at a time, which is then still in the first cache.
+void sweep_fresh(const LaunchParams& launch, u32 first, u32 last, SweepChunks sweep, const u8* fresh) {
+  constexpr u32 kAtOnce = 32;
+  Chunk leaves[kAtOnce];
+  LaunchParams fine = launch;
+  fine.chunks = leaves;
+  fine.chunk_count = 0;
+  fine.chunk_order = kListed;
+  if (launch.chunk_elements % kLeaf == 0) fine.chunk_elements = kLeaf;
+  const u32 parts = u32(launch.chunk_elements / fine.chunk_elements);
+  const auto sweep_all = [&] {
+    sweep(fine, 0, fine.chunk_count, fresh);
+    fine.chunk_count = 0;
+  };
+  for (u32 c = first; c < last; ++c) {
+    const Chunk whole = launch.chunk(c);
+    for (u32 leaf = whole.index * parts; leaf < (whole.index + 1) * parts; ++leaf) {
+      if (leaf * fine.chunk_elements >= launch.table.numel[whole.tensor]) break;
+      leaves[fine.chunk_count++] = {whole.tensor, leaf};
+      if (fine.chunk_count == kAtOnce) sweep_all();
+    }
+  }
+  sweep_all();
 }
 
 }  // namespace
@@ -176,14 +193,9 @@ void launch_cpu(const LaunchParams& launch, int rule, int variant, int threads, 
   }
   if (launch.phase.reads_twice() && !admit_gradients(launch.phase)) return skip(launch);
   if (fresh.empty())
-    share(sweep);
+    share([&](const LaunchParams& all, u32 first, u32 last) { sweep(all, first, last, nullptr); });
   else
-    share([&](const LaunchParams& all, u32 first, u32 last) {
-      for (u32 c = first; c < last; ++c) {  // what was just cleared is still in the cache
-        clear_fresh(all, all.chunk(c), fresh[all.chunk(c).tensor]);
-        sweep(all, c, c + 1);
-      }
-    });
+    share([&](const LaunchParams& all, u32 first, u32 last) { sweep_fresh(all, first, last, sweep, fresh.data()); });
   mark_report(launch, false);
   for (u64 t = 0; t < launch.table.rows; ++t) advance_step(launch, t);
 }

@@ -3,6 +3,7 @@
 #include "cpu/engine.h"
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <utility>
 
@@ -110,18 +111,27 @@ FUSEDOPT_FN void prefetch(const LaunchParams& launch, const Chunk& chunk) {
     if (s != kGrad) __builtin_prefetch(reinterpret_cast<const void*>(launch.table.slot(s, chunk.tensor)), 1);
 }
 
+// Clears states of a chunk. Not inlined, so that its view is none of the sweep's.
+__attribute__((noinline)) void clear_states(const LaunchParams& launch, const Chunk& chunk, u8 states) {
+  const ChunkView view(launch, chunk, AnyVariant{});
+  for (int s = kState0; s < kState0 + kStates; ++s)
+    if (states >> state_of(s) & 1)
+      std::memset(reinterpret_cast<void*>(view.address[s]), 0, u64(view.size) * u64(storage_bytes(view.storage_of(s))));
+}
+
 template <template <class> class Rule, class V>
-void sweep_run(const LaunchParams& launch, u32 first, u32 last) {
+void sweep_run(const LaunchParams& launch, u32 first, u32 last, const u8* fresh) {
   RuleCache<Rule> rule;
   Access::Tally tally;
   for (u32 c = first; c < last; ++c) {
     const Chunk chunk = chunk_at<V>(launch, c, 0, launch.chunk_count);
     if (c + kChunksAhead < last) prefetch(launch, chunk_at<V>(launch, c + kChunksAhead, 0, launch.chunk_count));
     if (launch.grads[chunk.tensor] == 0) continue;
-    ChunkView view(launch, chunk);
+    if (fresh) clear_states(launch, chunk, fresh[chunk.tensor]);
+    ChunkView view(launch, chunk, V{});
     const bool use_double = V::kDouble && view.computes_in_double();
-    const u64 step = next_step(launch, chunk.tensor);
-    rule.prepare(launch, launch.table.group[chunk.tensor], step, use_double);
+    const u64 step = next_step(view);
+    rule.prepare(launch, view.group, step, use_double);
     if constexpr (V::kDouble)
       if (use_double) {
         sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags(), rule.coefficient()),
@@ -207,7 +217,7 @@ SweepChunks usual_sweep(const TensorTable& table, const Chunk& chunk) {
 
 // Chunks of one kind after the other, each by the loop for its kind.
 template <template <class> class Rule, class V>
-void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
+void sweep_mixed(const LaunchParams& launch, u32 first, u32 last, const u8* fresh) {
   constexpr u32 kBeside = V::kFeatures & (kSideFeature | kReportFeature);
   const auto kind = [&](u32 c) {
     return usual_sweep<Rule, kBeside>(launch.table, chunk_at<V>(launch, c, 0, launch.chunk_count));
@@ -215,16 +225,16 @@ void sweep_mixed(const LaunchParams& launch, u32 first, u32 last) {
   for (u32 begin = first, end = first; begin < last; begin = end) {
     const SweepChunks sweep = kind(begin);
     for (end = begin + 1; end < last && kind(end) == sweep;) ++end;
-    (sweep ? sweep : sweep_run<Rule, V>)(launch, begin, end);
+    (sweep ? sweep : sweep_run<Rule, V>)(launch, begin, end, fresh);
   }
 }
 
 template <template <class> class Rule, class V>
-void sweep_chunks(const LaunchParams& launch, u32 first, u32 last) {
+void sweep_chunks(const LaunchParams& launch, u32 first, u32 last, const u8* fresh) {
   if constexpr (V::kFixed && !V::kMastered)
-    sweep_run<Rule, V>(launch, first, last);
+    sweep_run<Rule, V>(launch, first, last, fresh);
   else
-    sweep_mixed<Rule, V>(launch, first, last);
+    sweep_mixed<Rule, V>(launch, first, last, fresh);
 }
 
 }  // namespace

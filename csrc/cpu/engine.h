@@ -6,8 +6,9 @@
 
 namespace fusedopt {
 
-// Sweeps chunks [first, last) of a launch.
-using SweepChunks = void (*)(const LaunchParams& launch, u32 first, u32 last);
+// Sweeps chunks [first, last) of a launch. `fresh`: null, or a bit for each of a row's states that is to be cleared
+// first.
+using SweepChunks = void (*)(const LaunchParams& launch, u32 first, u32 last, const u8* fresh);
 
 // Joins the gradients of the leaves of chunks [first, last): see norm.h. `largest`: of phase flags.
 using MeasureChunks = void (*)(const LaunchParams& launch, u32 first, u32 last);

@@ -22,7 +22,14 @@ constexpr int kWarpThreads = 32;
 FUSEDOPT_FN void barrier() { __syncthreads(); }
 FUSEDOPT_FN void warp_barrier() { __syncwarp(); }  // of all of its threads; what they wrote, all of them read after
 FUSEDOPT_FN void fence() { __threadfence(); }
-FUSEDOPT_FN u32 atomic_increment(u32* counter) { return atomicAdd(counter, 1u); }
+// Adds 1, or makes 0 of `last`, and returns what was there; all that the block has done before a barrier lies before it
+// for whoever reads the count and then fences. Assembly, as atomicAdd() is added up for a warp first, which waits for
+// it.
+FUSEDOPT_FN u32 count_released(u32* counter, u32 last) {
+  u32 before;
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+  return before;
+}
 
 // Waits for every thread of every block; what any of them wrote before, all can read after. Only in a cooperative
 // launch, where all blocks run at once. Every thread of the grid calls it, with the same counter: a word of global

@@ -20,7 +20,11 @@ constexpr int kWarpThreads = 32;
 
 void barrier();
 inline void fence() {}
-inline u32 atomic_increment(u32* counter) { return (*counter)++; }
+inline u32 count_released(u32* counter, u32 last) {
+  const u32 before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
 
 constexpr u32 kGridBarrierFlag = 0x80000000u;
 void grid_barrier(u32* counter);

@@ -57,7 +57,7 @@ struct ChunkState {
 template <template <class> class Rule>
 struct BlockState {
   ChunkState<Rule> of[kBlockThreads / device::kWarpThreads];
-  u32 arrived, is_last;
+  u32 is_last;
 };
 
 // The threads that take a chunk together, a block or a warp, and which one of all teams they are. All of it is worked
@@ -81,19 +81,22 @@ struct Team {
   }
 };
 
+// Reads the row, then the step count and the hyperparameters.
 template <template <class> class Rule, class V>
 FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, ChunkState<Rule>& state) {
   BuiltRule& built = state.built;
-  state.tensor = chunk.tensor;
-  state.view = ChunkView(launch, chunk);
-  const u32 group = launch.table.group[chunk.tensor];
-  const u64 step = next_step(launch, chunk.tensor);
-  if (state.view.size == launch.table.numel[chunk.tensor]) advance_step(launch, chunk.tensor);
-  const bool in_double = V::kDouble && state.view.computes_in_double();
+  ChunkView view(launch, chunk, V{});
+  const u32 group = view.group;
+  const i64 numel = launch.table.numel[chunk.tensor];
+  const u64 step = next_step(view);
+  if (view.step && view.size == numel) *view.step = float(step);
+  const bool in_double = V::kDouble && view.computes_in_double();
   if (in_double)
-    DeviceAccess::prepare<V, double>(state.view);
+    DeviceAccess::prepare<V, double>(view);
   else
-    DeviceAccess::prepare<V, float>(state.view);
+    DeviceAccess::prepare<V, float>(view);
+  state.tensor = chunk.tensor;
+  state.view = view;
   if (group == built.group && step == built.step && in_double == built.in_double) return;
   built.group = group;
   built.step = step;
@@ -122,12 +125,12 @@ FUSEDOPT_FN void* block_tally() {
     return nullptr;
 }
 
-// How many blocks have read all step counts that they need, this one among them. Where this is the last of them, the
-// counts may be written.
+// Says that this block has read all step counts that it needs; returns how many blocks have said so before. Behind the
+// last of them the counts may be written, and the counter is 0 again. To look at what this returns is to wait for it.
 FUSEDOPT_FN u32 arrive(const LaunchParams& launch) {
-  device::fence();
-  return device::atomic_increment(launch.arrivals) + 1;
+  return device::count_released(launch.arrivals, device::block_count() - 1);
 }
+constexpr u32 kNotArrived = ~0u;
 
 // Takes the next chunk of a team: what one thread does for all. It looks it up before the others are done with the last
 // one.
@@ -150,12 +153,12 @@ FUSEDOPT_FN void take_chunk(const LaunchParams& launch, const Team& team, ChunkS
   team.barrier();
 }
 
-// A block arrives before it sweeps its last large chunk: the tensors whose step counts the last block is to advance
-// have no small chunks.
+// Returns what arrive() has, of the thread that has called it. A block arrives before it sweeps its last large chunk:
+// the tensors whose step counts the last block is to advance have no small chunks.
 template <template <class> class Rule, class V>
-FUSEDOPT_FN void sweep_block(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
+FUSEDOPT_FN u32 sweep_block(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
   void* const tally = block_tally<V>();
-  if (device::thread_index() == 0) block.arrived = 0;
+  u32 arrived = kNotArrived;
   FUSEDOPT_LOOP
   for (int is_small = 0; is_small < 2; ++is_small) {
     const Team team{is_small != 0};
@@ -171,7 +174,7 @@ FUSEDOPT_FN void sweep_block(const KernelParams& params, const LaunchParams& lau
     do {
       take_chunk<Rule, V>(launch, team, state);
       if (!state.is_live) continue;
-      if (team.lane() == 0 && state.is_last && is_small == 0 && params.late_count != 0) block.arrived = arrive(launch);
+      if (team.lane() == 0 && state.is_last && is_small == 0 && params.late_count != 0) arrived = arrive(launch);
       const u64 step = state.built.step;
       if (V::kDouble && state.view.computes_in_double())
         sweep_chunk<DeviceAccess, V>(
@@ -183,6 +186,7 @@ FUSEDOPT_FN void sweep_block(const KernelParams& params, const LaunchParams& lau
             side_of<V, float>(launch, state.tensor, step, tally), step, team.lane(), team.lanes());
     } while (!state.is_last);
   }
+  return arrived;
 }
 
 FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
@@ -282,11 +286,11 @@ FUSEDOPT_FN void measure_leaves(const LaunchParams& launch) {
   FUSEDOPT_LOOP
   for (u64 turn = team.index(); turn < u64(launch.chunk_count) * per_chunk; turn += team.count()) {
     const Chunk chunk = launch.chunk(u32(turn / per_chunk));
-    const ChunkView view(launch, chunk);
+    const ChunkView view(launch, chunk, V{});
     const i32 at = i32(turn % per_chunk) * i32(kLeaf);
     if (at >= view.size) continue;
     double joined = 0.0;
-    if (launch.grads[chunk.tensor] != 0) {
+    if (view.has(kGrad)) {
       const ChunkView leaf = view.part(at, i32(kLeaf));
       if (V::kDouble && leaf.computes_in_double())
         joined = join_leaf<V, double>(launch, leaf, team.lane());
@@ -339,12 +343,13 @@ FUSEDOPT_FN void join_groups(const LaunchParams& launch, double* values) {
   }
 }
 
-// Blocks take the parts in turn.
-FUSEDOPT_FN void join_parts(const LaunchParams& launch, double* values) {
+// Blocks take the parts in turn. `few`: every part has one group at most, which was not joined before.
+FUSEDOPT_FN void join_parts(const LaunchParams& launch, bool few, double* values) {
   FUSEDOPT_LOOP
   for (u64 part = device::block_index(); part < launch.table.parts; part += device::block_count()) {
     const LeafGroups groups(launch, part);
-    const double joined = join_numbers(groups.joined, groups.count, launch.phase.has(kLargestNorm), values);
+    const double joined = join_numbers(few ? groups.leaves : groups.joined, few ? groups.leaf_count : groups.count,
+                                       launch.phase.has(kLargestNorm), values);
     if (device::thread_index() == 0) launch.phase.joined[part] = joined;
   }
 }
@@ -374,9 +379,12 @@ FUSEDOPT_FN void measure_all(const LaunchParams& launch) {
   double* const values = device::shared<BlockJoins<V>>().values;
   measure_leaves<V>(launch);
   device::grid_barrier(launch.arrivals + 1);
-  join_groups(launch, values);
-  device::grid_barrier(launch.arrivals + 1);
-  join_parts(launch, values);
+  const bool few = launch.table.leaves <= u64(kJoined);
+  if (!few) {
+    join_groups(launch, values);
+    device::grid_barrier(launch.arrivals + 1);
+  }
+  join_parts(launch, few, values);
   if (launch.phase.stage != kMeasures) device::grid_barrier(launch.arrivals + 1);
 }
 
@@ -388,22 +396,23 @@ FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
   for (u32 c = device::block_index(); c < launch.chunk_count; c += device::block_count()) {
     const Chunk chunk = launch.chunk(c);
     if (launch.grads[chunk.tensor] == 0) continue;
-    clear_chunk<DeviceAccess>(ChunkView(launch, chunk), device::thread_index(), device::block_threads());
+    clear_chunk<DeviceAccess>(ChunkView(launch, chunk, AnyVariant{}), device::thread_index(), device::block_threads());
   }
 }
 
 // The last block to arrive advances the step counts of tensors that have several chunks, or none.
 template <template <class> class Rule>
-FUSEDOPT_FN void finish(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
+FUSEDOPT_FN void finish(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block, u32 arrived) {
   if (params.late_count == 0) return;
   const int lane = device::thread_index();
-  if (lane == 0) block.is_last = (block.arrived != 0 ? block.arrived : arrive(launch)) == device::block_count();
+  if (lane == 0) {
+    block.is_last = (arrived != kNotArrived ? arrived : arrive(launch)) == device::block_count() - 1;
+    if (block.is_last) device::fence();  // what the others have read, they have read before what follows
+  }
   device::barrier();
   if (!block.is_last) return;
-  device::fence();
   for (u32 k = u32(lane); k < params.late_count; k += u32(device::block_threads()))
     advance_step(launch, launch.chunk_order == kOfOneTensor ? 0 : params.late_rows[k]);
-  if (lane == 0) *launch.arrivals = 0;
 }
 
 template <template <class> class Rule, class V>
@@ -423,8 +432,8 @@ FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
   }
   BlockState<Rule>& block = device::shared<BlockState<Rule>>();
   if (V::kSide && device::block_index() == 0 && device::thread_index() == 0) mark_report(launch, false);
-  sweep_block<Rule, V>(params, launch, block);
-  finish(params, launch, block);
+  const u32 arrived = sweep_block<Rule, V>(params, launch, block);
+  finish(params, launch, block, arrived);
 }
 
 }  // namespace fusedopt

@@ -25,9 +25,12 @@ constexpr int kFloatCodes8 = 14;  // the same of kFloat8 and kFloat8Square
 
 FUSEDOPT_FN constexpr bool is_code(int storage) { return storage >= kSigned8 && storage <= kFloat8Square; }
 
-FUSEDOPT_FN int storage_bytes(int storage) {
-  return storage == kFloat32 ? 4 : storage == kFloat64 ? 8 : is_code(storage) ? 1 : 2;
-}
+// Two bits for each storage: the power of two that its bytes are. Looked up without a branch, so that a GPU has all
+// loads of a row under way at once.
+constexpr u32 kLogBytes =
+    2u << 2 * kFloat32 | 3u << 2 * kFloat64 | 1u << 2 * kBFloat16 | 1u << 2 * kFloat16 | 1u << 2 * kLowBits;
+FUSEDOPT_FN constexpr int storage_bytes(int storage) { return 1 << (kLogBytes >> 2 * storage & 3u); }
+static_assert(2 * kStorages <= 32 && storage_bytes(kRoot8) == 1, "codes are the storages of one byte");
 
 // The two 16-bit floats, in the terms of codec.h.
 template <class F, class U>
