@@ -253,20 +253,31 @@ struct HostAccess {
     static constexpr int kWide = kLanes<T> < kRow ? kLanes<T> : kRow;
     Vector<T, kWide> lanes[kRow / kWide];
 
-    // The terms of a vector of elements, each to its chain; those it lacks count as 0.
-    template <bool kLargest, class W, class X, int M, class Term>
-    FUSEDOPT_FN void take(i32 place, const X (&x)[M], int count, const Term& term) {
+    // Has join(chain, element) for the elements of a vector, each with its chain; those it lacks count as 0.
+    template <class W, class X, int M, class Join>
+    FUSEDOPT_FN void take(i32 place, const X (&x)[M], int count, const Join& join) {
       if constexpr (W::value == 1) {
         auto& lane = lanes[place % kRow / kWide];
-        lane[place % kWide] = join<kLargest>(T(lane[place % kWide]), term(T(x[0][0])));
+        lane[place % kWide] = join(T(lane[place % kWide]), T(x[0][0]));
       } else {
         FUSEDOPT_UNROLL
         for (int e = 0; e < W::value; e += kWide) {
           auto values = of_type<T, kWide>(x, e);
           if (W::kPartial) values = first_few(values, count - e);
-          lanes[e % kRow / kWide] = join<kLargest>(lanes[e % kRow / kWide], term(values));
+          lanes[e % kRow / kWide] = join(lanes[e % kRow / kWide], values);
         }
       }
+    }
+    // The same with the squares, or magnitudes, of elements.
+    template <bool kLargest, class W, class X, int M>
+    FUSEDOPT_FN void take_terms(i32 place, const X (&x)[M], int count) {
+      constexpr bool kExact = !kLargest && sizeof(X{}[0]) == sizeof(float);
+      take<W>(place, x, count, [](auto joined, auto values) FUSEDOPT_INLINE {
+        if constexpr (kExact)
+          return add_exact_square(joined, values);
+        else
+          return join<kLargest>(joined, term<kLargest>(values));
+      });
     }
     template <bool kLargest>
     FUSEDOPT_FN void take(const Row& other) {
@@ -318,11 +329,10 @@ struct HostAccess {
   FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const X (&grad)[M], const X (&param)[M],
                                 const X (&update)[M], const X (&events)[M], int count) {
     Tally& tally = *static_cast<Tally*>(report.tally);
-    const auto square = [](auto x) FUSEDOPT_INLINE { return term<false>(x); };
-    tally.squares[kGradSquares].template take<false, W>(place, grad, count, square);
-    tally.squares[kParamSquares].template take<false, W>(place, param, count, square);
-    tally.squares[kUpdateSquares].template take<false, W>(place, update, count, square);
-    tally.events.template take<false, W>(place, events, count, [](auto x) FUSEDOPT_INLINE { return x; });
+    tally.squares[kGradSquares].template take_terms<false, W>(place, grad, count);
+    tally.squares[kParamSquares].template take_terms<false, W>(place, param, count);
+    tally.squares[kUpdateSquares].template take_terms<false, W>(place, update, count);
+    tally.events.template take<W>(place, events, count, [](auto sum, auto x) FUSEDOPT_INLINE { return sum + x; });
   }
 
   // A chunk of which leaves may be reported: quarter by quarter.
@@ -353,7 +363,7 @@ struct HostAccess {
         using X = Lanes<C, W::value>;
         X x[W::value * int(sizeof(C)) / int(sizeof(X))];
         fetch(width, i, x, count);
-        row.template take<kLargest, W>(i, x, count, [](auto x) FUSEDOPT_INLINE { return term<kLargest>(x); });
+        row.template take_terms<kLargest, W>(i, x, count);
       });
       quarters[q] = row;
     }

@@ -201,4 +201,13 @@ FUSEDOPT_FN Vector<double, 4> doubles(const Vector<float, 8> (&x)[M], int e) {
 }
 #endif
 
+// sum + x·x where the square is exact, so that it is the same whether it is rounded before it is added.
+template <class X>
+FUSEDOPT_FN X add_exact_square(X sum, X x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(X) == 64) return (X)_mm512_fmadd_pd((__m512d)x, (__m512d)x, (__m512d)sum);
+#endif
+  return sum + x * x;
+}
+
 }  // namespace fusedopt
