@@ -91,7 +91,7 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._launch()
-        elif self._is_sharded or self._phase.writes_tensors_of_others:
+        elif self._is_sharded or self._phase.writes_tensors_of_others or not traced.belongs_in_graph(self._number):
             self._launch_untraced()
         else:
             self._trace_launch()
@@ -155,6 +155,11 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for k, param in enumerate(group["params"]):
                 names[param] = group["param_names"][k] if "param_names" in group else str(len(names))
+        if any(row.param not in names for table in tables for row in table.rows):
+            raise RuntimeError(
+                "a report tells of the last step, and a parameter of it is in no group any more: read it before the "
+                "groups change"
+            )
         return read_report(tables, names)
 
     def finds_inf(self) -> bool:
@@ -251,6 +256,10 @@ class FusedOptimizer(Optimizer):
         is not noticed, nor is such a storage of a gradient whose shape and strides stay: call this after it.
         A gradient that lies where a step writes, in another parameter or a state, is refused when a parameter has its
         first gradient or new states, and after this; one that comes to lie there later is not noticed.
+
+        Between steps the optimizer holds the parameters and states of the last one. Call this to have it let go of
+        them: of states that were moved to other memory by hand, before it is needed, and of parameters that
+        ``torch.utils.swap_tensors`` is to exchange.
         """
         self._forget_tables()
 
@@ -512,8 +521,7 @@ class FusedOptimizer(Optimizer):
         if phase.report:
             table.note_reported(params)
         if phase.zero_grads:
-            untold = table.core.bump_versions(of_gradients=True)
-            _increment_version([param.grad for param in untold if param.grad is not None])
+            _clear_history(table.core.bump_versions(of_gradients=True))
         if phase.copy_to is not None:
             _increment_version([row.copy for row in table.live_rows() if row.copy is not None])
 
@@ -645,6 +653,17 @@ class FusedOptimizer(Optimizer):
                 table.begin()
                 tables.append((table, backend))
         return tables
+
+
+def _clear_history(params: Iterable[Tensor]) -> None:
+    """Has autograd forget what the gradients came from, as ``zero_grad(set_to_none=False)``: they are to be cleared."""
+    grads = [param.grad for param in params if param.grad is not None]
+    for grad in grads:
+        if grad.grad_fn is not None:
+            grad.detach_()
+        elif grad.requires_grad:
+            grad.requires_grad_(False)
+    _increment_version(grads)
 
 
 def _on(device: torch.device, name: str, scalar: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def check_betas(
     """
     if type(betas) is tuple and len(betas) == 2 and all(type(b) is float and 0.0 <= b < 1.0 for b in betas):
         return betas  # almost always
-    if not isinstance(betas, (tuple, list)):
+    if not _is_sequence(betas):
         raise TypeError(f"betas must be 2 decay rates, but they are {betas!r}")
     if len(betas) != 2:
         raise ValueError(f"betas must be 2 decay rates, but there are {len(betas)}")
@@ -87,6 +87,14 @@ def check_betas(
     if any(kinds) and foreach and not capturable:
         raise ValueError("betas[0] as a Tensor is not supported for capturable=False and foreach=True")
     return (_to_scalar(betas[0]), _to_scalar(betas[1]))
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a value has numbers one by one: a tuple or a list, or what passes for one, as an array or a config's."""
+    if isinstance(value, (tuple, list)):
+        return True
+    is_other = isinstance(value, (str, bytes, Mapping, Tensor))
+    return not is_other and hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__")
 
 
 def check_flags(*, foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
@@ -131,7 +139,7 @@ def _check_hyperparameter(key: str, of: str, value: Any, item: int) -> None:
     """Refuses a value, or an item of it where ``item`` is not below 0, that is no number."""
     if item < 0:
         return check_number(f"{key} {of}", value)
-    if not isinstance(value, (tuple, list)) or len(value) <= item:
+    if not _is_sequence(value) or len(value) <= item:
         wanted = "must be a number or a tensor of 1 element"
         raise TypeError(f"{key}[{item}] {of} {wanted}, but it is {shown(value)}")
     return check_number(f"{key}[{item}] {of}", value[item])

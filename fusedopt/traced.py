@@ -1,7 +1,8 @@
-"""The step as one operator of torch's dispatcher, so that ``torch.compile`` traces it without a graph break.
+"""The step as one operator of torch's dispatcher, for ``torch.compile(fullgraph=True)``; else a step breaks the graph.
 
 The operator is told by a number which optimizer it serves. To a graph it is a function that rewrites parameters
-from gradients; state and hyperparameters stay outside, so that torch compiles nothing anew when they change.
+from gradients; state and hyperparameters stay outside, so that torch compiles nothing anew when they change. What the
+graph itself does to them would come too late, or too soon: what it writes to a dict is written behind all of it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,38 @@ def forget(number: int) -> None:
 def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
     """All parameters, in order: what a trace looks at, so that it need not look at the groups."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+@torch.compiler.assume_constant_result
+def belongs_in_graph(number: int) -> bool:
+    """Whether the graph that is being traced is to have a step in it: where it must be one, and leaves the rest alone.
+
+    Asked while a graph is traced, by the number of an optimizer. Where this torch does not tell, the graph is broken.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer: Any = InstructionTranslator.current_tx()
+        tracers = (tracer, tracer.output.root_tx)
+        must_be_one = any(
+            getattr(each, name, False) for each in tracers for name in ("one_graph", "error_on_graph_break")
+        )
+        return must_be_one and not _is_touched(tracer.output, _find(number))
+    except (ImportError, AttributeError):
+        return False
+
+
+def _is_touched(graph: Any, optimizer: FusedOptimizer | None) -> bool:
+    """Whether a graph has so far written to the groups or states of an optimizer, or taken in a tensor of theirs."""
+    if optimizer is None:
+        return False
+    dicts = [*optimizer.param_groups, optimizer.state, *(state for _, state in optimizer._own_states())]
+    effects = graph.side_effects
+    known = [effects[each] for each in dicts if each in effects]
+    if any(effects.is_modified(each) for each in known):
+        return True
+    taken = {id(argument.example) for argument in graph.graphargs if argument.is_tensor}
+    return any(id(value) in taken for each in dicts for value in each.values())
 
 
 # Inductor's CUDA graphs, as of mode="reduce-overhead", leave the step out: they would go on with the numbers and the

@@ -60,7 +60,7 @@ READ = Suite("gradients read", ("tests/test_exchange.py", "-k", "gradient"))
 VERSIONS = Suite("versions", ("tests/test_step.py", "-k", "version and cpu"))
 FREED = Suite("freed memory", ("tests/contract/test_bad_input.py", "-k", "freed or shrunk or memory"))
 FIRST = Suite("first step", ("tests/test_first_step.py",))
-COMPILED_STEP = Suite("compiled step", ("tests/contract/test_compile.py", "-k", "copies"))
+COMPILED_STEP = Suite("compiled step", ("tests/contract/test_compile.py",))
 CAPTURE = Suite("capture", ("tests/test_capture.py",))
 LAUNCHER_RUN = Suite("launcher", ("tests/test_sanitizers.py", "-k", "launcher"))
 AMP = Suite("amp", ("tests/test_amp.py", "-k", "cpu or emulated"))
@@ -632,9 +632,30 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "clearing: not seen by a compiled graph",
         "fusedopt/base.py",
-        " or self._phase.writes_tensors_of_others:",
-        ":",
+        " or self._phase.writes_tensors_of_others or",
+        " or",
         (COMPILED_STEP,),
+    ),
+    Fault(
+        "compile: a step in a full graph that has touched its groups",
+        "fusedopt/traced.py",
+        "return must_be_one and not _is_touched(tracer.output, _find(number))",
+        "return must_be_one",
+        (COMPILED_STEP,),
+    ),
+    Fault(
+        "compile: a step in every graph",
+        "fusedopt/traced.py",
+        "return must_be_one and not _is_touched(tracer.output, _find(number))",
+        "return True",
+        (COMPILED_STEP,),
+    ),
+    Fault(
+        "clearing: a gradient keeps its history",
+        GRADIENTS,
+        "return requires_grad_ == nullptr || requires_grad_(",
+        "return requires_grad_ != nullptr && !requires_grad_(",
+        (PHASE,),
     ),
     Fault(
         "report: parameters of a skipped step beside the numbers of another",

@@ -181,6 +181,24 @@ def test_cleared_gradients_keep_their_memory(run: Run, settings: Run) -> None:
 
 
 @each_run
+def test_cleared_gradients_forget_what_they_came_from(run: Run, settings: Run) -> None:
+    """As torch's ``zero_grad(set_to_none=False)``: second derivatives are those of this step's gradient alone."""
+    found = []
+    for cls, clears in ((fusedopt.SGD, {"zero_grads": True, "backend": run.backend}), (torch.optim.SGD, {})):
+        param = torch.nn.Parameter(torch.ones(3, device=run.device))
+        optimizer = cls([param], lr=0.5, **clears)
+        for _ in range(3):
+            param.pow(3).sum().backward(create_graph=True)
+            found.append(torch.autograd.grad(param.grad.sum(), param, retain_graph=True)[0])
+            optimizer.step()
+            if not clears:
+                optimizer.zero_grad(set_to_none=False)
+            assert param.grad.grad_fn is None
+            assert not param.grad.requires_grad
+    assert all(torch.equal(*pair) for pair in zip(found[:3], found[3:], strict=True))
+
+
+@each_run
 def test_a_decay_that_is_a_tensor_is_read_at_every_step(run: Run, settings: Run) -> None:
     decay = torch.tensor(0.5, device=run.device)
     optimizer, params = make("SGD", run, torch.float32, ema_decay=decay)

@@ -321,3 +321,16 @@ def test_tables_that_took_no_part_in_a_step_are_not_told_of(run: Run, settings: 
             param.grad = None if value is None else torch.full_like(param, value)
         optimizer.step()
         assert [row["name"] for row in optimizer.report().rows] == names
+
+
+def test_a_report_of_a_parameter_that_has_left_the_groups_is_refused_in_words() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fusedopt.SGD(params, lr=0.1, report=True)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(RuntimeError, match="in no group any more"):
+        optimizer.report()
+    optimizer.step()
+    assert [row["name"] for row in optimizer.report().rows] == ["0"]

@@ -108,6 +108,11 @@ class GradientReader {
   }
   bool bump_version(const void* impl) const { return bump_version(reinterpret_cast<const TorchTensor*>(&impl)); }
 
+  // Whether autograd knows how a gradient came about, or might not: this torch does not say.
+  bool has_history(const TorchTensor* grad) const {
+    return requires_grad_ == nullptr || requires_grad_(*reinterpret_cast<const void* const*>(grad));
+  }
+
   // Whether the memory of the tensor whose c10::TensorImpl is at `impl` holds its values: so many, of so many bytes.
   bool is_whole(const void* impl, i64 elements, i64 bytes_each) const {
     const auto* const tensor = reinterpret_cast<const TorchTensor*>(&impl);
@@ -136,6 +141,8 @@ class GradientReader {
   const TorchTensor* (*grad_)(const void* impl) = nullptr;
   // void torch::autograd::impl::bump_version(const at::Tensor&): nothing else depends on it
   void (*bump_version_)(const TorchTensor*) = nullptr;
+  // bool c10::TensorImpl::requires_grad() const: likewise
+  bool (*requires_grad_)(const void* impl) = nullptr;
 #define FUSEDOPT_MEMBER(name, member, arguments) int32_t(*member##_) arguments = nullptr;
   FUSEDOPT_TORCH(FUSEDOPT_MEMBER)
 #undef FUSEDOPT_MEMBER
@@ -161,6 +168,7 @@ inline void GradientReader::connect() {
   find(c10, "_ZNK3c1010TensorImpl4gradEv", grad_);
   if (!all) grad_ = nullptr;
   find(cpu, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", bump_version_);
+  find(c10, "_ZNK3c1010TensorImpl13requires_gradEv", requires_grad_);
 }
 
 }  // namespace fusedopt

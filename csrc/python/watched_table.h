@@ -246,15 +246,14 @@ class Table {
   }
 
   // Tells autograd that the live parameters, or else their gradients, are written. Returns the parameters of which only
-  // Python can say so.
+  // Python can say so, as of gradients that autograd knows more of.
   py::list bump_versions(bool of_gradients) const {
     py::list left;
     for (u64 row = 0; row < watches_.size(); ++row) {
       const Watch& watch = watches_[row];
       if (!live_[row]) continue;
-      const bool is_done = watch.impl != nullptr && (of_gradients ? gradients.bump_version(gradients.find(watch.impl))
-                                                                  : gradients.bump_version(watch.impl));
-      if (!is_done) left.append(watch.param);
+      if (!(of_gradients ? bump_gradient(watch) : watch.impl != nullptr && gradients.bump_version(watch.impl)))
+        left.append(watch.param);
     }
     return left;
   }
@@ -342,6 +341,12 @@ class Table {
   u64 chunk_count() const { return host_.chunks().size(); }
 
  private:
+  static bool bump_gradient(const Watch& watch) {
+    if (watch.impl == nullptr) return false;
+    const TorchTensor* const grad = gradients.find(watch.impl);
+    return !gradients.has_history(grad) && gradients.bump_version(grad);
+  }
+
   static std::unordered_set<Table*>& living() {
     static auto& tables = *new std::unordered_set<Table*>;  // outlives every table
     return tables;

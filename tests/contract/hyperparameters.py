@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import UserList
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
@@ -195,6 +197,26 @@ def _(kit: Kit) -> None:
                 betas = tuple(torch.full(shape, value, dtype=dtype) for value in (0.75, 0.875))
                 options = {"betas": betas, "lr": 0.1}
                 _beside_truth(kit, cls, options, _nothing, truth_options={"betas": (0.75, 0.875), "lr": 0.1})
+
+
+class _Listed(UserList[float]):
+    """A list of a configuration, as some libraries hand it over: a sequence, but neither tuple nor list."""
+
+
+@behaviour(AREA, "betas as a sequence that is neither tuple nor list, for all or in a group, and loaded again")
+def _(kit: Kit) -> None:
+    for betas in (_Listed([0.75, 0.875]), np.array([0.75, 0.875])):
+        for cls in ("Adam", "AdamW"):
+            param = kit.param([1.0, 2.0])
+            for optimizer in (
+                kit.make(cls, [param], betas=betas),
+                kit.make(cls, [{"params": [param], "betas": betas}]),
+            ):
+                train(optimizer, [param], 1, lambda s, i: torch.ones(2, device=kit.device))
+                optimizer.load_state_dict(optimizer.state_dict())
+                train(optimizer, [param], 1, lambda s, i: torch.ones(2, device=kit.device))
+                state = optimizer.state[param]
+                identical(state["exp_avg"], torch.full_like(state["exp_avg"], 0.4375), "the mean of two gradients of 1")
 
 
 @behaviour(AREA, "weight decay and momentum as tensors, read at every step")

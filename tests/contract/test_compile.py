@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -162,6 +162,81 @@ def test_a_graph_sees_the_copies_and_the_cleared_gradients_of_its_steps(compiler
         run = torch.compile(train, backend=compiler) if compiles else train
         found.append([*run(param, copied, optimizer, torch.ones(4)), param.detach(), copied, param.grad])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+# What a graph does to groups and states before a step, by name: fn(optimizer, number).
+TOUCHES: dict[str, Callable[[Any, float], Any]] = {
+    "a number is written into a group": lambda optimizer, x: optimizer.param_groups[0].update(lr=x),
+    "a tensor is put into a group": lambda optimizer, x: optimizer.param_groups[0].update(lr=torch.tensor(0.1) * x),
+    "a tensor of a group is written to": lambda optimizer, x: optimizer.param_groups[1]["lr"].fill_(x),
+    "a state is written to": lambda optimizer, x: [
+        state["momentum_buffer"].fill_(x) for state in optimizer.state.values()
+    ],
+    "a state is replaced": lambda optimizer, x: [
+        state.update(momentum_buffer=torch.ones(3) * x) for state in optimizer.state.values()
+    ],
+}
+
+
+def _touched(touch: Callable[[Any, float], Any], **compiling: Any) -> list[Any]:
+    """What two parameters and their states are after some steps, of two in a graph each, before which it does that."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "lr": torch.tensor(0.1)}]
+    optimizer = fusedopt.SGD(groups, lr=0.1, momentum=0.5)  # type: ignore[arg-type]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+
+    def train(x: float) -> list[Tensor]:
+        seen = []
+        for k in (1, 2):
+            touch(optimizer, k * x)
+            optimizer.step()
+            seen += [state["momentum_buffer"] * 2.0 for state in optimizer.state.values()]
+        return seen
+
+    run = torch.compile(train, **compiling) if compiling else train
+    found = [[each.tolist() for each in run(x)] for x in (0.1, 0.2, 0.3)]
+    return [*found, *(param.tolist() for param in params)]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_a_step_sees_what_was_done_to_groups_and_states_before_it(touch: str, compiler: str) -> None:
+    assert _touched(TOUCHES[touch], backend=compiler) == _touched(TOUCHES[touch])
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_a_full_graph_that_touches_groups_or_states_before_a_step_is_refused(touch: str) -> None:
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        _touched(TOUCHES[touch], backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("writes", ["gradients", "copies"])
+def test_a_full_graph_with_a_step_that_writes_other_tensors_is_refused(writes: str) -> None:
+    param = nn.Parameter(torch.ones(3))
+    options: dict[str, Any] = {"zero_grads": True} if writes == "gradients" else {"copy_to": [torch.zeros(3)]}
+    optimizer = fusedopt.SGD([param], lr=0.1, **options)
+    param.grad = torch.ones(3)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)()
+
+
+def test_a_hook_that_sets_hyperparameters_is_seen_by_a_compiled_step() -> None:
+    found = []
+    for compiles in (True, False):
+        param = nn.Parameter(torch.ones(3))
+        optimizer = fusedopt.SGD([param], lr=1.0)
+        rates = iter([0.1, 0.2, 0.3])
+        optimizer.register_step_pre_hook(
+            lambda optimizer, args, kwargs, rates=rates: optimizer.param_groups[0].update(lr=next(rates))
+        )
+        step = torch.compile(optimizer.step, backend="aot_eager", disable=not compiles)
+        for _ in range(3):
+            param.grad = torch.ones(3)
+            step()
+        found.append(param.tolist())
+    assert found[0] == found[1]
 
 
 def test_gradients_that_come_and_go() -> None:
