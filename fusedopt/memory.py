@@ -33,7 +33,7 @@ def check_memory(name: str, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
     except NotImplementedError as error:
         raise TypeError(f"{name} has no memory of its own, as within torch.vmap or torch.func.grad: {error}") from error
-    if tensor._is_zerotensor():  # type: ignore[attr-defined]
+    if tensor._is_zerotensor():
         raise TypeError(f"{name} has no memory of its own: it is zeros that torch did not write; clone it")
     end = tensor.data_ptr() + tensor.nbytes if tensor.is_contiguous() else span(tensor)[1]
     reach = end - storage.data_ptr()

@@ -54,7 +54,7 @@ def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def belongs_in_graph(number: int) -> bool:
     """Whether the graph that is being traced is to have a step in it: where it must be one, and leaves the rest alone.
 
@@ -77,7 +77,7 @@ def _is_touched(graph: Any, optimizer: FusedOptimizer | None) -> bool:
     """Whether a graph has so far written to the groups or states of an optimizer, or taken in a tensor of theirs."""
     if optimizer is None:
         return False
-    dicts = [*optimizer.param_groups, optimizer.state, *(state for _, state in optimizer._own_states())]
+    dicts: list[Any] = [*optimizer.param_groups, optimizer.state, *(state for _, state in optimizer._own_states())]
     effects = graph.side_effects
     known = [effects[each] for each in dicts if each in effects]
     if any(effects.is_modified(each) for each in known):
