@@ -135,7 +135,8 @@ def by_kernels_alone(records: Sequence[Record]) -> bool:
 def title(case: Case, records: Sequence[Record]) -> str:
     """A case with its size, and the roof of its rounds."""
     first = records[0]
-    size = f"{first['tensors']:,} tensors, {first['elements']:,} elements"
+    tensors = "1 tensor" if first["tensors"] == 1 else f"{first['tensors']:,} tensors"
+    size = f"{tensors}, {first['elements']:,} elements"
     groups = f" in {first['groups']} groups" if first["groups"] > 1 else ""
     roof = next((r["roof_bytes_per_s"] for r in records if r.get("roof_bytes_per_s")), None)
     kernels = "; sums of kernel durations" if by_kernels_alone(records) else ""

@@ -31,7 +31,6 @@ struct ChunkView {
   i32 block_bits;       // 2^this are the elements of a block of codes
   u64 scales[kStates];  // of the chunk's first block; 0: the state is not in codes
   float* step;          // how many steps its tensor has taken; null: its rule needs no count
-  u32 group;            // of its tensor
   u64 place;       // in the whole tensor, over all devices: of its first element, or of the tensor's where it has runs
   u64 run, pitch;  // see Slot
 
@@ -39,7 +38,6 @@ struct ChunkView {
   template <class V>
   FUSEDOPT_FN ChunkView(const LaunchParams& launch, const Chunk& chunk, V) {
     const TensorTable& table = launch.table;
-    group = table.group[chunk.tensor];
     u64 start[kSlots];
     FUSEDOPT_UNROLL
     for (int s = 0; s < kSlots; ++s) start[s] = V::may_have(s) ? table.slot(s, chunk.tensor) : 0;

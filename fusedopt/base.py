@@ -91,7 +91,7 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._launch()
-        elif self._is_sharded or self._phase.writes_tensors_of_others or not traced.belongs_in_graph(self._number):
+        elif self._is_sharded or self._phase.writes_tensors_of_others or not traced.belongs_in_graph():
             self._launch_untraced()
         else:
             self._trace_launch()

@@ -55,10 +55,11 @@ def params_of(optimizer: FusedOptimizer) -> list[Tensor]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def belongs_in_graph(number: int) -> bool:
+def belongs_in_graph() -> bool:
     """Whether the graph that is being traced is to have a step in it: where it must be one, and leaves the rest alone.
 
-    Asked while a graph is traced, by the number of an optimizer. Where this torch does not tell, the graph is broken.
+    Asked while a graph is traced; of all optimizers, as a number in it may be one that dynamo leaves open. Where this
+    torch does not tell, the graph is broken.
     """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -68,22 +69,31 @@ def belongs_in_graph(number: int) -> bool:
         must_be_one = any(
             getattr(each, name, False) for each in tracers for name in ("one_graph", "error_on_graph_break")
         )
-        return must_be_one and not _is_touched(tracer.output, _find(number))
-    except (ImportError, AttributeError):
+        known = [optimizer for ref in _optimizers.values() if (optimizer := ref()) is not None]
+        return must_be_one and not any(_is_touched(tracer.output, optimizer) for optimizer in known)
+    except (ImportError, AttributeError, KeyError, NotImplementedError):
         return False
 
 
-def _is_touched(graph: Any, optimizer: FusedOptimizer | None) -> bool:
-    """Whether a graph has so far written to the groups or states of an optimizer, or taken in a tensor of theirs."""
-    if optimizer is None:
-        return False
-    dicts: list[Any] = [*optimizer.param_groups, optimizer.state, *(state for _, state in optimizer._own_states())]
+def _is_touched(graph: Any, optimizer: FusedOptimizer) -> bool:
+    """Whether a graph has so far written to the groups or states of an optimizer, or taken in memory of theirs."""
+    groups: list[Any] = optimizer.param_groups
+    states = [state for _, state in optimizer._own_states()]
+    lists_and_dicts = [groups, *groups, *(group["params"] for group in groups), optimizer.state, *states]
     effects = graph.side_effects
-    known = [effects[each] for each in dicts if each in effects]
-    if any(effects.is_modified(each) for each in known):
+    if any(each in effects and effects.is_modified(effects[each]) for each in lists_and_dicts):
         return True
-    taken = {id(argument.example) for argument in graph.graphargs if argument.is_tensor}
-    return any(id(value) in taken for each in dicts for value in each.values())
+    values = [value for held in (*groups, *states) for key, value in held.items() if key != "params"]
+    values += [optimizer._phase.ema_decay, optimizer._phase.max_grad_norm]
+    values += [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+    theirs = {_memory(item) for value in values for item in (value if isinstance(value, (tuple, list)) else [value])}
+    taken = {_memory(argument.example) for argument in graph.graphargs if argument.is_tensor}
+    return not theirs.isdisjoint(taken - {None})
+
+
+def _memory(value: object) -> int | None:
+    """By what tensors that share memory are known."""
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 # Inductor's CUDA graphs, as of mode="reduce-overhead", leave the step out: they would go on with the numbers and the
@@ -115,11 +125,16 @@ def step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int
             "with a torch before 2.8 compile without that mode, or capture optimizer.step itself"
         )
     own = [optimizer._traced_params[place] for place in places]
-    held = [param.grad for param in own]
+    # The graph may have taken a gradient away, which is written behind it.
+    own_ids = {id(param) for param in own}
+    left = [param for param in optimizer._traced_params if param.grad is not None and id(param) not in own_ids]
+    held = [(param, param.grad) for param in (*own, *left)]
     copies = [pair for pair in zip(own, params, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
     try:
-        for param, grad, before in zip(own, grads, held, strict=True):
-            if before is not grad:  # which may be a view of the same memory, lying otherwise
+        for param in left:
+            param.grad = None
+        for param, grad in zip(own, grads, strict=True):
+            if param.grad is not grad:  # which may be a view of the same memory, lying otherwise
                 param.grad = grad
         for param, copy in copies:
             param.data.copy_(copy)
@@ -127,7 +142,7 @@ def step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int
         for param, copy in copies:
             copy.copy_(param.data)
     finally:
-        for param, before in zip(own, held, strict=True):
+        for param, before in held:
             param.grad = before
 
 

@@ -131,7 +131,7 @@ void sweep_run(const LaunchParams& launch, u32 first, u32 last, const u8* fresh)
     ChunkView view(launch, chunk, V{});
     const bool use_double = V::kDouble && view.computes_in_double();
     const u64 step = next_step(view);
-    rule.prepare(launch, view.group, step, use_double);
+    rule.prepare(launch, launch.table.group[chunk.tensor], step, use_double);
     if constexpr (V::kDouble)
       if (use_double) {
         sweep_chunk<Access, V>(view, rule.in_double, gradient_of<V, double>(launch, rule.flags(), rule.coefficient()),

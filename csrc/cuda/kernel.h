@@ -57,7 +57,7 @@ struct ChunkState {
 template <template <class> class Rule>
 struct BlockState {
   ChunkState<Rule> of[kBlockThreads / device::kWarpThreads];
-  u32 is_last;
+  u32 arrived, is_last;
 };
 
 // The threads that take a chunk together, a block or a warp, and which one of all teams they are. All of it is worked
@@ -81,15 +81,35 @@ struct Team {
   }
 };
 
-// Reads the row, then the step count and the hyperparameters.
+// Says that this block has read all step counts that it needs; returns how many blocks have said so before. Behind the
+// last of them the counts may be written, and the counter is 0 again. To look at what this returns is to wait for it.
+FUSEDOPT_FN u32 arrive(const LaunchParams& launch) {
+  return device::count_released(launch.arrivals, device::block_count() - 1);
+}
+constexpr u32 kNotArrived = ~0u;
+
 template <template <class> class Rule, class V>
-FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, ChunkState<Rule>& state) {
-  BuiltRule& built = state.built;
+FUSEDOPT_FN void build_rule(const LaunchParams& launch, const BuiltRule& wanted, ChunkState<Rule>& state) {
+  state.built = wanted;
+  const Hypers hypers = read_hypers(launch.groups[wanted.group]);
+  state.flags = hypers.flags;
+  if constexpr (V::kSide) state.coefficient = coefficient_of(launch, wanted.group);
+  if (wanted.in_double)
+    state.in_double = Rule<double>(hypers, wanted.step);
+  else
+    state.in_float = Rule<float>(hypers, wanted.step);
+}
+
+// Reads the row, then the step count and the hyperparameters. Returns what arrive() has, where the block arrives with
+// this chunk: while the rule is built, the count is on its way.
+template <template <class> class Rule, class V>
+FUSEDOPT_FN u32 prepare_chunk(const LaunchParams& launch, const Chunk& chunk, bool arrives, ChunkState<Rule>& state) {
   ChunkView view(launch, chunk, V{});
-  const u32 group = view.group;
+  const u32 group = launch.table.group[chunk.tensor];
   const i64 numel = launch.table.numel[chunk.tensor];
   const u64 step = next_step(view);
   if (view.step && view.size == numel) *view.step = float(step);
+  const u32 arrived = arrives ? arrive(launch) : kNotArrived;
   const bool in_double = V::kDouble && view.computes_in_double();
   if (in_double)
     DeviceAccess::prepare<V, double>(view);
@@ -97,17 +117,10 @@ FUSEDOPT_FN void prepare_chunk(const LaunchParams& launch, const Chunk& chunk, C
     DeviceAccess::prepare<V, float>(view);
   state.tensor = chunk.tensor;
   state.view = view;
-  if (group == built.group && step == built.step && in_double == built.in_double) return;
-  built.group = group;
-  built.step = step;
-  built.in_double = in_double;
-  const Hypers hypers = read_hypers(launch.groups[group]);
-  state.flags = hypers.flags;
-  if constexpr (V::kSide) state.coefficient = coefficient_of(launch, group);
-  if (in_double)
-    state.in_double = Rule<double>(hypers, step);
-  else
-    state.in_float = Rule<float>(hypers, step);
+  const BuiltRule& built = state.built;
+  if (group != built.group || step != built.step || in_double != built.in_double)
+    build_rule<Rule, V>(launch, {group, in_double, step}, state);
+  return arrived;
 }
 
 // What a block joins, in shared memory: 2,048 numbers, or the tally of a leaf that is reported.
@@ -125,17 +138,12 @@ FUSEDOPT_FN void* block_tally() {
     return nullptr;
 }
 
-// Says that this block has read all step counts that it needs; returns how many blocks have said so before. Behind the
-// last of them the counts may be written, and the counter is 0 again. To look at what this returns is to wait for it.
-FUSEDOPT_FN u32 arrive(const LaunchParams& launch) {
-  return device::count_released(launch.arrivals, device::block_count() - 1);
-}
-constexpr u32 kNotArrived = ~0u;
-
 // Takes the next chunk of a team: what one thread does for all. It looks it up before the others are done with the last
-// one.
+// one. A block arrives before it sweeps its last large chunk, where others wait for that: the tensors whose step counts
+// the last block is to advance have no small chunks.
 template <template <class> class Rule, class V>
-FUSEDOPT_FN void take_chunk(const LaunchParams& launch, const Team& team, ChunkState<Rule>& state) {
+FUSEDOPT_FN void take_chunk(const LaunchParams& launch, const Team& team, bool arrives, BlockState<Rule>& block) {
+  ChunkState<Rule>& state = block.of[team.in_block()];
   Pass& pass = state.pass;
   Chunk chunk = {};
   bool is_live = false;
@@ -146,19 +154,21 @@ FUSEDOPT_FN void take_chunk(const LaunchParams& launch, const Team& team, ChunkS
   team.barrier();
   if (team.lane() == 0) {
     state.is_live = is_live;
-    state.is_last = pass.last - pass.next <= pass.stride;
+    const bool is_last = pass.last - pass.next <= pass.stride;
+    state.is_last = is_last;
     pass.next += pass.stride;
-    if (is_live) prepare_chunk<Rule, V>(launch, chunk, state);
+    if (is_live) {
+      const u32 arrived = prepare_chunk<Rule, V>(launch, chunk, arrives && is_last, state);
+      if (arrives) block.arrived = arrived;
+    }
   }
   team.barrier();
 }
 
-// Returns what arrive() has, of the thread that has called it. A block arrives before it sweeps its last large chunk:
-// the tensors whose step counts the last block is to advance have no small chunks.
 template <template <class> class Rule, class V>
-FUSEDOPT_FN u32 sweep_block(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
+FUSEDOPT_FN void sweep_block(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
   void* const tally = block_tally<V>();
-  u32 arrived = kNotArrived;
+  if (device::thread_index() == 0) block.arrived = kNotArrived;
   FUSEDOPT_LOOP
   for (int is_small = 0; is_small < 2; ++is_small) {
     const Team team{is_small != 0};
@@ -172,9 +182,8 @@ FUSEDOPT_FN u32 sweep_block(const KernelParams& params, const LaunchParams& laun
       state.pass = {first, last, first + team.index(), team.count()};
     }
     do {
-      take_chunk<Rule, V>(launch, team, state);
+      take_chunk<Rule, V>(launch, team, is_small == 0 && params.late_count != 0, block);
       if (!state.is_live) continue;
-      if (team.lane() == 0 && state.is_last && is_small == 0 && params.late_count != 0) arrived = arrive(launch);
       const u64 step = state.built.step;
       if (V::kDouble && state.view.computes_in_double())
         sweep_chunk<DeviceAccess, V>(
@@ -186,7 +195,6 @@ FUSEDOPT_FN u32 sweep_block(const KernelParams& params, const LaunchParams& laun
             side_of<V, float>(launch, state.tensor, step, tally), step, team.lane(), team.lanes());
     } while (!state.is_last);
   }
-  return arrived;
 }
 
 FUSEDOPT_FN void join_block(double* values, int count, bool largest) {
@@ -402,11 +410,11 @@ FUSEDOPT_FN void skip_block(const LaunchParams& launch) {
 
 // The last block to arrive advances the step counts of tensors that have several chunks, or none.
 template <template <class> class Rule>
-FUSEDOPT_FN void finish(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block, u32 arrived) {
+FUSEDOPT_FN void finish(const KernelParams& params, const LaunchParams& launch, BlockState<Rule>& block) {
   if (params.late_count == 0) return;
   const int lane = device::thread_index();
   if (lane == 0) {
-    block.is_last = (arrived != kNotArrived ? arrived : arrive(launch)) == device::block_count() - 1;
+    block.is_last = (block.arrived != kNotArrived ? block.arrived : arrive(launch)) == device::block_count() - 1;
     if (block.is_last) device::fence();  // what the others have read, they have read before what follows
   }
   device::barrier();
@@ -432,8 +440,8 @@ FUSEDOPT_FN void sweep_kernel(const KernelParams& params) {
   }
   BlockState<Rule>& block = device::shared<BlockState<Rule>>();
   if (V::kSide && device::block_index() == 0 && device::thread_index() == 0) mark_report(launch, false);
-  const u32 arrived = sweep_block<Rule, V>(params, launch, block);
-  finish(params, launch, block, arrived);
+  sweep_block<Rule, V>(params, launch, block);
+  finish(params, launch, block);
 }
 
 }  // namespace fusedopt

@@ -452,7 +452,6 @@ struct CudaLaunch::State {
 
   // All that a launch reads. Where some of it fails, no table, groups or gradients are there.
   void send(HostTable& host, driver::Stream stream) {
-    const RelaxedCapture relaxed;  // another thread may capture, in whose mode it is all of them that must not allocate
     try {
       send_table(host, stream);
       send_step(host, stream);
@@ -502,6 +501,7 @@ int CudaLaunch::architecture() const { return state_->gpu.architecture(); }
 void CudaLaunch::launch(HostTable& host, u64 stream_handle, u64 grad_scale, u64 found_inf) {
   State& state = *state_;
   const driver::CurrentContext current(state.gpu.context());
+  const RelaxedCapture relaxed;  // another thread may capture in the default mode: no thread must make memory then
   const driver::Stream stream = reinterpret_cast<driver::Stream>(stream_handle);
   const bool capturing = is_capturing(stream);
   if (capturing) state.refuse_unknown(host);
@@ -540,6 +540,7 @@ size_t CudaLaunch::captures() const { return state_->captures.size(); }
 
 void CudaLaunch::update_captures(const HostTable& host, u64 stream_handle) {
   const driver::CurrentContext current(state_->gpu.context());
+  const RelaxedCapture relaxed;
   const driver::Stream stream = reinterpret_cast<driver::Stream>(stream_handle);
   if (is_capturing(stream)) throw std::runtime_error("hyperparameters can not be given to a graph during a capture");
   const std::vector<GroupRow>& now = host.group_rows();

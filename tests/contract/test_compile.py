@@ -172,6 +172,13 @@ TOUCHES: dict[str, Callable[[Any, float], Any]] = {
     "a state is written to": lambda optimizer, x: [
         state["momentum_buffer"].fill_(x) for state in optimizer.state.values()
     ],
+    "a group is replaced": lambda optimizer, x: optimizer.param_groups.__setitem__(
+        0, {**optimizer.param_groups[0], "lr": x}
+    ),
+    "a list of parameters is shortened": lambda optimizer, x: optimizer.param_groups[0]["params"].clear(),
+    "a view of a tensor of a group is written to": lambda optimizer, x: (
+        optimizer.param_groups[1]["lr"].detach().fill_(x)
+    ),
     "a state is replaced": lambda optimizer, x: [
         state.update(momentum_buffer=torch.ones(3) * x) for state in optimizer.state.values()
     ],
@@ -210,6 +217,33 @@ def test_a_step_sees_what_was_done_to_groups_and_states_before_it(touch: str, co
 def test_a_full_graph_that_touches_groups_or_states_before_a_step_is_refused(touch: str) -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported):
         _touched(TOUCHES[touch], backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("compiler", TRACERS)
+def test_a_full_graph_serves_several_optimizers_in_turn(compiler: str, dynamic: bool | None) -> None:
+    step = torch.compile(lambda optimizer: optimizer.step(), backend=compiler, fullgraph=True, dynamic=dynamic)
+    for _ in range(3):
+        param = nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        step(fusedopt.SGD([param], lr=0.5))
+        assert param.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("compiler", TRACERS)
+def test_a_gradient_that_a_full_graph_takes_away_is_not_stepped(compiler: str) -> None:
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = fusedopt.SGD(params, lr=0.5)
+
+    def train() -> None:
+        params[0].grad = None
+        optimizer.step()
+
+    for param in params:
+        param.grad = torch.ones(3)
+    torch.compile(train, backend=compiler, fullgraph=True)()
+    assert [param.tolist() for param in params] == [[1.0] * 3, [0.5] * 3]
+    assert params[0].grad is None
 
 
 @pytest.mark.parametrize("writes", ["gradients", "copies"])
