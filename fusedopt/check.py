@@ -91,8 +91,6 @@ def check_betas(
 
 def _is_sequence(value: Any) -> bool:
     """Whether a value has numbers one by one: a tuple or a list, or what passes for one, as an array or a config's."""
-    if isinstance(value, (tuple, list)):
-        return True
     is_other = isinstance(value, (str, bytes, Mapping, Tensor))
     return not is_other and hasattr(type(value), "__len__") and hasattr(type(value), "__getitem__")
 

@@ -90,6 +90,9 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
     Args:
         tables: of one optimizer.
         names: of its parameters.
+
+    Raises:
+        RuntimeError: a parameter that they tell of is in no group any more.
     """
     rows, everything, elements = [], [], 0
     skipped, at_fault = False, []
@@ -100,15 +103,24 @@ def read_report(tables: Sequence[Table], names: Mapping[Tensor, str]) -> Report:
         skipped |= bool(table.last_was_skipped)
         for row, leaves in table.rows_with_leaves():
             if sums is not None and not sums[leaves].isfinite().all():
-                at_fault.append(names[row.param])
+                at_fault.append(_name_of(row.param, names))
             if not table.is_told_of(row, columns[:, leaves]):
                 columns[:, leaves] = 0.0
                 continue
             count = real_view(local(row.param)).numel()
             elements += count
-            rows.append({"name": names[row.param], **_numbers(columns[:, leaves], count)})
+            rows.append({"name": _name_of(row.param, names), **_numbers(columns[:, leaves], count)})
         everything.append(columns)
     return Report(rows, _numbers(torch.cat(everything, dim=1), elements), skipped, tuple(at_fault))
+
+
+def _name_of(param: Tensor, names: Mapping[Tensor, str]) -> str:
+    if param not in names:
+        raise RuntimeError(
+            "a report tells of the last step, and a parameter of it is in no group any more: read it before the groups "
+            "change"
+        )
+    return names[param]
 
 
 def _sums(table: Table) -> Tensor | None:

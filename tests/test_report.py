@@ -324,11 +324,13 @@ def test_tables_that_took_no_part_in_a_step_are_not_told_of(run: Run, settings: 
 
 
 def test_a_report_of_a_parameter_that_has_left_the_groups_is_refused_in_words() -> None:
-    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
     optimizer = fusedopt.SGD(params, lr=0.1, report=True)
-    for param in params:
+    for param in params[:2]:
         param.grad = torch.ones(3)
     optimizer.step()
+    optimizer.param_groups[0]["params"].pop()  # it had no gradient
+    assert [row["name"] for row in optimizer.report().rows] == ["0", "1"]
     optimizer.param_groups[0]["params"].pop()
     with pytest.raises(RuntimeError, match="in no group any more"):
         optimizer.report()

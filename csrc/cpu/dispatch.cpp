@@ -144,8 +144,8 @@ void sweep_fresh(const LaunchParams& launch, u32 first, u32 last, SweepChunks sw
   fine.chunks = leaves;
   fine.chunk_count = 0;
   fine.chunk_order = kListed;
-  if (launch.chunk_elements % kLeaf == 0) fine.chunk_elements = kLeaf;
-  const u32 parts = u32(launch.chunk_elements / fine.chunk_elements);
+  fine.chunk_elements = kLeaf;  // of which a chunk has a whole number, wherever there are fresh states
+  const u32 parts = u32(launch.chunk_elements / kLeaf);
   const auto sweep_all = [&] {
     sweep(fine, 0, fine.chunk_count, fresh);
     fine.chunk_count = 0;
@@ -153,7 +153,7 @@ void sweep_fresh(const LaunchParams& launch, u32 first, u32 last, SweepChunks sw
   for (u32 c = first; c < last; ++c) {
     const Chunk whole = launch.chunk(c);
     for (u32 leaf = whole.index * parts; leaf < (whole.index + 1) * parts; ++leaf) {
-      if (leaf * fine.chunk_elements >= launch.table.numel[whole.tensor]) break;
+      if (leaf * kLeaf >= launch.table.numel[whole.tensor]) break;
       leaves[fine.chunk_count++] = {whole.tensor, leaf};
       if (fine.chunk_count == kAtOnce) sweep_all();
     }
