@@ -16,26 +16,22 @@ enum ReportColumn : int {
 };
 constexpr int kReportSquares = kNonfinite;  // columns that are sums of squares
 
-// The squares of a leaf are summed in the order of reduce.h. An event is a count of non-finite gradients and kLostEvent
-// times a count of lost updates: exact in float for a leaf, in any order.
-constexpr float kLostEvent = 4096.0f;
-
 // Where the leaves of one tensor are reported, and what an Access gathers the terms of a leaf in.
 struct LeafReport {
   void* tally = nullptr;      // null: nothing is reported
   double* columns = nullptr;  // at the tensor's first leaf
   u64 leaves = 0;             // of the table: from column to column
-  u32* events = nullptr;      // of one thread in this leaf, where an Access counts them so
+  u32* events = nullptr;      // of one thread in this leaf, where an Access counts so
 
   FUSEDOPT_FN bool is_wanted() const { return tally != nullptr; }
 };
 
-// Writes down what the terms of leaf `index` of the tensor came to.
-FUSEDOPT_FN void write_leaf(const LeafReport& report, u64 index, const double (&squares)[kReportSquares], float event) {
-  const i64 events = i64(event), lost = events / i64(kLostEvent);
+// Writes down what leaf `index` of the tensor came to: its squares are added in the order of reduce.h.
+FUSEDOPT_FN void write_leaf(const LeafReport& report, u64 index, const double (&squares)[kReportSquares],
+                            double nonfinite, double lost) {
   for (int s = 0; s < kReportSquares; ++s) report.columns[u64(s) * report.leaves + index] = squares[s];
-  report.columns[u64(kNonfinite) * report.leaves + index] = double(events - lost * i64(kLostEvent));
-  report.columns[u64(kLost) * report.leaves + index] = double(lost);
+  report.columns[u64(kNonfinite) * report.leaves + index] = nonfinite;
+  report.columns[u64(kLost) * report.leaves + index] = lost;
 }
 
 }  // namespace fusedopt

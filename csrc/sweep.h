@@ -196,15 +196,14 @@ FUSEDOPT_FN void copy(X (&to)[M], const X (&from)[M]) {
 template <class Access, class W, class X, int M>
 FUSEDOPT_FN void tally_vector(const LeafReport& report, bool keeps_rest, const Witness<X, M>& seen, const X (&p)[M],
                               i32 place, int count) {
-  const X zero = X{}, one = X{} + 1.0f, lost = X{} + kLostEvent;
-  X events[M];
+  const X zero = X{}, one = X{} + 1.0f;
+  X lost[M];
   FUSEDOPT_UNROLL
   for (int k = 0; k < M; ++k) {
     const X after = keeps_rest ? seen.after[k] : p[k];
-    events[k] = seen.grad[k] - seen.grad[k] == zero ? zero : one;
-    events[k] = events[k] + ((seen.before[k] == after) & (seen.update[k] != zero) ? lost : zero);
+    lost[k] = (seen.before[k] == after) & (seen.update[k] != zero) ? one : zero;
   }
-  Access::template tally<W>(report, place, seen.grad, p, seen.update, events, count);
+  Access::template tally<W>(report, place, seen.grad, p, seen.update, lost, count);
 }
 
 // A vector of what comes beside the update. Average, copy and report are those of the parameter as its storage has

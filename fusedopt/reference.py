@@ -22,6 +22,7 @@ from torch import Tensor
 
 LEAF = 2048  # elements; csrc/table.h
 ROW, CHAIN = 16, 32  # csrc/rules/reduce.h
+LEAST_HELD = 2.0**-100  # the same, of float32
 REPORT_COLUMNS = 5  # csrc/report.h
 PARAM_SQUARES = 1  # of these
 
@@ -211,13 +212,26 @@ def clipped(grad: Tensor, coefficient: float | None, grad_scale: float | None) -
 
 def leaf_sums(flat: Tensor, *, largest: bool) -> Tensor:
     """The squares of every 2,048 elements summed in the order of csrc/rules/reduce.h, in float64; or the largest."""
-    values = torch.zeros(-(-flat.numel() // LEAF) * LEAF, dtype=torch.float64, device=flat.device)
-    values[: flat.numel()] = flat.double().abs() if largest else flat.double() * flat.double()
+    return _join_halves(_chains(flat.double(), largest=largest).flatten(1), largest)
+
+
+def reported_sums(flat: Tensor) -> Tensor:
+    """The same of the squares of a report, which the chains add in the dtype of the computation where that holds them."""
+    sums, exact = _chains(flat, largest=False), _chains(flat.double(), largest=False)
+    least = LEAST_HELD if flat.dtype == torch.float32 else 0.0
+    holds = (sums >= least) & sums.isfinite()
+    return _join_halves(torch.where(holds, sums.double(), exact).flatten(1), False)
+
+
+def _chains(flat: Tensor, *, largest: bool) -> Tensor:
+    """What the chains of every leaf come to: [leaves, quarters, ROW]."""
+    values = torch.zeros(-(-flat.numel() // LEAF) * LEAF, dtype=flat.dtype, device=flat.device)
+    values[: flat.numel()] = flat.abs() if largest else flat * flat
     rows = values.reshape(-1, LEAF // (ROW * CHAIN), CHAIN, ROW)
     chains = torch.zeros_like(rows[:, :, 0])
     for k in range(CHAIN):
         chains = _join(chains, rows[:, :, k], largest)
-    return _join_halves(chains.flatten(1), largest)
+    return chains
 
 
 def leaf_report(grad: Tensor, param: Tensor, update: Tensor, *, lost: Tensor) -> Tensor:
@@ -229,7 +243,7 @@ def leaf_report(grad: Tensor, param: Tensor, update: Tensor, *, lost: Tensor) ->
         update: as the rule found it; the same.
         lost: whether the update of an element left it as it was stored, though it was not 0; the same.
     """
-    squares = [leaf_sums(values, largest=False) for values in (grad, param, update)]
+    squares = [reported_sums(values) for values in (grad, param, update)]
     counts = [leaf_sums(event.to(torch.float64), largest=False) for event in (~grad.isfinite(), lost)]
     return torch.stack([*squares, *counts])
 

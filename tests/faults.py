@@ -403,8 +403,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "report: a short leaf has the elements of another",
         REDUCE,
-        "first + kQuarter < size ? first + kQuarter : size",
-        "first + kQuarter",
+        "return whole < size ? whole : size;",
+        "return whole;",
         (REPORT,),
     ),
     Fault("report: chains of another quarter", REDUCE, "c / kRow * kQuarter + c % kRow", "c * kRow", (REPORT,)),
@@ -438,8 +438,36 @@ FAULTS: tuple[Fault, ...] = (
         "q < half / 2; ++q) join(quarters[q], quarters[q + half]);",
         (REPORT,),
     ),
+    Fault("report: lost updates counted as infinite", ACCESS, "events % kLostEvent, ", "events, ", (REPORT,)),
+    Fault("report: squares that float loses", REDUCE, "7.888609052210118e-31", "0.0", (REPORT,)),
+    Fault("report: squares that float has no room for", REDUCE, "sum <= X{} + kMostHeld<C>", "sum == sum", (REPORT,)),
     Fault(
-        "report: lost updates counted as infinite", REPORT_OF, "events - lost * i64(kLostEvent)", "events", (REPORT,)
+        "report: all chains added in double",
+        REDUCE,
+        "holds<C>(sum) ? double(sum) :",
+        "false ? double(sum) :",
+        (REPORT,),
+    ),
+    Fault(
+        "cpu: report: all chains of a quarter added in double",
+        HOST_ACCESS,
+        "holds<C>(lanes[k]) ?",
+        "false ?",
+        (REPORT,),
+    ),
+    Fault(
+        "cpu: report: no chain added in double",
+        HOST_ACCESS,
+        "if (join_lanes(held, both) == 0)",
+        "if (false)",
+        (REPORT,),
+    ),
+    Fault(
+        "cpu: report: elements of an earlier quarter",
+        HOST_ACCESS,
+        "[k % kRow] = C(0);",
+        "[k % kRow] += C(0);",
+        (REPORT,),
     ),
     # the kernel and its access to memory
     Fault(
@@ -1160,6 +1188,7 @@ FAULTS: tuple[Fault, ...] = (
         "scales = (scale0, scale1, scale2)",
         (INTERPRETED_REPORT,),
     ),
+    Fault("triton: report: squares that float loses", TRITON_REDUCE, "2.0**-100", "0.0", (INTERPRETED_REPORT,)),
     Fault("triton: report: every update of 0 is lost", TRITON_REPORT, " & (update != 0.0)", "", (INTERPRETED_REPORT,)),
     # the compilers
     Fault("cuda: products contracted into fma", "build_support/device.py", "--fmad=false", "--fmad=true", (CUDA_CODE,)),

@@ -20,6 +20,8 @@ JOINED = tl.constexpr(2048)
 ROW = tl.constexpr(16)
 CHAIN = tl.constexpr(32)
 CHAINS = tl.constexpr(64)
+LEAST_HELD = tl.constexpr(2.0**-100)  # of float32
+MOST_HELD = tl.constexpr(3.4028234663852886e38)
 
 # csrc/phase.h: PhaseFlag
 CLIPS = tl.constexpr(16)
@@ -56,11 +58,28 @@ def join_rows(joined, rows, largest, COUNT: tl.constexpr):
 
 
 @triton.jit
+def chains_of(terms, largest):
+    """What the chains of a leaf join to, of its 2,048 terms."""
+    rows = tl.trans(tl.reshape(terms, [JOINED // (ROW * CHAIN), CHAIN, ROW]), (0, 2, 1))
+    return join_rows(tl.zeros([CHAINS], terms.dtype), tl.reshape(rows, [CHAINS, CHAIN]), largest, CHAIN)
+
+
+@triton.jit
 def join_leaf(terms, largest):
     """What the 2,048 terms of a leaf join to."""
-    rows = tl.trans(tl.reshape(terms, [JOINED // (ROW * CHAIN), CHAIN, ROW]), (0, 2, 1))
-    chains = join_rows(tl.zeros([CHAINS], tl.float64), tl.reshape(rows, [CHAINS, CHAIN]), largest, CHAIN)
-    return join_halves(chains, largest, CHAINS, 6)
+    return join_halves(chains_of(terms, largest), largest, CHAINS, 6)
+
+
+@triton.jit
+def reported_chains(x, C: tl.constexpr):
+    """What the squares of elements in float64 come to: added in C, or in float64 where that does not hold the sum."""
+    exact = chains_of(x * x, False)
+    if C == tl.float64:
+        return exact
+    else:  # noqa: RET505 - as above
+        narrow = x.to(C)
+        sums = chains_of(narrow * narrow, False)
+        return tl.where((sums >= LEAST_HELD) & (sums <= MOST_HELD), sums.to(tl.float64), exact)
 
 
 @triton.jit

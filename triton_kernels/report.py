@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .reduce import JOINED, join_leaf
+from .reduce import CHAINS, JOINED, join_halves, reported_chains
 from .storage import pointer
 
 REPORTS = tl.constexpr(128)  # csrc/phase.h: PhaseFlag
@@ -22,15 +22,12 @@ def no_report():
 
 @triton.jit
 def tally_block(terms, place, mask, grad, before, after, stored, update):
-    """The terms of a block, at its places in the leaf: squares of gradient, parameter and update, and both events."""
-    grad = grad.to(tl.float64)
-    stored = stored.to(tl.float64)
+    """What a block has of its leaf: gradient, parameter and update, of which the squares count, and both events."""
     lost = (before == after) & (update != 0.0)
-    update = update.to(tl.float64)
     at = terms + place
-    tl.store(at, grad * grad, mask=mask)
-    tl.store(at + JOINED, stored * stored, mask=mask)
-    tl.store(at + 2 * JOINED, update * update, mask=mask)
+    tl.store(at, grad.to(tl.float64), mask=mask)
+    tl.store(at + JOINED, stored.to(tl.float64), mask=mask)
+    tl.store(at + 2 * JOINED, update.to(tl.float64), mask=mask)
     tl.store(at + 3 * JOINED, tl.where(grad - grad == 0.0, 0.0, 1.0).to(tl.float64), mask=mask)
     tl.store(at + 4 * JOINED, tl.where(lost, 1.0, 0.0).to(tl.float64), mask=mask)
 
@@ -42,11 +39,11 @@ def mark_report(report, leaves, skipped):
 
 
 @triton.jit
-def write_leaf(terms, size, columns, leaves, index):
+def write_leaf(terms, size, columns, leaves, index, C: tl.constexpr):
     """Joins the terms of a leaf of some size, and writes them down as that leaf of the table."""
     tl.debug_barrier()
     k = tl.arange(0, JOINED)
-    for column in range(0, COLUMNS):
-        joined = join_leaf(tl.load(terms + column * JOINED + k, mask=k < size, other=0.0), False)
-        tl.store(columns + column * leaves + index, joined)
+    for column in range(0, COLUMNS):  # an event is the square of 1
+        x = tl.load(terms + column * JOINED + k, mask=k < size, other=0.0)
+        tl.store(columns + column * leaves + index, join_halves(reported_chains(x, C), False, CHAINS, 6))
     tl.debug_barrier()

@@ -262,7 +262,8 @@ def report_chunk(
             )  # fmt: skip
             if terms != 0:
                 index = first_leaf + (begin + start) // JOINED
-                write_leaf(pointer(terms, tl.float64, False), count, pointer(columns, tl.float64, False), leaves, index)
+                into = pointer(columns, tl.float64, False)
+                write_leaf(pointer(terms, tl.float64, False), count, into, leaves, index, C)
     else:
         sweep_chunk(
             address, storage, layouts, layout, begin, size, scalars, gradient, side, blocks, terms,

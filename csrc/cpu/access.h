@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/processor.h"
 #include "cpu/vector.h"
 #include "sweep.h"
 
@@ -290,6 +291,26 @@ struct HostAccess {
       __builtin_memcpy(&whole, lanes, sizeof(whole));
       return join_lanes(whole, [](auto one, auto other) FUSEDOPT_INLINE { return join<kLargest>(one, other); });
     }
+    FUSEDOPT_FN Row<double> in_double() const {
+      constexpr int kDoubles = Row<double>::kWide;
+      Row<double> found;
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kRow / kDoubles; ++k) found.lanes[k] = doubles<kDoubles>(lanes, k * kDoubles);
+      return found;
+    }
+    // Which lanes of each vector hold sums that were added in T.
+    FUSEDOPT_FN auto lanes_that_hold() const {
+      auto found = holds<T>(lanes[0]);
+      FUSEDOPT_UNROLL
+      for (int k = 1; k < kRow / kWide; ++k) found &= holds<T>(lanes[k]);
+      return found;
+    }
+    // Puts others in the place of sums that were added in C and do not hold.
+    template <class C>
+    FUSEDOPT_FN void replace_others(const Row& exact) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < kRow / kWide; ++k) lanes[k] = holds<C>(lanes[k]) ? lanes[k] : exact.lanes[k];
+    }
   };
 
   // The chains of a leaf, one row of them a quarter, joined in a tree of halves: the first is left.
@@ -313,41 +334,83 @@ struct HostAccess {
       walk_part<kBlock<V>>(begin, end, visit);
   }
 
-  // What the chains of a quarter of a leaf have come to: in registers, where the storages are known.
-  struct Tally {
-    Row<double> squares[kReportSquares];
-    Row<float> events;
+  // Marks a report as wanted: the elements of a leaf are gathered where its quarter is.
+  struct Tally {};
 
-    FUSEDOPT_FN void take(const Tally& other) {
+  // What is gathered of a quarter of a leaf while it is swept: sums in registers, where the storages are known, and its
+  // elements, row by row, for those sums that do not hold.
+  template <class C>
+  struct Quarter {
+    Row<C> sums[kReportSquares] = {};
+    Row<float> lost = {};
+    C (*const elements)[kReportSquares][kRow];
+
+    FUSEDOPT_FN explicit Quarter(C (*elements)[kReportSquares][kRow]) : elements(elements) {}
+
+    template <class W, class X, int M>
+    FUSEDOPT_FN void take(int column, i32 place, const X (&x)[M], int count) {
+      sums[column].template take<W>(place, x, count, [](auto sum, auto x) FUSEDOPT_INLINE { return sum + x * x; });
       FUSEDOPT_UNROLL
-      for (int s = 0; s < kReportSquares; ++s) squares[s].template take<false>(other.squares[s]);
-      events.template take<false>(other.events);
+      for (int k = 0; k < M; ++k) {
+        const u32 at = u32(place + k * (W::value / M));
+        __builtin_memcpy(elements[at / u32(kRow)][column] + at % u32(kRow), &x[k], sizeof(x[k]));
+      }
     }
   };
 
   template <class W, class X, int M>
   FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const X (&grad)[M], const X (&param)[M],
-                                const X (&update)[M], const X (&events)[M], int count) {
-    Tally& tally = *static_cast<Tally*>(report.tally);
-    tally.squares[kGradSquares].template take_terms<false, W>(place, grad, count);
-    tally.squares[kParamSquares].template take_terms<false, W>(place, param, count);
-    tally.squares[kUpdateSquares].template take_terms<false, W>(place, update, count);
-    tally.events.template take<W>(place, events, count, [](auto sum, auto x) FUSEDOPT_INLINE { return sum + x; });
+                                const X (&update)[M], const X (&lost)[M], int count) {
+    using C = std::remove_reference_t<decltype(X{}[0])>;
+    auto& quarter = *static_cast<Quarter<C>*>(report.tally);
+    quarter.template take<W>(kGradSquares, place, grad, count);
+    quarter.template take<W>(kParamSquares, place, param, count);
+    quarter.template take<W>(kUpdateSquares, place, update, count);
+    quarter.lost.template take<W>(place, lost, count, [](auto sum, auto x) FUSEDOPT_INLINE { return sum + x; });
   }
+
+  // What the chains of a quarter have come to.
+  struct Chains {
+    Row<double> squares[kReportSquares];
+    Row<float> lost;
+    double nonfinite;
+
+    Chains() = default;
+    template <class C>
+    FUSEDOPT_FN Chains(const Quarter<C>& quarter, int size) : lost(quarter.lost), nonfinite(0.0) {
+      auto held = quarter.sums[0].lanes_that_hold();
+      FUSEDOPT_UNROLL
+      for (int s = 0; s < kReportSquares; ++s) {
+        squares[s] = quarter.sums[s].in_double();
+        held &= quarter.sums[s].lanes_that_hold();
+      }
+      const auto both = [](auto one, auto other) FUSEDOPT_INLINE { return one & other; };
+      if (join_lanes(held, both) == 0) nonfinite = add_exactly(quarter.elements, size, squares);
+    }
+    FUSEDOPT_FN void take(const Chains& other) {
+      FUSEDOPT_UNROLL
+      for (int s = 0; s < kReportSquares; ++s) squares[s].template take<false>(other.squares[s]);
+      lost.template take<false>(other.lost);
+      nonfinite += other.nonfinite;
+    }
+  };
 
   // A chunk of which leaves may be reported: quarter by quarter.
   template <class V, class C, class Sweep>
   FUSEDOPT_FN static void report_chunk(const ChunkView& chunk, LeafReport& report, int, int, const Sweep& sweep) {
     if (!report.is_wanted()) return sweep(chunk);
+    alignas(FUSEDOPT_VECTOR_BYTES) C elements[kChain][kReportSquares][kRow];
     for (i32 first = 0; first < chunk.size; first += i32(kLeaf)) {
-      Tally quarters[kQuarters];
+      Chains quarters[kQuarters] = {};
       for (int q = 0; q < kQuarters; ++q) {
-        Tally tally = {};
-        report.tally = &tally;
-        sweep(chunk.part(first + q * kQuarter, kQuarter));
-        quarters[q] = tally;
+        const ChunkView part = chunk.part(first + q * kQuarter, kQuarter);
+        if (part.size == 0) break;
+        Quarter<C> quarter(elements);
+        report.tally = &quarter;
+        sweep(part);
+        quarters[q] = Chains(quarter, part.size);
       }
-      join_quarters(quarters, [](Tally& one, const Tally& other) FUSEDOPT_INLINE { one.take(other); });
+      join_quarters(quarters, [](Chains& one, const Chains& other) FUSEDOPT_INLINE { one.take(other); });
       write_joined(quarters[0], report, u64((chunk.begin + first) / kLeaf));
     }
   }
@@ -374,11 +437,12 @@ struct HostAccess {
 
   template <class V, class C, class Visit>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
+    const bool asks_for_reports = !is_zen4();
     if (V::kStrided && chunk.layout)
       walk_part<1>(0, chunk.size, visit);
     else
       walk_part<kBlock<V>>(0, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-        if (V::kFixed && V::kReports)
+        if (V::kFixed && V::kReports && asks_for_reports)
           prefetch<V, kFirstCache>(chunk, i + kAheadReported);
         else if (V::kFixed && !V::kSide)
           prefetch<V, kSecondCache>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
@@ -412,17 +476,42 @@ struct HostAccess {
     return found;
   }
 
+  // Puts the exact sums of a quarter of some size where others do not hold: how many gradients are not finite. Not
+  // inlined, so that the loops of the sweep need not keep a register for it.
+  template <class C>
+  __attribute__((noinline)) static double add_exactly(C (*elements)[kReportSquares][kRow], int size,
+                                                      Row<double> (&squares)[kReportSquares]) {
+    const int rows = (size + kRow - 1) / kRow;
+    for (int k = size; k < rows * kRow; ++k)
+      for (int s = 0; s < kReportSquares; ++s) elements[k / kRow][s][k % kRow] = C(0);
+    bool finite = true;
+    for (int s = 0; s < kReportSquares; ++s) {
+      Row<double> exact = {};
+      for (int r = 0; r < rows; ++r) {
+        Lanes<C, kRow> x[kRow * int(sizeof(C)) / int(sizeof(Lanes<C, kRow>))];
+        __builtin_memcpy(x, elements[r][s], sizeof(x));
+        exact.template take_terms<false, Width<kRow>>(0, x, kRow);
+      }
+      squares[s].template replace_others<C>(exact);
+      if (s == kGradSquares) finite = is_finite(exact.template joined<false>());
+    }
+    double nonfinite = 0.0;
+    for (int k = 0; k < size && !finite; ++k)
+      nonfinite += is_finite(elements[k / kRow][kGradSquares][k % kRow]) ? 0.0 : 1.0;
+    return nonfinite;
+  }
+
   // Writes down the leaf whose chains have come to this.
-  FUSEDOPT_FN static void write_joined(const Tally& tally, const LeafReport& report, u64 index) {
-    const double squares[kReportSquares] = {tally.squares[kGradSquares].template joined<false>(),
-                                            tally.squares[kParamSquares].template joined<false>(),
-                                            tally.squares[kUpdateSquares].template joined<false>()};
-    write_leaf(report, index, squares, tally.events.template joined<false>());
+  FUSEDOPT_FN static void write_joined(const Chains& chains, const LeafReport& report, u64 index) {
+    const double squares[kReportSquares] = {chains.squares[kGradSquares].template joined<false>(),
+                                            chains.squares[kParamSquares].template joined<false>(),
+                                            chains.squares[kUpdateSquares].template joined<false>()};
+    write_leaf(report, index, squares, chains.nonfinite, double(chains.lost.template joined<false>()));
   }
 
   // The processor asks for what lies far ahead too late by itself: more so for elements that are reported or coded,
   // which take so many instructions that it sees few loads ahead. Where they take few, the first cache has no room for
-  // it: asked for there, it made a Zen 4 a sixth slower.
+  // it: asked for there, it made a Zen 4 a sixth slower, and its reports a fifth.
   static constexpr i32 kAheadBytes = 1024;
   static constexpr i32 kAheadReported = 768;  // elements
   static constexpr i32 kAheadCoded = 1536;    // elements

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/engine.h"
+#include "cpu/processor.h"
 #include "cpu/team.h"
 #include "norm.h"
 #include "variants.h"
@@ -47,17 +48,6 @@ const std::vector<InstructionSet>& instruction_sets() {
   return sets;
 }
 
-// Zen 4 does a 512-bit operation in two halves, so that arithmetic gains little by it; and where a load lies one line
-// beyond a store modulo 4096, the load waits for the store if that is of a whole line: up to a third slower.
-bool prefers_256_bits() {
-#if defined(__x86_64__)
-  static const bool is_zen4 = __builtin_cpu_is("amdfam19h") != 0;
-  return is_zen4;
-#else
-  return false;
-#endif
-}
-
 // Whether a variant's loop waits for little but memory.
 bool is_plain(int variant) {
 #define FUSEDOPT_IS_PLAIN(name, param, state, features) param == kFloat32 && (features) == 0,
@@ -68,7 +58,7 @@ bool is_plain(int variant) {
 
 // The set of this name; empty: the best for a variant.
 const InstructionSet& find_set(const std::string& isa, int variant) {
-  const std::string name = isa.empty() && prefers_256_bits() && is_plain(variant) ? "avx2" : isa;
+  const std::string name = isa.empty() && is_zen4() && is_plain(variant) ? "avx2" : isa;
   for (const InstructionSet& set : instruction_sets())
     if (name == set.name) return set;
   if (isa.empty()) return instruction_sets().front();

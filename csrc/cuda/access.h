@@ -222,6 +222,7 @@ struct DeviceAccess {
   // (reduce.h), the columns of a chain next to each other. In double there is room for half of it at a time.
   static constexpr int kTallied = kReportSquares + 1;  // columns: the squares, and the events
   static constexpr int kMostThreads = 256;
+  static constexpr u32 kLostEvent = 4096;  // elements that are lost are counted in this, gradients not finite in 1
   struct Tally {
     double joined[kChains][kTallied];
     double elements[kReportSquares * kJoined / 2];
@@ -236,13 +237,14 @@ struct DeviceAccess {
 
   template <class W, class C>
   FUSEDOPT_FN static void tally(const LeafReport& report, i32 place, const C (&grad)[W::value],
-                                const C (&param)[W::value], const C (&update)[W::value], const C (&events)[W::value],
+                                const C (&param)[W::value], const C (&update)[W::value], const C (&lost)[W::value],
                                 int) {
     keep_elements(column_of<C>(report, kGradSquares) + place, grad);
     keep_elements(column_of<C>(report, kParamSquares) + place, param);
     keep_elements(column_of<C>(report, kUpdateSquares) + place, update);
     FUSEDOPT_UNROLL
-    for (int k = 0; k < W::value; ++k) *report.events += u32(events[k]);
+    for (int k = 0; k < W::value; ++k)
+      *report.events += (is_finite(grad[k]) ? 0u : 1u) + (lost[k] == C(0) ? 0u : kLostEvent);
   }
 
   // A chunk of which leaves may be reported: piece by piece, each with what its chains join to; else all of it at once.
@@ -323,7 +325,7 @@ struct DeviceAccess {
     FUSEDOPT_LOOP
     for (int k = lane; k < kPieceChains * kReportSquares; k += lanes) {
       const int chain = k % kPieceChains, column = k / kPieceChains;
-      tally.joined[first + chain][column] = join_chain<false>(chain, size, column_of<C>(report, column));
+      tally.joined[first + chain][column] = add_chain(chain, size, column_of<C>(report, column));
     }
   }
 
@@ -342,7 +344,8 @@ struct DeviceAccess {
     join_halves<false>(joined, kChains * kTallied, lane, lanes, [] { barrier(); }, kTallied);
     if (lane != 0) return;
     const double squares[kReportSquares] = {joined[kGradSquares], joined[kParamSquares], joined[kUpdateSquares]};
-    write_leaf(report, index, squares, float(joined[kReportSquares]));
+    const u32 events = u32(joined[kReportSquares]);
+    write_leaf(report, index, squares, events % kLostEvent, events / kLostEvent);
   }
 
   // The slots of which N elements, counted from element `boundary`, start on a boundary of their own size (at most

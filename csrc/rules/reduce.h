@@ -47,15 +47,38 @@ FUSEDOPT_FN double join_term(double joined, C x) {
 
 // The first element of chain c in its leaf; the others are a row apart each.
 FUSEDOPT_FN int chain_begin(int c) { return c / kRow * kQuarter + c % kRow; }
+// Behind its last, of a leaf that has `size` elements.
+FUSEDOPT_FN int chain_end(int c, int size) {
+  const int whole = chain_begin(c) + kQuarter;
+  return whole < size ? whole : size;
+}
 
 // What chain c joins to, of a leaf that has `size` elements.
 template <bool kLargest, class C>
 FUSEDOPT_FN double join_chain(int c, int size, const C* elements) {
-  const int first = chain_begin(c);
-  const int last = first + kQuarter < size ? first + kQuarter : size;
   double joined = 0.0;
-  for (int k = first; k < last; k += kRow) joined = join_term<kLargest>(joined, elements[k]);
+  for (int k = chain_begin(c); k < chain_end(c, size); k += kRow) joined = join_term<kLargest>(joined, elements[k]);
   return joined;
+}
+
+// Squares of a report are added in the type that is computed in, which in float is a matter of a few instructions, and
+// in double where that does not hold what they come to: where float has infinities, or where it may have lost squares
+// that it rounds to a multiple of 2^-149. Its 32 roundings leave a sum that holds within 2^-19 of itself.
+template <class C>
+constexpr C kLeastHeld = C(sizeof(C) == 4 ? 7.888609052210118e-31 : 0.0);  // 2^-100
+template <class C>
+constexpr C kMostHeld = C(sizeof(C) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
+template <class C, class X>
+FUSEDOPT_FN auto holds(X sum) {  // an element, or each of a vector; not where it is NaN
+  return (sum >= X{} + kLeastHeld<C>) & (sum <= X{} + kMostHeld<C>);
+}
+
+// What the squares of chain c come to in a report.
+template <class C>
+FUSEDOPT_FN double add_chain(int c, int size, const C* elements) {
+  C sum = C(0);
+  for (int k = chain_begin(c); k < chain_end(c, size); k += kRow) sum = sum + elements[k] * elements[k];
+  return holds<C>(sum) ? double(sum) : join_chain<false>(c, size, elements);
 }
 
 // Joins value k with value k + half, for every k below half, until few are left, at the start. `lane` of `lanes`
@@ -74,6 +97,9 @@ FUSEDOPT_FN double clip_coefficient(double norm, double max_norm) {
   return coefficient >= 1.0 ? 1.0 : coefficient;
 }
 
-FUSEDOPT_FN bool is_finite(double x) { return x - x == 0.0; }
+template <class C>
+FUSEDOPT_FN bool is_finite(C x) {
+  return x - x == C(0);
+}
 
 }  // namespace fusedopt
