@@ -28,10 +28,13 @@ struct HostAccess {
   template <class X>
   using Bits = Like<u32, X>;
 
-  // Elements at a time. Where the storage is known, one AVX-512 vector per slot: values stay in registers from load to
-  // store. Where the conversion is a call, a longer block pays for it.
+  // Elements at a time. Where the storage is known, one AVX-512 vector per slot, two of 16 bits: values stay in
+  // registers from load to store, and of 16 bits, which take many instructions, the processor sees more at once. Where
+  // the conversion is a call, a longer block pays for it.
   template <class V>
-  static constexpr int kBlock = V::kFixed || V::kReports ? 16 : 64;
+  static constexpr int kBlock = V::kFixed && V::kParamStorage != kFloat32 && FUSEDOPT_VECTOR_BYTES == 64 ? 32
+                                : V::kFixed || V::kReports                                               ? 16
+                                                                                                         : 64;
   static constexpr int kNarrow = 16;  // the rest of a tensor
   static constexpr int kShared = 16;  // elements that share their random words with as many others
 
