@@ -176,7 +176,7 @@ struct StridedIndex {
   FUSEDOPT_FN i64 operator()(int slot) const { return offset[slot]; }
 };
 
-// What a report compares of one vector.
+// One vector, as its rule found and left it.
 template <class X, int M>
 struct Witness {
   X grad[M];    // unscaled, before it is clipped
@@ -184,6 +184,9 @@ struct Witness {
   X after[M];   // and as the rule left it
   X update[M];
 };
+// That of the elements of a width, computed in C: one by one, or in vectors.
+template <class Access, class C, class W, class X = typename Access::template Lanes<C, W::value>>
+using WitnessOf = Witness<X, W::value * int(sizeof(C)) / int(sizeof(X))>;
 
 template <class X, int M>
 FUSEDOPT_FN void copy(X (&to)[M], const X (&from)[M]) {
@@ -191,8 +194,8 @@ FUSEDOPT_FN void copy(X (&to)[M], const X (&from)[M]) {
   for (int k = 0; k < M; ++k) to[k] = from[k];
 }
 
-// The terms of one vector, `place` being that of its first element in half a leaf; p is the parameter as it is stored.
-// What is kept of a 16-bit parameter counts as part of it.
+// The terms of one vector, `place` being that of its first element in the part of a leaf that is gathered at once; p is
+// the parameter as it is stored. What is kept of a 16-bit parameter counts as part of it.
 template <class Access, class W, class X, int M>
 FUSEDOPT_FN void tally_vector(const LeafReport& report, bool keeps_rest, const Witness<X, M>& seen, const X (&p)[M],
                               i32 place, int count) {
@@ -290,11 +293,12 @@ struct Master {
 // Stands for the states of a block in a variant without blocks.
 struct NoBlock {};
 
-template <class Access, class V, class C, class W, class Rule, class Index, class S, class Block>
-FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient, const S& side,
-                              const Index& at, i32 place, int count, Block&& block) {
+// A vector up to its states: load, unscale, rule, store of the states.
+template <class Access, class V, class C, class W, class Rule, class Index, class Block>
+FUSEDOPT_FN WitnessOf<Access, C, W> update_vector(const ChunkView& chunk, const Rule& rule, const Gradient<C>& gradient,
+                                                  const Index& at, i32 place, int count, Block&& block) {
   constexpr int N = W::value;
-  using X = typename Access::template Lanes<C, N>;  // one element, or a vector of them
+  using X = typename Access::template Lanes<C, N>;
   constexpr int M = N * int(sizeof(C)) / int(sizeof(X));
   constexpr int kUsed = kState0 + Rule::kRuleStates;  // slots that this rule can have
   constexpr bool kBlocks = V::kBlocks && sizeof(C) == 4;
@@ -335,18 +339,9 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
   for (int k = 0; k < M; ++k)
     seen.update[k] = rule(x[kParam][k], x[kGrad][k], x[kState0][k], x[kState1][k], x[kState2][k]);
   copy(seen.after, x[kParam]);
-  master.keep(chunk, x[kParam], at, count);
-  if constexpr (kBlocks && (V::kRounds || !V::kFixed))
-    if (V::kRounds || (chunk.mode() & kRoundsAtRandom)) {
-      FUSEDOPT_UNROLL
-      for (int k = 0; k < M; ++k)
-        x[kParam][k] =
-            at_random_16(V::storage(kParam, chunk.storage), x[kParam][k],
-                         block.rounding.bits(chunk.template place_at<V>(place), Access::template places<X>(k)));
-    }
   FUSEDOPT_UNROLL_SLOTS
-  for (int s = 0; s < kUsed; ++s)
-    if (s != kGrad && Access::has(chunk, rule, s)) {
+  for (int s = kState0; s < kUsed; ++s)
+    if (Access::has(chunk, rule, s)) {
       if constexpr (kBlocks)
         if (V::codes(s, chunk.storage)) {
           FUSEDOPT_UNROLL
@@ -354,15 +349,33 @@ FUSEDOPT_FN void sweep_vector(const ChunkView& chunk, const Rule& rule, const Gr
           block.template take<W>(state_of(s), place, x[s], count);
           continue;
         }
-      if constexpr (Access::template kKeepsParam<V>)
-        if (s == kParam) {
-          block.keep(place, x[s]);
-          continue;
-        }
       Access::template store<W>(V::storage(s, chunk.storage), chunk.address[s], at(s), chunk.is_aligned(s), x[s],
                                 count);
     }
-  sweep_sides<Access, V, C, W>(chunk, side, at, x[kParam], seen, place, count);
+  return seen;
+}
+
+// The rest: store of the parameter, and what comes beside it.
+template <class Access, class V, class C, class W, class Index, class S, class Block, class X, int M>
+FUSEDOPT_FN void finish_vector(const ChunkView& chunk, const S& side, const Index& at, i32 place, int count,
+                               Block&& block, const Witness<X, M>& seen) {
+  constexpr bool kBlocks = V::kBlocks && sizeof(C) == 4;
+  X p[M];
+  copy(p, seen.after);
+  Master<Access, V, C, W>::keep(chunk, p, at, count);
+  if constexpr (kBlocks && (V::kRounds || !V::kFixed))
+    if (V::kRounds || (chunk.mode() & kRoundsAtRandom)) {
+      FUSEDOPT_UNROLL
+      for (int k = 0; k < M; ++k)
+        p[k] = at_random_16(V::storage(kParam, chunk.storage), p[k],
+                            block.rounding.bits(chunk.template place_at<V>(place), Access::template places<X>(k)));
+    }
+  if constexpr (Access::template kKeepsParam<V>)
+    block.keep(place, p);
+  else
+    Access::template store<W>(V::storage(kParam, chunk.storage), chunk.address[kParam], at(kParam),
+                              chunk.is_aligned(kParam), p, count);
+  sweep_sides<Access, V, C, W>(chunk, side, at, p, seen, place, count);
 }
 
 // Element i of a chunk alone; a vector is walked where the chunk is dense only.
@@ -388,7 +401,9 @@ FUSEDOPT_FN void sweep_blocks(const ChunkView& chunk, const Rule& rule, const Gr
       part.scale[s] = part.count > 0 && chunk.scales[s] ? *scale_at(chunk, s, first) : 0.0f;
     Access::template walk_part<V>(chunk, part, [&](auto width, i32 i, int n) FUSEDOPT_INLINE {
       using W = decltype(width);
-      sweep_vector<Access, V, float, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, n, part);
+      const IndexOf<V, W> at(chunk, i);
+      const auto seen = update_vector<Access, V, float, W>(chunk, rule, gradient, at, i, n, part);
+      finish_vector<Access, V, float, W>(chunk, side, at, i, n, part, seen);
     });
   };
   const auto code = [&](const Part& part) FUSEDOPT_INLINE {
@@ -418,10 +433,16 @@ FUSEDOPT_FN void sweep_part(const ChunkView& chunk, const Rule& rule, const Grad
   if constexpr (V::kBlocks && sizeof(C) == 4)
     sweep_blocks<Access, V>(chunk, rule, gradient, side, step, lane, lanes);
   else
-    Access::template walk<V, C>(chunk, lane, lanes, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-      using W = decltype(width);
-      sweep_vector<Access, V, C, W>(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
-    });
+    Access::template walk<V, C>(
+        chunk, lane, lanes,
+        [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+          using W = decltype(width);
+          return update_vector<Access, V, C, W>(chunk, rule, gradient, IndexOf<V, W>(chunk, i), i, count, NoBlock{});
+        },
+        [&](auto width, i32 i, int count, const auto& seen) FUSEDOPT_INLINE {
+          using W = decltype(width);
+          finish_vector<Access, V, C, W>(chunk, side, IndexOf<V, W>(chunk, i), i, count, NoBlock{}, seen);
+        });
 }
 
 // A chunk at the step `step` of its tensor: where its leaves are reported, in the order that suits the tally.

@@ -23,7 +23,8 @@ def stand_in(param: Tensor) -> Tensor | None:
     values = settled(resolved(grad), param)
     here, there = local(param), local(values)
     same = here.data_ptr() == there.data_ptr() and here.stride() == there.stride() and here.dtype == there.dtype
-    if not same and storage_address(here) == storage_address(there) and may_share_memory(here, there):
+    # Of one storage or of two: views that NumPy has made of one array have a storage each.
+    if not same and storage_address(here) and storage_address(there) and may_share_memory(here, there):
         return values.clone()
     return None if values is grad else values
 

@@ -216,7 +216,7 @@ def leaf_sums(flat: Tensor, *, largest: bool) -> Tensor:
 
 
 def reported_sums(flat: Tensor) -> Tensor:
-    """The same of the squares of a report, which the chains add in the dtype of the computation where that holds them."""
+    """The same of a report, whose chains add in the dtype of the computation where that holds the sum."""
     sums, exact = _chains(flat, largest=False), _chains(flat.double(), largest=False)
     least = LEAST_HELD if flat.dtype == torch.float32 else 0.0
     holds = (sums >= least) & sums.isfinite()

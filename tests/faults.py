@@ -310,8 +310,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "blocks: nothing beside the update",
         SWEEP,
-        "(chunk, rule, gradient, side, IndexOf<V, W>(chunk, i), i, n, part)",
-        "(chunk, rule, gradient, NoSide{}, IndexOf<V, W>(chunk, i), i, n, part)",
+        "(chunk, side, at, i, n, part, seen)",
+        "(chunk, NoSide{}, at, i, n, part, seen)",
         (BLOCKS,),
     ),
     Fault(
@@ -439,6 +439,20 @@ FAULTS: tuple[Fault, ...] = (
         (REPORT,),
     ),
     Fault("report: lost updates counted as infinite", ACCESS, "events % kLostEvent, ", "events, ", (REPORT,)),
+    Fault(
+        "cpu: the last vector begun is not finished",
+        HOST_ACCESS,
+        "    finish(width, i - N, N, last);\n    return i;",
+        "    return i;",
+        (BITS, SIZES, REPORT),
+    ),
+    Fault(
+        "cpu: a vector is finished where the next one is",
+        HOST_ACCESS,
+        "      finish(width, i - N, N, last);\n      last = next;",
+        "      finish(width, i, N, last);\n      last = next;",
+        (BITS, SIZES, REPORT),
+    ),
     Fault("report: squares that float loses", REDUCE, "7.888609052210118e-31", "0.0", (REPORT,)),
     Fault("report: squares that float has no room for", REDUCE, "sum <= X{} + kMostHeld<C>", "sum == sum", (REPORT,)),
     Fault(
@@ -458,7 +472,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "cpu: report: no chain added in double",
         HOST_ACCESS,
-        "if (join_lanes(held, both) == 0)",
+        "if (!are_all(held))",
         "if (false)",
         (REPORT,),
     ),
@@ -557,7 +571,13 @@ FAULTS: tuple[Fault, ...] = (
         (SIZES,),
     ),
     Fault("cpu: a tail is an element short", HOST_ACCESS, "i, end - i);", "i, end - i - 1);", (SIZES,)),
-    Fault("cpu: a whole vector where an element is missing", HOST_ACCESS, "i + N <= end", "i + N - 1 <= end", (SIZES,)),
+    Fault(
+        "cpu: a whole vector where an element is missing",
+        HOST_ACCESS,
+        "i + N <= end; i += N) visit",
+        "i + N - 1 <= end; i += N) visit",
+        (SIZES,),
+    ),
     Fault(
         "cpu: a tail is read to its full width",
         HOST_ACCESS,
@@ -1186,6 +1206,13 @@ FAULTS: tuple[Fault, ...] = (
         TRITON_TABLE,
         "scales = (scale0 + skipped, scale1 + skipped, scale2 + skipped)",
         "scales = (scale0, scale1, scale2)",
+        (INTERPRETED_REPORT,),
+    ),
+    Fault(
+        "triton: report: squares that float has no room for",
+        TRITON_REDUCE,
+        "(sums <= MOST_HELD)",
+        "(sums == sums)",
         (INTERPRETED_REPORT,),
     ),
     Fault("triton: report: squares that float loses", TRITON_REDUCE, "2.0**-100", "0.0", (INTERPRETED_REPORT,)),

@@ -1,6 +1,7 @@
 """What a report says of each leaf, twin of csrc/report.h: terms in a program's own memory, then joined."""
 
 # mypy: ignore-errors
+# ruff: noqa: N803
 # Kernel code: its types are Triton's, and Triton writes compile-time arguments in capitals.
 
 import triton

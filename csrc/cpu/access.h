@@ -28,13 +28,14 @@ struct HostAccess {
   template <class X>
   using Bits = Like<u32, X>;
 
-  // Elements at a time. Where the storage is known, one AVX-512 vector per slot, two of 16 bits: values stay in
-  // registers from load to store, and of 16 bits, which take many instructions, the processor sees more at once. Where
-  // the conversion is a call, a longer block pays for it.
+  // Whether a vector is finished when the next has begun, so that less of what the processor has in hand waits for a
+  // root and a division: where it takes many instructions, and there are registers for it.
   template <class V>
-  static constexpr int kBlock = V::kFixed && V::kParamStorage != kFloat32 && FUSEDOPT_VECTOR_BYTES == 64 ? 32
-                                : V::kFixed || V::kReports                                               ? 16
-                                                                                                         : 64;
+  static constexpr bool kInTurns = FUSEDOPT_VECTOR_BYTES == 64 && V::kFixed && V::kParamStorage != kFloat32;
+  // Elements at a time. Where the storage is known, one AVX-512 vector per slot, or two in turns: values stay in
+  // registers from load to store. Where the conversion is a call, a longer block pays for it.
+  template <class V>
+  static constexpr int kBlock = kInTurns<V> ? 32 : V::kFixed || V::kReports ? 16 : 64;
   static constexpr int kNarrow = 16;  // the rest of a tensor
   static constexpr int kShared = 16;  // elements that share their random words with as many others
 
@@ -221,7 +222,7 @@ struct HostAccess {
     if (V::kStrided && (chunk.layout || !chunk.in_one_run(part.first, part.count)))
       return walk_part<1>(part.first, end, visit);
     walk_part<kPart<V>>(part.first, end, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-      if (kAsksAhead<V>) prefetch<V, kFirstCache>(chunk, i + kAheadCoded);
+      if (kAsksAhead<V>) prefetch<V, kFirstCache, decltype(width)::value>(chunk, i + kAheadCoded);
       visit(width, i, count);
     });
   }
@@ -374,21 +375,20 @@ struct HostAccess {
 
   // What the chains of a quarter have come to.
   struct Chains {
-    Row<double> squares[kReportSquares];
-    Row<float> lost;
-    double nonfinite;
+    Row<double> squares[kReportSquares] = {};
+    Row<float> lost = {};
+    double nonfinite = 0.0;
 
     Chains() = default;
     template <class C>
-    FUSEDOPT_FN Chains(const Quarter<C>& quarter, int size) : lost(quarter.lost), nonfinite(0.0) {
+    FUSEDOPT_FN Chains(const Quarter<C>& quarter, int size) : lost(quarter.lost) {
       auto held = quarter.sums[0].lanes_that_hold();
       FUSEDOPT_UNROLL
       for (int s = 0; s < kReportSquares; ++s) {
         squares[s] = quarter.sums[s].in_double();
         held &= quarter.sums[s].lanes_that_hold();
       }
-      const auto both = [](auto one, auto other) FUSEDOPT_INLINE { return one & other; };
-      if (join_lanes(held, both) == 0) nonfinite = add_exactly(quarter.elements, size, squares);
+      if (!are_all(held)) nonfinite = add_exactly(quarter, size, squares);
     }
     FUSEDOPT_FN void take(const Chains& other) {
       FUSEDOPT_UNROLL
@@ -404,7 +404,7 @@ struct HostAccess {
     if (!report.is_wanted()) return sweep(chunk);
     alignas(FUSEDOPT_VECTOR_BYTES) C elements[kChain][kReportSquares][kRow];
     for (i32 first = 0; first < chunk.size; first += i32(kLeaf)) {
-      Chains quarters[kQuarters] = {};
+      Chains quarters[kQuarters];
       for (int q = 0; q < kQuarters; ++q) {
         const ChunkView part = chunk.part(first + q * kQuarter, kQuarter);
         if (part.size == 0) break;
@@ -438,19 +438,26 @@ struct HostAccess {
     return quarters[0].template joined<kLargest>();
   }
 
-  template <class V, class C, class Visit>
-  FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Visit& visit) {
-    const bool asks_for_reports = !is_zen4();
+  template <class V, class C, class Update, class Finish>
+  FUSEDOPT_FN static void walk(const ChunkView& chunk, int, int, const Update& update, const Finish& finish) {
+    const bool asks_for_reports = V::kFixed && V::kReports && !is_zen4();
+    const auto begin = [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+      constexpr int N = decltype(width)::value;
+      if (asks_for_reports)
+        prefetch<V, kFirstCache, N>(chunk, i + kAheadReported);
+      else if (V::kFixed && !V::kSide)
+        prefetch<V, kSecondCache, N>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
+      return update(width, i, count);
+    };
+    const auto visit = [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+      finish(width, i, count, begin(width, i, count));
+    };
     if (V::kStrided && chunk.layout)
       walk_part<1>(0, chunk.size, visit);
+    else if constexpr (kInTurns<V>)
+      walk_part<kNarrow>(walk_in_turns<kBlock<V>>(chunk.size, begin, finish), chunk.size, visit);
     else
-      walk_part<kBlock<V>>(0, chunk.size, [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-        if (V::kFixed && V::kReports && asks_for_reports)
-          prefetch<V, kFirstCache>(chunk, i + kAheadReported);
-        else if (V::kFixed && !V::kSide)
-          prefetch<V, kSecondCache>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
-        visit(width, i, count);
-      });
+      walk_part<kBlock<V>>(0, chunk.size, visit);
   }
 
  private:
@@ -462,6 +469,22 @@ struct HostAccess {
       for (; i + kNarrow <= end; i += kNarrow) visit(Width<kNarrow>{}, i, kNarrow);
       if (i < end) visit(Width<kNarrow, true, true>{}, i, end - i);
     }
+  }
+
+  // Elements 0 to end − 1 in vectors of N, as far as these go: where that is. Each is finished when the next has begun.
+  template <int N, class Begin, class Finish>
+  FUSEDOPT_FN static i32 walk_in_turns(i32 end, const Begin& begin, const Finish& finish) {
+    const Width<N> width;
+    if (end < N) return 0;
+    auto last = begin(width, 0, N);
+    i32 i = N;
+    for (; i + N <= end; i += N) {
+      const auto next = begin(width, i, N);
+      finish(width, i - N, N, last);
+      last = next;
+    }
+    finish(width, i - N, N, last);
+    return i;
   }
 
   template <class T, int L, class X, int M>
@@ -479,16 +502,23 @@ struct HostAccess {
     return found;
   }
 
+  // Whether a comparison of vectors holds in all lanes.
+  template <class X>
+  FUSEDOPT_FN static bool are_all(X lanes) {
+    return join_lanes(lanes, [](auto one, auto other) FUSEDOPT_INLINE { return one & other; }) != 0;
+  }
+
   // Puts the exact sums of a quarter of some size where others do not hold: how many gradients are not finite. Not
-  // inlined, so that the loops of the sweep need not keep a register for it.
+  // inlined, so that the loops of the sweep need not keep registers for it.
   template <class C>
-  __attribute__((noinline)) static double add_exactly(C (*elements)[kReportSquares][kRow], int size,
+  __attribute__((noinline)) static double add_exactly(const Quarter<C>& quarter, int size,
                                                       Row<double> (&squares)[kReportSquares]) {
+    const auto elements = quarter.elements;
     const int rows = (size + kRow - 1) / kRow;
-    for (int k = size; k < rows * kRow; ++k)
-      for (int s = 0; s < kReportSquares; ++s) elements[k / kRow][s][k % kRow] = C(0);
-    bool finite = true;
+    double nonfinite = 0.0;
     for (int s = 0; s < kReportSquares; ++s) {
+      if (are_all(quarter.sums[s].lanes_that_hold())) continue;
+      for (int k = size; k < rows * kRow; ++k) elements[k / kRow][s][k % kRow] = C(0);
       Row<double> exact = {};
       for (int r = 0; r < rows; ++r) {
         Lanes<C, kRow> x[kRow * int(sizeof(C)) / int(sizeof(Lanes<C, kRow>))];
@@ -496,11 +526,10 @@ struct HostAccess {
         exact.template take_terms<false, Width<kRow>>(0, x, kRow);
       }
       squares[s].template replace_others<C>(exact);
-      if (s == kGradSquares) finite = is_finite(exact.template joined<false>());
+      const bool finite = is_finite(exact.template joined<false>());
+      for (int k = 0; k < size && s == kGradSquares && !finite; ++k)
+        nonfinite += is_finite(elements[k / kRow][s][k % kRow]) ? 0.0 : 1.0;
     }
-    double nonfinite = 0.0;
-    for (int k = 0; k < size && !finite; ++k)
-      nonfinite += is_finite(elements[k / kRow][kGradSquares][k % kRow]) ? 0.0 : 1.0;
     return nonfinite;
   }
 
@@ -520,13 +549,15 @@ struct HostAccess {
   static constexpr i32 kAheadCoded = 1536;    // elements
   static constexpr int kFirstCache = 3, kSecondCache = 2;
   static constexpr u64 kLine = 64;  // bytes of a line of the cache
-  template <class V, int kCache>
+  template <class V, int kCache, int N>
   FUSEDOPT_FN static void prefetch(const ChunkView& chunk, i32 i) {
     FUSEDOPT_UNROLL_SLOTS
     for (int s = 0; s < kState0 + 2; ++s) {
-      const u64 at = u64(i) * u64(storage_bytes(V::storage(s, 0)));
-      if (at % kLine == 0 && chunk.has(s))
-        __builtin_prefetch(reinterpret_cast<const void*>(chunk.address[s] + at), 0, kCache);
+      const u64 size = u64(storage_bytes(V::storage(s, 0))), at = u64(i) * size;
+      if (at % kLine != 0 || !chunk.has(s)) continue;
+      FUSEDOPT_UNROLL
+      for (u64 line = 0; line < N * size; line += kLine)
+        __builtin_prefetch(reinterpret_cast<const void*>(chunk.address[s] + at + line), 0, kCache);
     }
   }
 

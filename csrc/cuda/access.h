@@ -223,6 +223,7 @@ struct DeviceAccess {
   static constexpr int kTallied = kReportSquares + 1;  // columns: the squares, and the events
   static constexpr int kMostThreads = 256;
   static constexpr u32 kLostEvent = 4096;  // elements that are lost are counted in this, gradients not finite in 1
+  static_assert(kLostEvent > kJoined, "as many gradients can be not finite");
   struct Tally {
     double joined[kChains][kTallied];
     double elements[kReportSquares * kJoined / 2];
@@ -282,8 +283,12 @@ struct DeviceAccess {
   // Elements up to a 16-byte boundary and behind the last vector one by one, the rest in vectors; lanes take turns. A
   // strided chunk has no vectors. The general variants have one loop for aligned and misaligned chunks: two of them
   // would double what takes longest to compile.
-  template <class V, class C, class Visit>
-  FUSEDOPT_FN static void walk(const ChunkView& chunk, int lane, int lanes, const Visit& visit) {
+  template <class V, class C, class Update, class Finish>
+  FUSEDOPT_FN static void walk(const ChunkView& chunk, int lane, int lanes, const Update& update,
+                               const Finish& finish) {
+    const auto visit = [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
+      finish(width, i, count, update(width, i, count));
+    };
     constexpr int N = width<V, C>();
     constexpr bool kAlignedLoop = V::kFixed || V::kFeatures == 0;
     const bool dense = !(V::kStrided && chunk.layout);

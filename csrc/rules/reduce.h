@@ -63,7 +63,7 @@ FUSEDOPT_FN double join_chain(int c, int size, const C* elements) {
 
 // Squares of a report are added in the type that is computed in, which in float is a matter of a few instructions, and
 // in double where that does not hold what they come to: where float has infinities, or where it may have lost squares
-// that it rounds to a multiple of 2^-149. Its 32 roundings leave a sum that holds within 2^-19 of itself.
+// that it rounds to a multiple of 2^-149. A sum that holds is within about 2^-19 of itself: 32 roundings.
 template <class C>
 constexpr C kLeastHeld = C(sizeof(C) == 4 ? 7.888609052210118e-31 : 0.0);  // 2^-100
 template <class C>

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -589,6 +590,25 @@ def test_gradients_that_share_memory_with_each_other_are_taken() -> None:
         param.grad = shared[k % 3 : k % 3 + 3]
     optimizer.step()
     assert all(param.tolist() == [0.5, 0.5, 0.5] for param in params)
+
+
+@pytest.mark.parametrize("views", ["torch's", "NumPy's"])
+@pytest.mark.parametrize("shift", [-31, -16, -1, 1, 16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_overlaps_its_parameter_is_read_before_anything_is_written(
+    backend: str, shift: int, views: str
+) -> None:
+    memory = numpy.arange(6000, dtype=numpy.float32) % 7
+
+    def view(begin: int) -> Tensor:
+        return torch.from_numpy(memory[begin:][:4096]) if views == "NumPy's" else whole[begin:][:4096]
+
+    whole = torch.from_numpy(memory)
+    param = nn.Parameter(view(100))
+    expected = (whole[100:][:4096] - 0.5 * whole[100 + shift :][:4096]).clone()
+    param.grad = view(100 + shift)
+    fusedopt.SGD([param], lr=0.5, backend=backend).step()
+    assert torch.equal(param.detach(), expected)
 
 
 def test_a_gradient_that_is_its_parameter_is_not_cleared() -> None:
