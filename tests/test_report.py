@@ -133,8 +133,8 @@ def test_norms_are_those_of_torch(run: Run, settings: Run) -> None:
 
 
 # A chain of 32 terms, the first of which is added to 0, rounds 31 times, the tree of 64 chains 6 times, that of the
-# leaves at most 22 times; squares of float32 are exact in float64, and all terms have the same sign. The root halves the
-# relative error and rounds once.
+# leaves at most 22 times; squares of float32 are exact in float64, and all terms have the same sign. The root halves
+# the relative error and rounds once.
 EXACT_BOUND = ((31 + 6 + 22) / 2 + 1) * 2.0**-53
 # A chain that float32 holds rounds each term at most 32 times in float32: its square, and 31 times as it is added. What
 # that rounds to denormals is 2**-45 of a sum of at least 2**-100.

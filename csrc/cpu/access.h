@@ -388,7 +388,10 @@ struct HostAccess {
         squares[s] = quarter.sums[s].in_double();
         held &= quarter.sums[s].lanes_that_hold();
       }
-      if (!are_all(held)) nonfinite = add_exactly(quarter, size, squares);
+      if (are_all(held)) return;
+      Row<C> sums[kReportSquares];  // for the call: one that has the quarter's own would keep these in memory
+      __builtin_memcpy(sums, quarter.sums, sizeof(sums));
+      nonfinite = add_exactly(sums, quarter.elements, size, squares);
     }
     FUSEDOPT_FN void take(const Chains& other) {
       FUSEDOPT_UNROLL
@@ -511,13 +514,13 @@ struct HostAccess {
   // Puts the exact sums of a quarter of some size where others do not hold: how many gradients are not finite. Not
   // inlined, so that the loops of the sweep need not keep registers for it.
   template <class C>
-  __attribute__((noinline)) static double add_exactly(const Quarter<C>& quarter, int size,
+  __attribute__((noinline)) static double add_exactly(const Row<C> (&sums)[kReportSquares],
+                                                      C (*elements)[kReportSquares][kRow], int size,
                                                       Row<double> (&squares)[kReportSquares]) {
-    const auto elements = quarter.elements;
     const int rows = (size + kRow - 1) / kRow;
     double nonfinite = 0.0;
     for (int s = 0; s < kReportSquares; ++s) {
-      if (are_all(quarter.sums[s].lanes_that_hold())) continue;
+      if (are_all(sums[s].lanes_that_hold())) continue;
       for (int k = size; k < rows * kRow; ++k) elements[k / kRow][s][k % kRow] = C(0);
       Row<double> exact = {};
       for (int r = 0; r < rows; ++r) {
