@@ -186,7 +186,7 @@ struct Witness {
 };
 // That of the elements of a width, computed in C: one by one, or in vectors.
 template <class Access, class C, class W, class X = typename Access::template Lanes<C, W::value>>
-using WitnessOf = Witness<X, W::value * int(sizeof(C)) / int(sizeof(X))>;
+using WitnessOf = Witness<X, W::value* int(sizeof(C)) / int(sizeof(X))>;
 
 template <class X, int M>
 FUSEDOPT_FN void copy(X (&to)[M], const X (&from)[M]) {

@@ -35,7 +35,9 @@ struct HostAccess {
   // Elements at a time. Where the storage is known, one AVX-512 vector per slot, or two in turns: values stay in
   // registers from load to store. Where the conversion is a call, a longer block pays for it.
   template <class V>
-  static constexpr int kBlock = kInTurns<V> ? 32 : V::kFixed || V::kReports ? 16 : 64;
+  static constexpr int kBlock = kInTurns<V>                ? 32
+                                : V::kFixed || V::kReports ? 16
+                                                           : 64;
   static constexpr int kNarrow = 16;  // the rest of a tensor
   static constexpr int kShared = 16;  // elements that share their random words with as many others
 
@@ -452,9 +454,8 @@ struct HostAccess {
         prefetch<V, kSecondCache, N>(chunk, i + kAheadBytes / storage_bytes(V::storage(kState0, 0)));
       return update(width, i, count);
     };
-    const auto visit = [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-      finish(width, i, count, begin(width, i, count));
-    };
+    const auto visit = [&](auto width, i32 i, int count)
+                           FUSEDOPT_INLINE { finish(width, i, count, begin(width, i, count)); };
     if (V::kStrided && chunk.layout)
       walk_part<1>(0, chunk.size, visit);
     else if constexpr (kInTurns<V>)

@@ -286,9 +286,8 @@ struct DeviceAccess {
   template <class V, class C, class Update, class Finish>
   FUSEDOPT_FN static void walk(const ChunkView& chunk, int lane, int lanes, const Update& update,
                                const Finish& finish) {
-    const auto visit = [&](auto width, i32 i, int count) FUSEDOPT_INLINE {
-      finish(width, i, count, update(width, i, count));
-    };
+    const auto visit = [&](auto width, i32 i, int count)
+                           FUSEDOPT_INLINE { finish(width, i, count, update(width, i, count)); };
     constexpr int N = width<V, C>();
     constexpr bool kAlignedLoop = V::kFixed || V::kFeatures == 0;
     const bool dense = !(V::kStrided && chunk.layout);

@@ -70,7 +70,7 @@ template <class C>
 constexpr C kMostHeld = C(sizeof(C) == 4 ? 3.4028234663852886e38 : 1.7976931348623157e308);
 template <class C, class X>
 FUSEDOPT_FN auto holds(X sum) {  // an element, or each of a vector; not where it is NaN
-  return (sum >= X{} + kLeastHeld<C>) & (sum <= X{} + kMostHeld<C>);
+  return (sum >= X{} + kLeastHeld<C>)&(sum <= X{} + kMostHeld<C>);
 }
 
 // What the squares of chain c come to in a report.
