@@ -472,8 +472,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "cpu: report: no chain added in double",
         HOST_ACCESS,
-        "if (!are_all(held))",
-        "if (false)",
+        "if (are_all(held)) return;",
+        "return;",
         (REPORT,),
     ),
     Fault(
